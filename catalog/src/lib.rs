@@ -1,0 +1,1 @@
+//! The durable catalog: SQLite in one file, with journalled intents.

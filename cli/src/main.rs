@@ -1,0 +1,2 @@
+//! The `disksnap` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The nouns and the contract of disksnap: domains, disks, snapshots, the provider trait, the dispatcher.

@@ -1,0 +1,1 @@
+//! What a running domain answers to: QMP monitor, guest agent, NBD server.

@@ -1,0 +1,1 @@
+//! An asynchronous NBD client: pipelined reads, block status and dirty-bitmap contexts, TLS.

@@ -1,0 +1,1 @@
+//! The reference provider: the smallest readable example of the contract.

@@ -1,0 +1,1 @@
+//! Image fleecing inside QEMU: copy-before-write, read back over NBD.

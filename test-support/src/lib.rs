@@ -1,0 +1,1 @@
+//! Starts real QEMUs, storage daemons and guests for disksnap's tests.

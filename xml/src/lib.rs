@@ -1,0 +1,1 @@
+//! disksnap's XML documents to core types and back.
