@@ -1,0 +1,1 @@
+//! disksnap's benchmarks: ratios within one run.
