@@ -1,1 +1,53 @@
-//! The nouns and the contract of disksnap: domains, disks, snapshots, the provider trait, the dispatcher.
+//! The nouns and the contract of disksnap.
+//!
+//! A [`Domain`] has [`Disk`]s. A disk names, or is given, a *method*; a provider implements the
+//! method as [`DiskSnapshot`]. A [`SnapshotRequest`] names disks; the [`Dispatcher`] finds each
+//! one's provider, prepares them all, opens one short window, takes all the snapshots, closes the
+//! window and writes the result in the [`Catalog`].
+//!
+//! This crate runs no program, parses no XML and knows no hypervisor: it reaches a domain through
+//! [`Host`] and [`Control`], which another crate implements.
+
+mod catalog;
+mod disk;
+mod dispatcher;
+mod domain;
+mod error;
+mod export;
+mod host;
+mod names;
+mod provider;
+mod recover;
+mod registry;
+mod request;
+mod resolve;
+mod snapshot;
+mod source;
+mod window;
+
+pub use catalog::{Act, Catalog, Change, Definition, DomainLock, Intent, Part};
+pub use disk::{DeviceKind, Disk, Driver, MethodChoice, Options};
+
+pub use domain::{Domain, DomainId, Sockets};
+pub use error::{Effect, Error, ErrorKind, Result};
+pub use export::{Export, ExportDisk, ExportRequest, Listen, NbdServer, Tls};
+pub use host::{
+    Command, Connector, Control, Freeze, Guard, Host, Owner, RunState, ServeNode, Verdict, Watch,
+};
+pub use names::{Alias, SnapshotId, SnapshotName};
+pub use provider::{
+    Access, Batch, Capability, DiskRequest, DiskResult, DiskSnapshot, Fit, Health, Method, OptionDoc,
+    Prepared, Probe, Step, TakePlan, Taken, Unit,
+};
+
+pub use registry::{Registration, Registry};
+pub use request::{DiskChoice, Disks, Quiesce, SnapshotRequest};
+pub use resolve::{Plan, PlannedDisk, Skipped, Why};
+pub use snapshot::{Consistency, DiskSnapshotRecord, Snapshot, UnitRecord, WindowReport};
+pub use source::{BackingStore, NetworkHost, Source};
+
+/// What a crate that registers a provider with [`register!`] needs to name.
+#[doc(hidden)]
+pub mod private {
+    pub use inventory;
+}

@@ -1,0 +1,146 @@
+//! What the dispatcher needs of the durable catalog: records, intents before acts, one lock per domain.
+
+use std::fmt;
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{
+    Alias, DiskRequest, Domain, DomainId, Export, NbdServer, Prepared, Result, Snapshot, SnapshotId,
+    SnapshotName,
+};
+
+/// The durable catalog. Every method is one atomic, durable step: after a kill it has happened or not.
+#[async_trait]
+pub trait Catalog: fmt::Debug + Send + Sync {
+    /// Locks the domain against every other process and task; freed when the lock is dropped or the
+    /// process dies. `Busy` when somebody else keeps it for longer than the catalog's patience.
+    async fn lock(&self, domain: &DomainId) -> Result<Box<dyn DomainLock>>;
+
+    /// Makes a domain known by name and UUID, or replaces what is known of the same UUID.
+    /// `AlreadyExists` when another UUID has the name.
+    async fn define(&self, definition: &Definition) -> Result<()>;
+
+    /// Forgets a domain's definition. `NotFound` when there is none; `Busy` while it has snapshots.
+    async fn undefine(&self, domain: &DomainId) -> Result<()>;
+
+    /// All definitions, by name.
+    async fn definitions(&self) -> Result<Vec<Definition>>;
+
+    /// Writes an intent, or what has become known of one since.
+    async fn intend(&self, intent: &Intent) -> Result<()>;
+
+    /// The intents that have no outcome, oldest first; of all domains without `domain`.
+    async fn intents(&self, domain: Option<&DomainId>) -> Result<Vec<Intent>>;
+
+    /// Writes the outcome of an intent and removes it, in one step. Without changes it came to nothing.
+    async fn settle(&self, intent: Uuid, domain: &DomainId, changes: &[Change]) -> Result<()>;
+
+    /// A domain's snapshots, oldest first.
+    async fn snapshots(&self, domain: &DomainId) -> Result<Vec<Snapshot>>;
+
+    /// The snapshot of this name that was deleted last, if the catalog still remembers one.
+    async fn deleted(&self, domain: &DomainId, name: &SnapshotName) -> Result<Option<SnapshotId>>;
+
+    /// A lease that lives as long as the returned value, and ends with the process.
+    async fn lease(&self) -> Result<(Uuid, Box<dyn DomainLock>)>;
+
+    /// Whether a lease still lives.
+    async fn lease_lives(&self, lease: Uuid) -> Result<bool>;
+
+    /// The domain's NBD server, as recorded.
+    async fn server(&self, domain: &DomainId) -> Result<Option<NbdServer>>;
+
+    /// The domain's exports, as recorded.
+    async fn exports(&self, domain: &DomainId) -> Result<Vec<Export>>;
+}
+
+/// A held lock or lease; dropping it lets go.
+pub trait DomainLock: fmt::Debug + Send + Sync {}
+
+/// A domain made known to disksnap: its document, and what was read from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Definition {
+    /// Which domain.
+    pub id: DomainId,
+    /// The document as it was given.
+    pub document: String,
+}
+
+/// What is about to be done; written before the first act.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Intent {
+    /// Unique; for a create the request's id.
+    pub id: Uuid,
+    /// The domain, with all that is needed to reach it again.
+    pub domain: Domain,
+    /// When it was written.
+    pub since: SystemTime,
+    /// What.
+    pub act: Act,
+}
+
+/// What an intent is about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "act", rename_all = "kebab-case")]
+pub enum Act {
+    /// A snapshot is being made.
+    Create {
+        /// Its name.
+        name: SnapshotName,
+        /// What each provider was asked for.
+        parts: Vec<Part>,
+    },
+    /// A snapshot is being deleted.
+    Delete {
+        /// Which.
+        snapshot: SnapshotId,
+    },
+    /// Exports are being started, and the server with them if it does not run yet.
+    Serve {
+        /// The server.
+        server: NbdServer,
+        /// Whether this act starts it.
+        starts: bool,
+        /// The exports.
+        exports: Vec<Export>,
+    },
+    /// Exports are being stopped, and the server with them if none is left.
+    Unserve {
+        /// The exports.
+        exports: Vec<Alias>,
+        /// Whether the server is stopped too.
+        stops: bool,
+    },
+}
+
+/// One provider's part in a create.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// The provider's method.
+    pub method: String,
+    /// What it was asked for.
+    pub disks: Vec<DiskRequest>,
+    /// What it has prepared, once it has.
+    pub prepared: Option<Vec<Prepared>>,
+}
+
+/// One change of the catalog's records.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Change {
+    /// A snapshot has come to be. `AlreadyExists` when its name is taken.
+    AddSnapshot(Box<Snapshot>),
+    /// A snapshot is gone, or never was.
+    RemoveSnapshot(SnapshotId),
+    /// The domain's NBD server is this.
+    SetServer(NbdServer),
+    /// The domain has no NBD server.
+    ClearServer,
+    /// An export has come to be, or replaces the one with its alias.
+    AddExport(Export),
+    /// An export is gone, or never was.
+    RemoveExport(Alias),
+}

@@ -1,0 +1,151 @@
+//! Exports: a snapshot's disks served over NBD by the domain's one server. The nouns; the acts are the dispatcher's.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Alias, Error, ErrorKind, NetworkHost, Result, ServeNode, SnapshotId};
+
+/// Where an NBD server listens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Listen {
+    /// A unix socket, by absolute path.
+    Unix(PathBuf),
+    /// A TCP address and port. Never a wildcard unless the caller wrote it.
+    Tcp {
+        /// The address.
+        address: IpAddr,
+        /// The port; never 0.
+        port: u16,
+    },
+}
+
+impl Listen {
+    /// Whether only this host can connect.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Unix(_) => true,
+            Self::Tcp { address, .. } => address.is_loopback(),
+        }
+    }
+
+    /// The same place as the `<host>` of a network source.
+    #[must_use]
+    pub fn host(&self) -> NetworkHost {
+        match self {
+            Self::Unix(socket) => NetworkHost::Unix {
+                socket: socket.clone(),
+            },
+            Self::Tcp { address, port } => NetworkHost::Tcp {
+                name: address.to_string(),
+                port: Some(*port),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.host().fmt(f)
+    }
+}
+
+impl FromStr for Listen {
+    type Err = Error;
+
+    /// Reads `unix:PATH`, `ADDRESS:PORT` or `[ADDRESS]:PORT`.
+    fn from_str(text: &str) -> Result<Self> {
+        let invalid = |why: &str| {
+            Error::new(ErrorKind::Invalid, format!("cannot listen on {text:?}: {why}"))
+                .hint("Write unix:/absolute/path, 127.0.0.1:10809 or [::1]:10809.")
+        };
+        if let Some(path) = text.strip_prefix("unix:") {
+            let path = PathBuf::from(path);
+            return if path.is_absolute() {
+                Ok(Self::Unix(path))
+            } else {
+                Err(invalid("the path is not absolute"))
+            };
+        }
+        let (address, port) = text.rsplit_once(':').ok_or_else(|| invalid("it has no port"))?;
+        let address = address
+            .strip_prefix('[')
+            .and_then(|a| a.strip_suffix(']'))
+            .unwrap_or(address);
+        let address = address
+            .parse()
+            .map_err(|_| invalid("the host is not an IP address"))?;
+        match port.parse() {
+            Ok(port) if port != 0 => Ok(Self::Tcp { address, port }),
+            _ => Err(invalid("the port is not a number from 1 to 65535")),
+        }
+    }
+}
+
+/// TLS for an NBD server on TCP (QEMU's `tls-creds-x509`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tls {
+    /// The directory with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`, as the hypervisor sees it.
+    pub credentials: PathBuf,
+    /// Whether clients must show a certificate that the CA signed.
+    pub verify_client: bool,
+}
+
+/// The NBD server of a domain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NbdServer {
+    /// Where it listens.
+    pub listen: Listen,
+    /// TLS, when it speaks it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<Tls>,
+    /// Started by itself, and so not stopped with the last export.
+    #[serde(default)]
+    pub explicit: bool,
+    /// Which run of the hypervisor started it, as [`Control::instance`](crate::Control::instance) tells; another run has no server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<String>,
+}
+
+/// A disk of a snapshot, being served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Export {
+    /// The alias of the disk in its snapshot; names the export within the domain.
+    pub alias: Alias,
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// The disk's target.
+    pub target: String,
+    /// What is served, under which export name.
+    pub node: ServeNode,
+    /// The lease of the reader that it was made for; `None` for one that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<uuid::Uuid>,
+}
+
+/// What is to be exported, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportRequest {
+    /// Where to listen; `None` for the running server, or else the domain's default unix socket.
+    pub listen: Option<Listen>,
+    /// TLS, on TCP.
+    pub tls: Option<Tls>,
+    /// Whether a place that other hosts can reach is meant so although there is no TLS.
+    pub allow_remote: bool,
+    /// Which disks of which snapshots.
+    pub disks: Vec<ExportDisk>,
+}
+
+/// One disk to be exported.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportDisk {
+    /// Its alias.
+    pub alias: Alias,
+    /// The export name; the alias where none is given.
+    pub name: Option<String>,
+}

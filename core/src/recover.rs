@@ -1,0 +1,1 @@
+//! What a killed run left: finish it or undo it. Safe at any time, and twice.

@@ -1,0 +1,290 @@
+//! The window: the one short time in which the guest may stand still and every snapshot is taken.
+//!
+//! Armed guardian, freeze, pause, take, resume, thaw, disarmed guardian; resume and thaw always
+//! follow, also on an error, and if this process dies the guardian does them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::{Map, Value};
+
+use crate::{
+    Batch, Command, Consistency, Control, DiskSnapshot, Error, ErrorKind, Guard, Prepared, Quiesce, Result,
+    RunState, Step, TakePlan, Taken, Verdict, Watch, WindowReport,
+};
+
+/// A unit to be taken, with what fixes its instant.
+pub(crate) struct Take<'a> {
+    pub(crate) provider: &'a Arc<dyn DiskSnapshot>,
+    pub(crate) prepared: &'a Prepared,
+    pub(crate) plan: TakePlan,
+}
+
+/// What the window brought.
+#[derive(Debug)]
+pub(crate) struct Instantly {
+    pub(crate) taken: Vec<Taken>,
+    pub(crate) at: SystemTime,
+    pub(crate) consistency: Consistency,
+    pub(crate) report: WindowReport,
+    pub(crate) warnings: Vec<String>,
+}
+
+/// Takes all units at one instant, or none.
+pub(crate) async fn open(
+    control: &dyn Control,
+    state: &RunState,
+    quiesce: Quiesce,
+    deadline: Duration,
+    takes: &[Take<'_>],
+) -> Result<Instantly> {
+    let needs_pause = needs_pause(state, takes)?;
+    let wants_freeze = wants_freeze(state, quiesce)?;
+    if !needs_pause && wants_freeze.is_err() {
+        return run(control, deadline, takes, false, wants_freeze).await;
+    }
+    let watch = Watch {
+        resume: needs_pause,
+        thaw: wants_freeze.is_ok(),
+        deadline,
+    };
+    let guard = control.guard(watch).await.map_err(|e| e.during("guard"))?;
+    let result = run(control, deadline, takes, needs_pause, wants_freeze).await;
+    let verdict = let_go(guard).await;
+    match (result, verdict) {
+        (Ok(instant), Ok(Verdict::Quiet)) => Ok(instant),
+        (Ok(_), Ok(Verdict::Fired)) => Err(Error::new(
+            ErrorKind::Timeout,
+            format!(
+                "the guest stood still for longer than {} ms and was let go",
+                deadline.as_millis()
+            ),
+        )
+        .hint("Try again when the host is less busy, or allow more time with a longer deadline.")),
+        (Ok(_), Err(error)) | (Err(error), _) => Err(error),
+    }
+}
+
+async fn let_go(guard: Box<dyn Guard>) -> Result<Verdict> {
+    guard.disarm().await.map_err(|e| e.during("guard"))
+}
+
+/// Whether the guest must be paused for all takes to be one instant.
+fn needs_pause(state: &RunState, takes: &[Take<'_>]) -> Result<bool> {
+    let mut commands: Vec<&str> = Vec::new();
+    let (mut acts, mut paused) = (0, false);
+    for take in takes {
+        match &take.plan {
+            TakePlan::Atomic(batch) if commands.contains(&batch.execute.as_str()) => {}
+            TakePlan::Atomic(batch) => {
+                commands.push(&batch.execute);
+                acts += 1;
+            }
+            TakePlan::Paused(steps) => {
+                paused = true;
+                acts += steps.len();
+            }
+            TakePlan::Host => {
+                paused = true;
+                acts += 1;
+            }
+        }
+    }
+    let must = paused || acts > 1;
+    match state {
+        RunState::Running => Ok(must),
+        RunState::Storage if must && acts > 1 => Err(Error::new(
+            ErrorKind::Unsupported,
+            "a storage daemon has no guest to pause, and these disks cannot be taken in one command",
+        )
+        .hint("Snapshot the disks one by one, or put all of them under permanent raw wrapper nodes.")),
+        _ => Ok(false),
+    }
+}
+
+/// `Ok` when a freeze is to be tried; else the consistency that results without one.
+fn wants_freeze(state: &RunState, quiesce: Quiesce) -> Result<std::result::Result<Quiesce, Consistency>> {
+    let why = match (state, quiesce) {
+        (RunState::Off, _) => return Ok(Err(Consistency::Inactive)),
+        (_, Quiesce::None) => return Ok(Err(Consistency::Crash)),
+        (RunState::Running, _) => return Ok(Ok(quiesce)),
+        (RunState::Storage, _) => "a storage daemon has no guest".to_owned(),
+        (state, _) => format!("the guest does not run: {state}"),
+    };
+    if quiesce == Quiesce::Require {
+        return Err(Error::new(
+            ErrorKind::Unavailable,
+            format!("the file systems cannot be frozen: {why}"),
+        )
+        .hint("Start the guest and its agent, or ask for --quiesce try."));
+    }
+    Ok(Err(Consistency::Unquiesced { reason: why }))
+}
+
+/// Everything between arming and disarming. Thaws and resumes whatever it froze and paused.
+async fn run(
+    control: &dyn Control,
+    deadline: Duration,
+    takes: &[Take<'_>],
+    pause: bool,
+    freeze: std::result::Result<Quiesce, Consistency>,
+) -> Result<Instantly> {
+    let opened = Instant::now();
+    let mut warnings = Vec::new();
+    let (frozen, consistency) = match freeze {
+        Err(consistency) => (false, consistency),
+        Ok(quiesce) => match control.freeze(deadline).await {
+            Ok(freeze) => (
+                true,
+                Consistency::Filesystem {
+                    filesystems: freeze.filesystems,
+                },
+            ),
+            Err(error) if quiesce == Quiesce::Require => return Err(error.during("freeze")),
+            Err(error) => {
+                warnings.push(format!("not quiesced: {error}"));
+                (
+                    false,
+                    Consistency::Unquiesced {
+                        reason: error.to_string(),
+                    },
+                )
+            }
+        },
+    };
+    let mut report = WindowReport::default();
+    let result = paused(control, takes, pause, remaining(deadline, opened), &mut report).await;
+    let thawed = if frozen {
+        control.thaw().await.map_err(|e| e.during("thaw"))
+    } else {
+        Ok(())
+    };
+    if frozen {
+        report.frozen_us = micros(opened.elapsed());
+    }
+    let (taken, at) = result?;
+    thawed?;
+    Ok(Instantly {
+        taken,
+        at,
+        consistency,
+        report,
+        warnings,
+    })
+}
+
+fn remaining(deadline: Duration, since: Instant) -> Duration {
+    deadline.saturating_sub(since.elapsed())
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+async fn paused(
+    control: &dyn Control,
+    takes: &[Take<'_>],
+    pause: bool,
+    left: Duration,
+    report: &mut WindowReport,
+) -> Result<(Vec<Taken>, SystemTime)> {
+    let since = Instant::now();
+    if pause {
+        control.pause().await.map_err(|e| e.during("pause"))?;
+    }
+    let started = Instant::now();
+    let at = SystemTime::now();
+    // A take that hangs must not keep the guest: the time left bounds it, the guardian bounds us.
+    let result = match tokio::time::timeout(left, take_all(control, takes)).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::new(
+            ErrorKind::Timeout,
+            "the snapshots were not taken before the deadline",
+        )
+        .during("take")),
+    };
+    report.taken_us = micros(started.elapsed());
+    if pause {
+        control.resume().await.map_err(|e| e.during("resume"))?;
+        report.paused_us = micros(since.elapsed());
+    }
+    result.map(|taken| (taken, at))
+}
+
+/// Sends all plans; on an error takes back what was taken, newest first.
+async fn take_all(control: &dyn Control, takes: &[Take<'_>]) -> Result<Vec<Taken>> {
+    let mut undo = Vec::new();
+    match attempt(control, takes, &mut undo).await {
+        Ok(taken) => Ok(taken),
+        Err(error) => {
+            let mut failures = Vec::new();
+            for command in undo.into_iter().rev() {
+                if let Err(failure) = control.monitor(command).await {
+                    failures.push(failure.during("undo"));
+                }
+            }
+            Err(error.during("take").rollback_failed(failures))
+        }
+    }
+}
+
+async fn attempt(control: &dyn Control, takes: &[Take<'_>], undo: &mut Vec<Command>) -> Result<Vec<Taken>> {
+    // The paused steps first: they are the ones that are refused most easily, and cost least to undo.
+    for take in takes {
+        if let TakePlan::Paused(steps) = &take.plan {
+            for Step { command, undo: back } in steps {
+                control
+                    .monitor(command.clone())
+                    .await
+                    .map_err(|e| e.by(take.provider.method().name))?;
+                undo.extend(back.clone());
+            }
+        }
+    }
+    for (execute, (list, items, back)) in batches(takes) {
+        let arguments = Map::from_iter([(list, Value::Array(items))]);
+        control
+            .monitor(Command::new(execute, Value::Object(arguments)))
+            .await?;
+        undo.extend(back);
+    }
+    host_takes(control, takes).await
+}
+
+/// The shares of all plans in each all-or-nothing command, merged.
+fn batches(takes: &[Take<'_>]) -> BTreeMap<String, (String, Vec<Value>, Vec<Command>)> {
+    let mut batches = BTreeMap::new();
+    for take in takes {
+        if let TakePlan::Atomic(Batch {
+            execute,
+            list,
+            items,
+            undo,
+        }) = &take.plan
+        {
+            let (_, all, back) = batches
+                .entry(execute.clone())
+                .or_insert_with(|| (list.clone(), Vec::new(), Vec::new()));
+            all.extend(items.iter().cloned());
+            back.extend(undo.iter().cloned());
+        }
+    }
+    batches
+}
+
+/// The providers' own takes. Units come out in the order they went in; the others took nothing to remember.
+async fn host_takes(control: &dyn Control, takes: &[Take<'_>]) -> Result<Vec<Taken>> {
+    let mut taken = Vec::with_capacity(takes.len());
+    for take in takes {
+        taken.push(match take.plan {
+            TakePlan::Host => take
+                .provider
+                .take(control, take.prepared)
+                .await
+                .map_err(|e| e.by(take.provider.method().name))?,
+            _ => Taken::default(),
+        });
+    }
+    Ok(taken)
+}
