@@ -1,1 +1,46 @@
 //! Starts real QEMUs, storage daemons and guests for disksnap's tests.
+//!
+//! It knows nothing of disksnap's other crates. Everything here panics with a message that helps:
+//! it is called from tests, and a test that lacks what it needs must not pass.
+//!
+//! - [`tools`]: where the programs are that `./x tools` gets
+//! - [`need!`], [`skip!`]: tests that not every machine can run
+//! - [`StorageDaemon`]: block nodes and jobs with no guest; the test is the guest
+//! - [`Qemu`]: a whole machine, idle or with the test guest ([`GuestSetup`])
+//! - [`GuestDisk`], [`Writer`]: the guest's side of the disks
+//! - [`small_fs()`]: a file system that fills up
+//! - [`pattern`]: bytes, digests, repeatable random numbers
+
+#![allow(
+    clippy::missing_panics_doc,
+    reason = "everything here panics: only tests call it"
+)]
+
+mod disk;
+mod domain_xml;
+mod guest;
+pub mod pattern;
+mod process;
+mod qemu;
+mod qmp;
+pub mod require;
+mod small_fs;
+mod storage_daemon;
+pub mod tools;
+mod writer;
+
+pub use disk::{Bus, DiskSpec, Format, GuestDisk};
+pub use guest::GuestSetup;
+pub use pattern::{GIB, KIB, MIB};
+pub use qemu::{Qemu, QemuBuilder};
+pub use qmp::Monitor;
+pub use small_fs::{SmallFs, small_fs};
+pub use storage_daemon::{StorageDaemon, StorageDaemonBuilder};
+pub use tools::QemuVersion;
+pub use writer::Writer;
+
+/// A directory of a short name, since a socket's path holds at most 107 bytes.
+pub(crate) fn temp_dir() -> tempfile::TempDir {
+    let dir = tempfile::Builder::new().prefix("dsnap-").tempdir();
+    dir.expect("a temporary directory can be made")
+}

@@ -1,0 +1,67 @@
+//! The test guest: Debian's kernel, a small initrd with a real guest agent, and what it is told to do.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// What the guest does once booted. It always starts the guest agent.
+#[derive(Clone, Debug, Default)]
+pub struct GuestSetup {
+    command_line: String,
+}
+
+impl GuestSetup {
+    /// Only the agent.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// An endless writer on these raw disks, such as `vda`: blocks with a growing counter at scattered
+    /// offsets, now and then a range zeroed or discarded.
+    #[must_use]
+    pub fn writer(mut self, targets: &[&str]) -> Self {
+        let list: Vec<_> = targets.iter().map(|x| format!("/dev/{x}")).collect();
+        self.add("writer", &list.join(","));
+        self
+    }
+
+    /// Makes a file system (`ext4`) on a disk, mounts it and writes files to it, so that freezing it
+    /// means something.
+    #[must_use]
+    pub fn file_system(mut self, kind: &str, target: &str) -> Self {
+        self.add("fs", &format!("{kind}:/dev/{target}"));
+        self
+    }
+
+    fn add(&mut self, key: &str, value: &str) {
+        write!(self.command_line, " {key}={value}").expect("a String takes any text");
+    }
+
+    pub(crate) fn arguments(&self) -> Vec<String> {
+        let [kernel, initrd] = files().map(|x| x.to_string_lossy().into_owned());
+        let line = format!("{KERNEL_ARGUMENTS}{}", self.command_line);
+        let args = ["-kernel", &kernel, "-initrd", &initrd, "-append", &line];
+        args.map(str::to_owned).to_vec()
+    }
+}
+
+/// What makes booting under TCG quick: no self tests, no mitigations, no waiting for entropy.
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 reboot=t mitigations=off nokaslr \
+     random.trust_cpu=on tsc=reliable no_timer_check cryptomgr.notests";
+
+fn files() -> [PathBuf; 2] {
+    ["vmlinux", "initrd.img"].map(|x| crate::tools::tools_dir().join("guest").join(x))
+}
+
+/// Why there is no guest to boot.
+pub(crate) fn lacking() -> Option<String> {
+    let missing = files().into_iter().find(|x| !x.is_file())?;
+    Some(format!("{} is missing; run `./x tools`", missing.display()))
+}
+
+/// The number in the last complete `WRITER n` line.
+pub(crate) fn rounds(serial: &str) -> u64 {
+    let complete = serial.rsplit_once('\n').map_or("", |(x, _)| x);
+    let number = |x: &str| x.trim().strip_prefix("WRITER ")?.trim().parse().ok();
+    complete.lines().rev().find_map(number).unwrap_or(0)
+}

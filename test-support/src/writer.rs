@@ -1,0 +1,110 @@
+//! A writer that goes on while a test takes, reads and deletes snapshots.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::disk::GuestDisk;
+use crate::pattern::{Random, bytes};
+use crate::process::PATIENCE;
+
+/// Writes to disks from a thread of its own until stopped or dropped.
+///
+/// Each round writes to every disk, in order, a block of `BLOCK` bytes at one scattered offset; every
+/// eighth zeroes instead, every sixteenth discards. The first bytes of a written block are the round's
+/// number, little endian, so that two disks of one instant are at most one round apart.
+#[derive(Debug)]
+pub struct Writer {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<Result<(), String>>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    stop: AtomicBool,
+    rounds: AtomicU64,
+}
+
+/// The size of each write, in bytes.
+const BLOCK: u64 = 4096;
+
+impl Writer {
+    /// Starts writing to the first `size` bytes of each disk; the same seed writes the same.
+    #[must_use]
+    pub fn start(disks: Vec<GuestDisk>, size: u64, seed: u64) -> Self {
+        let shared = Arc::new(Shared::default());
+        let theirs = Arc::clone(&shared);
+        let thread = std::thread::spawn(move || {
+            let mut random = Random::new(seed);
+            while !theirs.stop.load(Ordering::Relaxed) {
+                let round = theirs.rounds.load(Ordering::Relaxed) + 1;
+                let offset = random.below(size / BLOCK) * BLOCK;
+                for disk in &disks {
+                    write_once(disk, round, offset)?;
+                }
+                theirs.rounds.store(round, Ordering::Release);
+            }
+            Ok(())
+        });
+        Self {
+            shared,
+            thread: Some(thread),
+        }
+    }
+
+    /// How many rounds are done.
+    #[must_use]
+    pub fn rounds(&self) -> u64 {
+        self.shared.rounds.load(Ordering::Acquire)
+    }
+
+    /// Waits until `more` rounds are done from now on: the guest's writes go on.
+    pub fn wait(&self, more: u64) {
+        let (begun, goal) = (Instant::now(), self.rounds() + more);
+        while self.rounds() < goal {
+            let ended = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+            assert!(!ended, "the writer ended: a write failed");
+            assert!(begun.elapsed() < PATIENCE, "the guest's writes stand still");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Stops after the round at hand and returns how many were done; panics if a write had failed.
+    #[expect(
+        clippy::must_use_candidate,
+        reason = "most tests stop it just to see no write failed"
+    )]
+    pub fn stop(mut self) -> u64 {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            match thread.join() {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => panic!("a guest's write failed: {error}"),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        self.rounds()
+    }
+}
+
+fn write_once(disk: &GuestDisk, round: u64, offset: u64) -> Result<(), String> {
+    if round.is_multiple_of(16) {
+        disk.try_discard(offset, BLOCK)
+    } else if round.is_multiple_of(8) {
+        disk.try_zero(offset, BLOCK)
+    } else {
+        let mut data = bytes(round, usize::try_from(BLOCK).unwrap_or(0));
+        data[..8].copy_from_slice(&round.to_le_bytes());
+        disk.try_write(offset, &data)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
