@@ -36,6 +36,7 @@ pub trait Catalog: fmt::Debug + Send + Sync {
     async fn intents(&self, domain: Option<&DomainId>) -> Result<Vec<Intent>>;
 
     /// Writes the outcome of an intent and removes it, in one step. Without changes it came to nothing.
+    /// An intent that is not there (the nil UUID for none) only has its changes written.
     async fn settle(&self, intent: Uuid, domain: &DomainId, changes: &[Change]) -> Result<()>;
 
     /// A domain's snapshots, oldest first.
@@ -111,8 +112,6 @@ pub enum Act {
     Unserve {
         /// The exports.
         exports: Vec<Alias>,
-        /// Whether the server is stopped too.
-        stops: bool,
     },
 }
 

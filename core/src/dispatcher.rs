@@ -1,1 +1,504 @@
-//! The dispatcher.
+//! The dispatcher: one request over many disks and methods, all at one instant or not at all.
+//!
+//! Here: the plan, the create, the list, the look at one, the delete. Exports are in `serve`, what a
+//! killed run left is in `recover`, the instant itself is in `window`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use uuid::Uuid;
+
+use crate::names::nearest;
+use crate::resolve::resolve;
+use crate::window::{self, Instantly, Take};
+use crate::{
+    Act, Catalog, Change, Connector, Control, DiskRequest, DiskSnapshotRecord, Domain, DomainLock, Effect,
+    Error, ErrorKind, Fit, Health, Intent, Part, Plan, PlannedDisk, Registry, Result, RunState, Snapshot,
+    SnapshotId, SnapshotName, SnapshotRequest, Unit, UnitRecord,
+};
+
+/// Finds each disk's provider and drives it. Cheap to clone; every method may be called at any time,
+/// from any number of tasks and processes: the catalog's lock keeps those on one domain apart.
+#[derive(Debug, Clone)]
+pub struct Dispatcher {
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) catalog: Arc<dyn Catalog>,
+    pub(crate) connector: Arc<dyn Connector>,
+}
+
+/// A snapshot and whether it can be trusted now.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Inspected {
+    /// The record.
+    pub snapshot: Snapshot,
+    /// The health of each disk, in the order of [`Snapshot::disks`].
+    pub health: Vec<Health>,
+}
+
+impl Inspected {
+    /// The worst health of any disk: a snapshot is as good as its weakest part.
+    #[must_use]
+    pub fn overall(&self) -> &Health {
+        let rank = |health: &&Health| match health {
+            Health::Active => 0,
+            Health::Broken(_) => 1,
+            Health::Gone(_) => 2,
+        };
+        self.health.iter().max_by_key(rank).unwrap_or(&Health::Active)
+    }
+}
+
+/// What a delete found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Deleted {
+    /// It was there, and is deleted.
+    Now,
+    /// It had been deleted before.
+    Before,
+}
+
+/// A domain that is locked and reached: what every act needs.
+pub(crate) struct Held {
+    pub(crate) control: Arc<dyn Control>,
+    _lock: Box<dyn DomainLock>,
+}
+
+impl Held {
+    pub(crate) fn new(control: Arc<dyn Control>, lock: Box<dyn DomainLock>) -> Self {
+        Self { control, _lock: lock }
+    }
+}
+
+impl Dispatcher {
+    /// A dispatcher over these methods, this catalog and these domains.
+    pub fn new(registry: Registry, catalog: Arc<dyn Catalog>, connector: Arc<dyn Connector>) -> Self {
+        Self {
+            registry: Arc::new(registry),
+            catalog,
+            connector,
+        }
+    }
+
+    /// The methods it can use.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// The catalog it writes to.
+    #[must_use]
+    pub fn catalog(&self) -> &Arc<dyn Catalog> {
+        &self.catalog
+    }
+
+    /// What a request would do; changes nothing, takes no lock, and needs no running domain.
+    pub async fn plan(&self, domain: &Domain, request: &SnapshotRequest) -> Result<Plan> {
+        let control = self.connector.control(domain).await?;
+        let taken = aliases(&self.catalog.snapshots(&domain.id).await?);
+        resolve(&*control, &self.registry, request, &taken)
+            .await
+            .map_err(|e| e.during("plan"))
+    }
+
+    /// Takes a snapshot: all disks at one instant, or an error and nothing left behind.
+    ///
+    /// Idempotent by the request's id: a second call answers with the snapshot that the first made.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when the name is taken; `Unsupported` when a disk's method does not suit it;
+    /// `Busy` when the domain is locked or migrating; what the providers and the monitor say.
+    pub async fn create(&self, domain: &Domain, request: &SnapshotRequest) -> Result<Snapshot> {
+        let held = self.hold(domain).await.map_err(|e| e.during("create"))?;
+        self.create_held(&held, domain, request)
+            .await
+            .map_err(|e| e.during("create").with("domain", &domain.id))
+    }
+
+    /// All snapshots of a domain, oldest first, each looked at.
+    pub async fn list(&self, domain: &Domain) -> Result<Vec<Inspected>> {
+        let control = self.connector.control(domain).await?;
+        let mut list = Vec::new();
+        for snapshot in self.catalog.snapshots(&domain.id).await? {
+            list.push(self.look(&*control, snapshot).await?);
+        }
+        Ok(list)
+    }
+
+    /// One snapshot by name, looked at. `NotFound`, with the names that come near, when there is none.
+    pub async fn show(&self, domain: &Domain, name: &SnapshotName) -> Result<Inspected> {
+        let control = self.connector.control(domain).await?;
+        let snapshot = self.find(domain, name).await?;
+        self.look(&*control, snapshot).await
+    }
+
+    /// Deletes a snapshot and all that was made for it: exports, jobs, nodes, images. Idempotent: a name
+    /// deleted before answers [`Deleted::Before`]; a name that never was is `NotFound`.
+    pub async fn delete(&self, domain: &Domain, name: &SnapshotName) -> Result<Deleted> {
+        let held = self.hold(domain).await.map_err(|e| e.during("delete"))?;
+        match self.find(domain, name).await {
+            Ok(snapshot) => {
+                self.delete_held(&held, domain, &snapshot).await.map_err(|e| {
+                    e.during("delete")
+                        .with("domain", &domain.id)
+                        .with("snapshot", name)
+                })?;
+                Ok(Deleted::Now)
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                match self.catalog.deleted(&domain.id, name).await? {
+                    Some(_) => Ok(Deleted::Before),
+                    None => Err(error.during("delete")),
+                }
+            }
+            Err(error) => Err(error.during("delete")),
+        }
+    }
+
+    /// Locks and reaches the domain, and settles what a killed run left of it.
+    pub(crate) async fn hold(&self, domain: &Domain) -> Result<Held> {
+        let lock = self.catalog.lock(&domain.id).await?;
+        let control = self.connector.control(domain).await?;
+        let held = Held::new(control, lock);
+        self.settle_leftovers(&held, &domain.id).await?;
+        Ok(held)
+    }
+
+    pub(crate) async fn find(&self, domain: &Domain, name: &SnapshotName) -> Result<Snapshot> {
+        let mut snapshots = self.catalog.snapshots(&domain.id).await?;
+        match snapshots.iter().position(|s| s.name == *name) {
+            Some(n) => Ok(snapshots.swap_remove(n)),
+            None => {
+                let known = snapshots.iter().map(|s| s.name.as_str());
+                Err(Error::new(
+                    ErrorKind::NotFound,
+                    format!("the domain has no snapshot '{name}'"),
+                )
+                .with("domain", &domain.id)
+                .hint(nearest("snapshots", name.as_str(), known)))
+            }
+        }
+    }
+
+    async fn create_held(&self, held: &Held, domain: &Domain, request: &SnapshotRequest) -> Result<Snapshot> {
+        let control = &*held.control;
+        let existing = self.catalog.snapshots(&domain.id).await?;
+        if let Some(snapshot) = existing.iter().find(|s| s.id == request.id) {
+            return Ok(snapshot.clone());
+        }
+        let name = request.name.clone().unwrap_or_else(|| request.id.into());
+        if existing.iter().any(|s| s.name == name) {
+            return Err(Error::new(
+                ErrorKind::AlreadyExists,
+                format!("the snapshot '{name}' exists already"),
+            )
+            .hint("Choose another name, or delete that snapshot first; it is never replaced."));
+        }
+        let state = control.state().await?;
+        if let RunState::Migrating(word) = &state {
+            return Err(
+                Error::new(ErrorKind::Busy, format!("a migration is under way ({word})"))
+                    .hint("Wait until the migration has ended."),
+            );
+        }
+        let plan = resolve(control, &self.registry, request, &aliases(&existing)).await?;
+        let mut parts = parts(&plan)?;
+        let mut intent = Intent {
+            id: request.id.0,
+            domain: domain.clone(),
+            since: SystemTime::now(),
+            act: Act::Create {
+                name: name.clone(),
+                parts: parts.clone(),
+            },
+        };
+        self.catalog.intend(&intent).await?;
+        let made = self.make(control, request, &state, &mut parts, &mut intent).await;
+        let (instant, units) = match made {
+            Ok(made) => made,
+            Err(error) => return Err(self.roll_back(control, &intent, &parts, error).await),
+        };
+        let snapshot = assemble(request.id, name, domain, plan, &parts, instant, units)?;
+        let change = [Change::AddSnapshot(Box::new(snapshot.clone()))];
+        match self.catalog.settle(intent.id, &domain.id, &change).await {
+            Ok(()) => Ok(snapshot),
+            Err(error) => Err(self.roll_back(control, &intent, &parts, error).await),
+        }
+    }
+
+    /// Prepares, takes and completes; whatever it did by the time of an error is the caller's to undo.
+    async fn make(
+        &self,
+        control: &dyn Control,
+        request: &SnapshotRequest,
+        state: &RunState,
+        parts: &mut [Part],
+        intent: &mut Intent,
+    ) -> Result<(Instantly, Vec<UnitRecord>)> {
+        for part in parts.iter_mut() {
+            let provider = self.registry.get(&part.method)?;
+            let prepared = provider.prepare(control, request.id, &part.disks).await;
+            part.prepared = Some(prepared.map_err(|e| e.by(&part.method).during("prepare"))?);
+        }
+        if let Act::Create { parts: recorded, .. } = &mut intent.act {
+            recorded.clone_from_slice(parts);
+        }
+        self.catalog.intend(intent).await?;
+        let takes = self.takes(parts)?;
+        let instant = window::open(control, state, request.quiesce, request.deadline, &takes).await?;
+        let mut units = Vec::with_capacity(takes.len());
+        for (take, taken) in takes.iter().zip(&instant.taken) {
+            let method = take.provider.method().name;
+            let unit = take
+                .provider
+                .complete(control, request.id, take.prepared, taken)
+                .await;
+            let unit = unit.map_err(|e| e.by(&method).during("complete"))?;
+            units.push(UnitRecord { method, unit });
+        }
+        Ok((instant, units))
+    }
+
+    fn takes<'a>(&'a self, parts: &'a [Part]) -> Result<Vec<Take<'a>>> {
+        let mut takes = Vec::new();
+        for part in parts {
+            let provider = self.registry.get(&part.method)?;
+            for prepared in part.prepared.iter().flatten() {
+                let plan = provider.take_plan(prepared).map_err(|e| e.by(&part.method))?;
+                takes.push(Take {
+                    provider,
+                    prepared,
+                    plan,
+                });
+            }
+        }
+        Ok(takes)
+    }
+
+    /// Undoes a create; the error says how that went.
+    async fn roll_back(&self, control: &dyn Control, intent: &Intent, parts: &[Part], error: Error) -> Error {
+        match self.undo_create(control, intent, parts).await {
+            Ok(()) => error.leaving(Effect::RolledBack),
+            Err(failures) => error
+                .rollback_failed(failures)
+                .hint("Something may be left behind: run `disksnap recover` once the cause is mended."),
+        }
+    }
+
+    /// Aborts every part, newest first, and settles the intent when nothing is left.
+    pub(crate) async fn undo_create(
+        &self,
+        control: &dyn Control,
+        intent: &Intent,
+        parts: &[Part],
+    ) -> std::result::Result<(), Vec<Error>> {
+        let mut failures = Vec::new();
+        for part in parts.iter().rev() {
+            let abort = match self.registry.get(&part.method) {
+                Ok(provider) => {
+                    provider
+                        .abort(
+                            control,
+                            SnapshotId(intent.id),
+                            &part.disks,
+                            part.prepared.as_deref(),
+                        )
+                        .await
+                }
+                Err(error) => Err(error),
+            };
+            failures.extend(abort.err().map(|e| e.by(&part.method).during("abort")));
+        }
+        if failures.is_empty() {
+            failures.extend(self.catalog.settle(intent.id, &intent.domain.id, &[]).await.err());
+        }
+        if failures.is_empty() {
+            Ok(())
+        } else {
+            Err(failures)
+        }
+    }
+
+    async fn delete_held(&self, held: &Held, domain: &Domain, snapshot: &Snapshot) -> Result<()> {
+        let intent = Intent {
+            id: Uuid::new_v4(),
+            domain: domain.clone(),
+            since: SystemTime::now(),
+            act: Act::Delete {
+                snapshot: snapshot.id,
+            },
+        };
+        self.catalog.intend(&intent).await?;
+        self.finish_delete(held, &intent, snapshot)
+            .await
+            .map_err(|error| {
+                error
+                    .leaving(Effect::Unknown)
+                    .hint("Delete it again, or run `disksnap recover`, once the cause is mended.")
+            })
+    }
+
+    /// Everything that a delete does after its intent; also what finishes one that was killed.
+    pub(crate) async fn finish_delete(
+        &self,
+        held: &Held,
+        intent: &Intent,
+        snapshot: &Snapshot,
+    ) -> Result<()> {
+        let control = &*held.control;
+        let mut changes = self
+            .unserve_snapshot(control, &intent.domain.id, snapshot.id)
+            .await?;
+        for UnitRecord { method, unit } in snapshot.units.iter().rev() {
+            let provider = self.registry.get(method)?;
+            provider
+                .delete(control, snapshot.id, unit)
+                .await
+                .map_err(|e| e.by(method))?;
+        }
+        changes.push(Change::RemoveSnapshot(snapshot.id));
+        self.catalog.settle(intent.id, &intent.domain.id, &changes).await
+    }
+
+    async fn look(&self, control: &dyn Control, snapshot: Snapshot) -> Result<Inspected> {
+        let mut units = Vec::with_capacity(snapshot.units.len());
+        for UnitRecord { method, unit } in &snapshot.units {
+            units.push(match self.registry.get(method) {
+                Ok(provider) => provider
+                    .inspect(control, snapshot.id, unit)
+                    .await
+                    .map_err(|e| e.by(method))?,
+                Err(error) => Health::Broken(error.to_string()),
+            });
+        }
+        let health = snapshot
+            .disks
+            .iter()
+            .map(|disk| units[disk.unit].clone())
+            .collect();
+        Ok(Inspected { snapshot, health })
+    }
+
+    /// The health of the unit that a disk of a snapshot belongs to.
+    pub(crate) async fn health(
+        &self,
+        control: &dyn Control,
+        snapshot: &Snapshot,
+        disk: &DiskSnapshotRecord,
+    ) -> Result<Health> {
+        let UnitRecord { method, unit } = &snapshot.units[disk.unit];
+        self.registry
+            .get(method)?
+            .inspect(control, snapshot.id, unit)
+            .await
+            .map_err(|e| e.by(method))
+    }
+}
+
+fn aliases(snapshots: &[Snapshot]) -> BTreeSet<String> {
+    snapshots
+        .iter()
+        .flat_map(|s| &s.disks)
+        .map(|d| d.alias.0.clone())
+        .collect()
+}
+
+/// The plan's disks by method, or an error that names the first disk that cannot be snapshotted.
+fn parts(plan: &Plan) -> Result<Vec<Part>> {
+    let mut by_method: BTreeMap<&str, Vec<DiskRequest>> = BTreeMap::new();
+    for disk in &plan.disks {
+        by_method
+            .entry(fit(disk)?)
+            .or_default()
+            .push(disk.request.clone());
+    }
+    let part = |(method, disks): (&str, _)| Part {
+        method: method.to_owned(),
+        disks,
+        prepared: None,
+    };
+    Ok(by_method.into_iter().map(part).collect())
+}
+
+fn fit(disk: &PlannedDisk) -> Result<&str> {
+    let target = &disk.request.disk.target;
+    match (&disk.method, &disk.probe.fit) {
+        (Some(method), Fit::Natural | Fit::Possible) => Ok(method),
+        (Some(method), Fit::Unfit(why)) => Err(Error::new(ErrorKind::Unsupported, why.clone())
+            .by(method)
+            .with("disk", target)
+            .hint("`disksnap plan` tells for each disk which method is chosen, and why.")),
+        (None, fit) => {
+            let why = if let Fit::Unfit(why) = fit {
+                why.as_str()
+            } else {
+                "no method suits it"
+            };
+            Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("no method suits this disk: {why}"),
+            )
+            .with("disk", target))
+        }
+    }
+}
+
+/// The record of a finished snapshot.
+fn assemble(
+    id: SnapshotId,
+    name: SnapshotName,
+    domain: &Domain,
+    plan: Plan,
+    parts: &[Part],
+    instant: Instantly,
+    units: Vec<UnitRecord>,
+) -> Result<Snapshot> {
+    let mut disks = Vec::with_capacity(plan.disks.len());
+    let mut warnings = instant.warnings;
+    for planned in plan.disks {
+        let target = &planned.request.disk.target;
+        let (unit, result) = result_of(&units, target).ok_or_else(|| {
+            Error::new(ErrorKind::Internal, "the provider gave no result for the disk").with("disk", target)
+        })?;
+        disks.push(DiskSnapshotRecord {
+            target: target.clone(),
+            alias: planned.request.alias.clone(),
+            method: units[unit].method.clone(),
+            why: planned.why,
+            unit,
+            modified_disk: result.modified.clone(),
+            access: result.access.clone(),
+            size: result.size,
+            details: result.details.clone(),
+        });
+        warnings.extend(planned.probe.warnings.iter().map(|w| format!("{target}: {w}")));
+    }
+    let prepared = parts.iter().flat_map(|part| part.prepared.iter().flatten());
+    warnings.extend(prepared.flat_map(|p| {
+        p.warnings
+            .iter()
+            .map(|w| format!("{}: {w}", p.targets.join(", ")))
+    }));
+    warnings.dedup();
+    Ok(Snapshot {
+        id,
+        name,
+        domain: domain.id.clone(),
+        created: instant.at,
+        consistency: instant.consistency,
+        window: instant.report,
+        disks,
+        units,
+        skipped: plan.skipped,
+        warnings,
+    })
+}
+
+fn result_of<'a>(units: &'a [UnitRecord], target: &str) -> Option<(usize, &'a crate::DiskResult)> {
+    let find = |unit: &'a Unit| unit.disks.iter().find(|disk| disk.target == target);
+    units
+        .iter()
+        .enumerate()
+        .find_map(|(n, record)| find(&record.unit).map(|disk| (n, disk)))
+}

@@ -21,6 +21,7 @@ mod recover;
 mod registry;
 mod request;
 mod resolve;
+mod serve;
 mod snapshot;
 mod source;
 mod window;
@@ -28,6 +29,7 @@ mod window;
 pub use catalog::{Act, Catalog, Change, Definition, DomainLock, Intent, Part};
 pub use disk::{DeviceKind, Disk, Driver, MethodChoice, Options};
 
+pub use dispatcher::{Deleted, Dispatcher, Inspected};
 pub use domain::{Domain, DomainId, Sockets};
 pub use error::{Effect, Error, ErrorKind, Result};
 pub use export::{Export, ExportDisk, ExportRequest, Listen, NbdServer, Tls};
@@ -40,9 +42,11 @@ pub use provider::{
     Prepared, Probe, Step, TakePlan, Taken, Unit,
 };
 
+pub use recover::{Recovered, RecoveredHow};
 pub use registry::{Registration, Registry};
 pub use request::{DiskChoice, Disks, Quiesce, SnapshotRequest};
 pub use resolve::{Plan, PlannedDisk, Skipped, Why};
+pub use serve::{Opened, Serving, StopExports};
 pub use snapshot::{Consistency, DiskSnapshotRecord, Snapshot, UnitRecord, WindowReport};
 pub use source::{BackingStore, NetworkHost, Source};
 
