@@ -71,7 +71,6 @@ impl Dispatcher {
                     domain,
                     Act::Unserve {
                         exports: aliases.clone(),
-                        stops: false,
                     },
                 )
                 .await?;
