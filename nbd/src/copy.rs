@@ -1,0 +1,343 @@
+//! Reading in bulk: a long range in order, with many requests in flight, on one connection or
+//! several, without fetching what is known to be zero.
+
+use std::collections::VecDeque;
+use std::future::pending;
+use std::ops::Range;
+
+use bytes::Bytes;
+
+use crate::client::{Client, Content, PendingRead};
+use crate::error::{Error, Result};
+use crate::extents::{BASE_ALLOCATION, ExtentStream};
+use crate::wire::Command;
+
+/// A changed extent shorter than this is read without asking where it is zero: one round trip
+/// instead of two, and servers tell holes in the reply as well.
+const WORTH_ASKING: u64 = 4 << 20;
+
+/// How to read in bulk.
+#[derive(Debug, Clone)]
+pub struct BulkOptions {
+    /// The length of one read, in bytes. It is brought within what the server allows.
+    pub request_size: u32,
+    /// How many reads are in flight on each connection. This times the request size is the memory
+    /// that a [`BulkReader`] takes.
+    pub in_flight: usize,
+    /// Ask which parts read as zeroes ([`BASE_ALLOCATION`], when the server granted it), and do not
+    /// fetch them. They are reported as [`Chunk::Zero`] all the same.
+    pub skip_zeroes: bool,
+    /// Read only what is dirty in this context (see
+    /// [`dirty_bitmap_context`](crate::dirty_bitmap_context)), and say nothing of the rest.
+    pub only_changed: Option<String>,
+}
+
+impl Default for BulkOptions {
+    /// 256 KiB per read, 16 reads in flight per connection, zeroes skipped, everything read.
+    fn default() -> Self {
+        Self {
+            request_size: 256 << 10,
+            in_flight: 16,
+            skip_zeroes: true,
+            only_changed: None,
+        }
+    }
+}
+
+/// A piece of what was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Chunk {
+    /// Bytes of the export. They may be zeroes.
+    Data {
+        /// Where they stand in the export, in bytes.
+        offset: u64,
+        /// The bytes; never empty.
+        data: Bytes,
+    },
+    /// A range that reads as zeroes. Zero is data: what is made from the export must be zero here.
+    Zero {
+        /// Where it begins in the export, in bytes.
+        offset: u64,
+        /// How long it is, in bytes; never zero.
+        length: u64,
+    },
+}
+
+impl Chunk {
+    /// Where it begins in the export, in bytes.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        match self {
+            Self::Data { offset, .. } | Self::Zero { offset, .. } => *offset,
+        }
+    }
+
+    /// How long it is, in bytes.
+    #[must_use]
+    pub fn length(&self) -> u64 {
+        match self {
+            Self::Data { data, .. } => data.len() as u64,
+            Self::Zero { length, .. } => *length,
+        }
+    }
+}
+
+/// Reads a range of an export from its start to its end.
+///
+/// The chunks come in order and without overlap, and cover the range (or what has changed of it)
+/// without a gap.
+///
+/// ```no_run
+/// # async fn example(uri: &disksnap_nbd::Uri) -> disksnap_nbd::Result<()> {
+/// use disksnap_nbd::{BASE_ALLOCATION, BulkOptions, BulkReader, Chunk, Client, ConnectOptions};
+///
+/// let contexts = vec![BASE_ALLOCATION.to_owned()];
+/// let options = ConnectOptions { meta_contexts: contexts, ..ConnectOptions::default() };
+/// let clients = Client::connect_many(uri, &options, 4).await?;
+/// let whole = 0..clients[0].size();
+/// let mut reader = BulkReader::new(clients, whole, &BulkOptions::default())?;
+/// while let Some(chunk) = reader.next().await? {
+///     match chunk {
+///         Chunk::Data { offset, data } => { /* write `data` at `offset` */ }
+///         Chunk::Zero { offset, length } => { /* make it zero there */ }
+///     }
+/// }
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct BulkReader {
+    planner: Planner,
+    planned: bool,
+    queue: VecDeque<Slot>,
+    depth: usize,
+    failed: Option<Error>,
+}
+
+impl BulkReader {
+    /// Gets ready to read `range`. The clients are connections to one export, as
+    /// [`Client::connect_many`] makes them; the reads are dealt out among them, and the first is
+    /// asked for extents. Nothing is sent before the first [`BulkReader::next`].
+    ///
+    /// # Errors
+    /// [`Error::OutOfBounds`], or [`Error::MissingContext`] for [`BulkOptions::only_changed`].
+    ///
+    /// # Panics
+    /// If there is no client.
+    pub fn new(clients: Vec<Client>, range: Range<u64>, options: &BulkOptions) -> Result<Self> {
+        assert!(!clients.is_empty(), "a bulk read needs a connection");
+        let client = &clients[0];
+        client.check_range(Command::Read, range.start, range.end.saturating_sub(range.start))?;
+        let allocation = options.skip_zeroes && client.has_context(BASE_ALLOCATION);
+        let source = match &options.only_changed {
+            Some(context) => Source::Changed {
+                dirty: client.extents(context, range)?,
+                within: None,
+                allocation,
+            },
+            None if allocation => Source::Allocation(client.extents(BASE_ALLOCATION, range)?),
+            None => Source::Whole(range),
+        };
+        let align = client.alignment();
+        // Alignment may widen a read on both sides.
+        let most = clients.iter().map(Client::max_payload).min().unwrap_or(align);
+        let most = most.saturating_sub(2 * align).max(align);
+        let request_size = u64::from(options.request_size).next_multiple_of(align);
+        let request_size = request_size.clamp(align, most / align * align);
+        let depth = options.in_flight.max(1) * clients.len();
+        let planner = Planner {
+            clients,
+            turn: 0,
+            source,
+            piece: None,
+            request_size,
+        };
+        Ok(Self {
+            planner,
+            planned: false,
+            queue: VecDeque::new(),
+            depth,
+            failed: None,
+        })
+    }
+
+    /// The next chunk, or `None` at the end of the range.
+    ///
+    /// The future may be dropped and the call repeated: no chunk is lost. After an error every
+    /// further call gives that error.
+    ///
+    /// # Errors
+    /// [`Error::Server`] and whatever ends one of the connections.
+    pub async fn next(&mut self) -> Result<Option<Chunk>> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let chunk = self.advance().await;
+        if let Err(error) = &chunk {
+            self.failed = Some(error.clone());
+        }
+        chunk
+    }
+
+    /// Keeps the queue full, and takes its front as soon as that is there.
+    async fn advance(&mut self) -> Result<Option<Chunk>> {
+        while !self.planned && self.queue.len() < self.depth {
+            let front = self.queue.front_mut();
+            let chunk = tokio::select! {
+                biased;
+                slot = self.planner.next_slot() => {
+                    let slot = slot?;
+                    self.planned = slot.is_none();
+                    self.queue.extend(slot);
+                    continue;
+                }
+                chunk = async {
+                    match front {
+                        Some(slot) => slot.wait().await,
+                        None => pending().await,
+                    }
+                } => chunk?,
+            };
+            self.queue.pop_front();
+            return Ok(Some(chunk));
+        }
+        let Some(front) = self.queue.front_mut() else {
+            return Ok(None);
+        };
+        let chunk = front.wait().await?;
+        self.queue.pop_front();
+        Ok(Some(chunk))
+    }
+}
+
+/// A chunk to come.
+#[derive(Debug)]
+enum Slot {
+    Read { offset: u64, read: PendingRead },
+    Zero { offset: u64, length: u64 },
+}
+
+impl Slot {
+    async fn wait(&mut self) -> Result<Chunk> {
+        match self {
+            Self::Read { offset, read } => Ok(match read.wait().await? {
+                Content::Data(data) => Chunk::Data {
+                    offset: *offset,
+                    data,
+                },
+                Content::Zero(length) => Chunk::Zero {
+                    offset: *offset,
+                    length: length as u64,
+                },
+            }),
+            Self::Zero { offset, length } => Ok(Chunk::Zero {
+                offset: *offset,
+                length: *length,
+            }),
+        }
+    }
+}
+
+/// Decides what to read next and sends the reads. Its futures may be dropped: nothing is skipped.
+#[derive(Debug)]
+struct Planner {
+    clients: Vec<Client>,
+    turn: usize,
+    source: Source,
+    /// What is left of the piece being cut into reads.
+    piece: Option<Piece>,
+    request_size: u64,
+}
+
+#[derive(Debug)]
+struct Piece {
+    range: Range<u64>,
+    zero: bool,
+}
+
+impl Planner {
+    async fn next_slot(&mut self) -> Result<Option<Slot>> {
+        loop {
+            let Some(piece) = &mut self.piece else {
+                match self.source.next().await? {
+                    Some(piece) => self.piece = Some(piece),
+                    None => return Ok(None),
+                }
+                continue;
+            };
+            let Range { start, end } = piece.range;
+            if start >= end {
+                self.piece = None;
+            } else if piece.zero {
+                self.piece = None;
+                return Ok(Some(Slot::Zero {
+                    offset: start,
+                    length: end - start,
+                }));
+            } else {
+                let cut = end.min((start / self.request_size + 1) * self.request_size);
+                let client = &self.clients[self.turn];
+                let read = client.start_read(start, cut - start).await?;
+                piece.range.start = cut;
+                self.turn = (self.turn + 1) % self.clients.len();
+                return Ok(Some(Slot::Read { offset: start, read }));
+            }
+        }
+    }
+}
+
+/// Where the pieces come from.
+#[derive(Debug)]
+enum Source {
+    Whole(Range<u64>),
+    Allocation(ExtentStream),
+    Changed {
+        dirty: ExtentStream,
+        /// The allocation within a long dirty extent.
+        within: Option<Box<ExtentStream>>,
+        allocation: bool,
+    },
+}
+
+impl Source {
+    async fn next(&mut self) -> Result<Option<Piece>> {
+        match self {
+            Self::Whole(range) if range.is_empty() => Ok(None),
+            Self::Whole(range) => Ok(Some(Piece {
+                range: std::mem::take(range),
+                zero: false,
+            })),
+            Self::Allocation(extents) => next_allocated(extents).await,
+            Self::Changed {
+                dirty,
+                within,
+                allocation,
+            } => loop {
+                if let Some(extents) = within {
+                    if let Some(piece) = next_allocated(extents).await? {
+                        return Ok(Some(piece));
+                    }
+                    *within = None;
+                }
+                let Some(extent) = dirty.next_piece().await? else {
+                    return Ok(None);
+                };
+                if !extent.is_dirty() {
+                    continue;
+                }
+                let range = extent.offset..extent.end();
+                if !*allocation || extent.length < WORTH_ASKING {
+                    return Ok(Some(Piece { range, zero: false }));
+                }
+                *within = Some(Box::new(dirty.other(BASE_ALLOCATION, range)?));
+            },
+        }
+    }
+}
+
+async fn next_allocated(extents: &mut ExtentStream) -> Result<Option<Piece>> {
+    let extent = extents.next_piece().await?;
+    Ok(extent.map(|extent| Piece {
+        range: extent.offset..extent.end(),
+        zero: extent.is_zero(),
+    }))
+}
