@@ -167,18 +167,16 @@ impl Dispatcher {
 
     pub(crate) async fn find(&self, domain: &Domain, name: &SnapshotName) -> Result<Snapshot> {
         let mut snapshots = self.catalog.snapshots(&domain.id).await?;
-        match snapshots.iter().position(|s| s.name == *name) {
-            Some(n) => Ok(snapshots.swap_remove(n)),
-            None => {
-                let known = snapshots.iter().map(|s| s.name.as_str());
-                Err(Error::new(
-                    ErrorKind::NotFound,
-                    format!("the domain has no snapshot '{name}'"),
-                )
-                .with("domain", &domain.id)
-                .hint(nearest("snapshots", name.as_str(), known)))
-            }
+        if let Some(n) = snapshots.iter().position(|s| s.name == *name) {
+            return Ok(snapshots.swap_remove(n));
         }
+        let known = snapshots.iter().map(|s| s.name.as_str());
+        Err(Error::new(
+            ErrorKind::NotFound,
+            format!("the domain has no snapshot '{name}'"),
+        )
+        .with("domain", &domain.id)
+        .hint(nearest("snapshots", name.as_str(), known)))
     }
 
     async fn create_held(&self, held: &Held, domain: &Domain, request: &SnapshotRequest) -> Result<Snapshot> {
