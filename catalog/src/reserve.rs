@@ -1,0 +1,39 @@
+//! Space kept back: on a file system that its own fleece images have filled, the catalog must still
+//! be able to write that they are being deleted.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use rustix::fs::{FallocateFlags, fallocate};
+
+/// How much is kept back, in bytes: room for hundreds of acts.
+pub(crate) const SIZE: u64 = 1024 * 1024;
+
+/// Keeps space back if that is not done yet. Where it cannot be had nothing is kept back.
+pub(crate) fn keep(path: &Path) {
+    if path.metadata().is_ok_and(|found| found.len() >= SIZE) {
+        return;
+    }
+    if allocate(path).is_err() {
+        // A part of it would keep the rest from being allocated later.
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+fn allocate(path: &Path) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    let file: File = options
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)?;
+    Ok(fallocate(&file, FallocateFlags::empty(), 0, SIZE)?)
+}
+
+/// Gives the space back; says whether there was any.
+pub(crate) fn give(path: &Path) -> bool {
+    std::fs::remove_file(path).is_ok()
+}
