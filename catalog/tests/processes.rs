@@ -1,0 +1,252 @@
+//! Several processes and one catalog: locks between them, and kills at any moment.
+//!
+//! The second process is this test binary again, told by [`ROLE`] what to be.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use common::{catalog, domain, export, intent, snapshot, state};
+use disksnap_catalog::SqliteCatalog;
+use disksnap_core::{Act, Catalog, Change, ErrorKind};
+use uuid::Uuid;
+
+const ROLE: &str = "DISKSNAP_CATALOG_TEST_ROLE";
+const DIR: &str = "DISKSNAP_CATALOG_TEST_DIR";
+
+/// What the second process does; a test in name only.
+#[tokio::test]
+#[ignore = "the other tests start it as a second process"]
+async fn second_process() {
+    let Ok(role) = std::env::var(ROLE) else { return };
+    let dir = std::env::var_os(DIR).unwrap();
+    let catalog = SqliteCatalog::open(state(Path::new(&dir))).await.unwrap();
+    match role.as_str() {
+        "lock" => hold_a_lock(&catalog).await,
+        "lease" => hold_a_lease(&catalog).await,
+        "settle" => settle_for_ever(&catalog).await,
+        "count" => count_under_lock(&catalog, Path::new(&dir)).await,
+        "grandchild" => leave_a_grandchild(&catalog).await,
+        role => panic!("{role}?"),
+    }
+}
+
+fn say(word: &str) {
+    // In one write, so that a kill cannot cut the word; past the test harness, which would keep it.
+    std::io::stdout()
+        .write_all(format!("\n> {word}\n").as_bytes())
+        .unwrap();
+}
+
+async fn hold_a_lock(catalog: &SqliteCatalog) {
+    let _held = catalog.lock(&domain("vm")).await.unwrap();
+    say("held");
+    std::future::pending::<()>().await;
+}
+
+async fn hold_a_lease(catalog: &SqliteCatalog) {
+    let (lease, _held) = catalog.lease().await.unwrap();
+    say(&lease.to_string());
+    std::future::pending::<()>().await;
+}
+
+/// Each settle makes two snapshots and an export, and says so once it is durable.
+async fn settle_for_ever(catalog: &SqliteCatalog) {
+    let vm = domain("vm");
+    let first = catalog.snapshots(&vm).await.unwrap().len();
+    for n in first.. {
+        let begun = intent(&vm, &format!("{n}"));
+        catalog.intend(&begun).await.unwrap();
+        let changes = [
+            Change::AddSnapshot(Box::new(snapshot(&vm, &format!("{n}-a"), 0))),
+            Change::AddSnapshot(Box::new(snapshot(&vm, &format!("{n}-b"), 0))),
+            Change::AddExport(export(&format!("{n}"), "vda")),
+        ];
+        catalog.settle(begun.id, &vm, &changes).await.unwrap();
+        say(&format!("{n}"));
+    }
+}
+
+/// Reads, thinks and writes: without the lock some of the counting gets lost.
+async fn count_under_lock(catalog: &SqliteCatalog, dir: &Path) {
+    let (vm, file) = (domain("vm"), dir.join("count"));
+    for _ in 0..50 {
+        let _held = catalog.lock(&vm).await.unwrap();
+        let count: u32 = std::fs::read_to_string(&file).unwrap().parse().unwrap();
+        tokio::task::yield_now().await;
+        std::fs::write(&file, (count + 1).to_string()).unwrap();
+    }
+}
+
+#[expect(clippy::zombie_processes, reason = "the test ends the grandchild")]
+/// Starts a process while it holds the lock, and dies before that one.
+async fn leave_a_grandchild(catalog: &SqliteCatalog) {
+    let held = catalog.lock(&domain("vm")).await.unwrap();
+    let grandchild = Command::new("sleep").arg("600").spawn().unwrap();
+    std::mem::forget(held);
+    say(&grandchild.id().to_string());
+}
+
+/// A running second process, killed when dropped.
+struct Second {
+    child: Child,
+    words: BufReader<ChildStdout>,
+}
+
+impl Second {
+    fn start(role: &str, dir: &Path) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "second_process", "--ignored", "--nocapture"])
+            .env(ROLE, role)
+            .env(DIR, dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let words = BufReader::new(child.stdout.take().unwrap());
+        Self { child, words }
+    }
+
+    /// The next word it says; `None` once it has ended.
+    fn word(&mut self) -> Option<String> {
+        loop {
+            let mut line = String::new();
+            if self.words.read_line(&mut line).unwrap() == 0 {
+                return None;
+            }
+            if let Some(word) = line.strip_prefix("> ") {
+                return Some(word.trim_end().to_owned());
+            }
+        }
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test]
+async fn a_lock_keeps_processes_apart_and_its_holder_is_named() {
+    let (temp, catalog) = catalog().await;
+    let catalog = catalog.with_patience(Duration::ZERO);
+    let mut second = Second::start("lock", temp.path());
+    assert_eq!(second.word().as_deref(), Some("held"));
+    let error = catalog.lock(&domain("vm")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    let pid = format!("process {} (", second.child.id());
+    assert!(error.message().contains(&pid), "{error}");
+    assert!(
+        error.next_step().is_some_and(|hint| hint.contains("Wait until")),
+        "{error}"
+    );
+    catalog.lock(&domain("other")).await.unwrap();
+    second.kill();
+    catalog.lock(&domain("vm")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_waiter_gets_the_lock_of_a_killed_holder() {
+    let (temp, catalog) = catalog().await;
+    let mut second = Second::start("lock", temp.path());
+    second.word().unwrap();
+    let catalog = catalog.with_patience(Duration::from_mins(10));
+    let waiting = tokio::spawn(async move { catalog.lock(&domain("vm")).await.map(drop) });
+    tokio::task::yield_now().await;
+    second.kill();
+    waiting.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_child_of_the_holder_does_not_inherit_the_lock() {
+    let (temp, catalog) = catalog().await;
+    let mut second = Second::start("grandchild", temp.path());
+    let pid: i32 = second.word().unwrap().parse().unwrap();
+    second.child.wait().unwrap();
+    let locked = catalog.with_patience(Duration::ZERO).lock(&domain("vm")).await;
+    let grandchild = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(grandchild, rustix::process::Signal::KILL).unwrap();
+    locked.unwrap();
+}
+
+#[tokio::test]
+async fn a_lease_ends_with_its_process() {
+    let (temp, catalog) = catalog().await;
+    let mut second = Second::start("lease", temp.path());
+    let lease: Uuid = second.word().unwrap().parse().unwrap();
+    assert!(catalog.lease_lives(lease).await.unwrap());
+    second.kill();
+    assert!(!catalog.lease_lives(lease).await.unwrap());
+    let file = catalog.state_dir().locks().join(format!("lease-{lease}"));
+    assert!(!file.exists());
+}
+
+#[test]
+fn no_two_processes_are_in_the_lock_at_once() {
+    let temp = tempfile::tempdir().unwrap();
+    std::fs::write(temp.path().join("count"), "0").unwrap();
+    // They also make the catalog at the same time.
+    let mut all: Vec<Second> = (0..4).map(|_| Second::start("count", temp.path())).collect();
+    for second in &mut all {
+        assert_eq!(second.word(), None);
+        assert!(second.child.wait().unwrap().success());
+    }
+    let count = std::fs::read_to_string(temp.path().join("count")).unwrap();
+    assert_eq!(count, "200");
+}
+
+#[tokio::test]
+async fn a_kill_leaves_each_settle_done_or_not() {
+    let temp = tempfile::tempdir().unwrap();
+    let mut said = BTreeSet::new();
+    for round in 0..12 {
+        let mut second = Second::start("settle", temp.path());
+        for _ in 0..=round * 3 {
+            said.insert(second.word().unwrap());
+        }
+        second.kill();
+        // What it said before it died counts as promised.
+        said.extend(std::iter::from_fn(|| second.word()));
+        let catalog = SqliteCatalog::open(state(temp.path())).await.unwrap();
+        check_settles(&catalog, &said).await;
+    }
+}
+
+async fn check_settles(catalog: &SqliteCatalog, said: &BTreeSet<String>) {
+    let vm = domain("vm");
+    catalog.check().await.unwrap();
+    let snapshots = catalog.snapshots(&vm).await.unwrap();
+    let half = |end: &str| -> BTreeSet<String> {
+        let names = snapshots.iter().map(|s| s.name.as_str());
+        names
+            .filter_map(|name| name.strip_suffix(end))
+            .map(str::to_owned)
+            .collect()
+    };
+    let exports = catalog.exports(&vm).await.unwrap();
+    let exports: BTreeSet<String> = exports.into_iter().map(|export| export.alias.0).collect();
+    let done = half("-a");
+    assert_eq!(done, half("-b"));
+    assert_eq!(done, exports);
+    assert!(done.is_superset(said), "a settle that had answered is lost");
+    for intent in catalog.intents(Some(&vm)).await.unwrap() {
+        let Act::Create { name, .. } = &intent.act else {
+            panic!("{intent:?}")
+        };
+        assert!(!done.contains(name.as_str()), "settled, and still under way");
+        catalog.settle(intent.id, &vm, &[]).await.unwrap();
+    }
+}
