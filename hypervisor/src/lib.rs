@@ -1,1 +1,21 @@
-//! What a running domain answers to: QMP monitor, guest agent, NBD server.
+//! What a running domain answers to: the QMP monitor, the guest agent, the NBD server, and the guardian.
+//!
+//! [`QemuConnector`] finds a domain by the unix sockets in its [`Sockets`](disksnap_core::Sockets) and answers
+//! [`QemuControl`]s, which implement core's `Host` and `Control` for a `qemu-system-*` or `qemu-storage-daemon`.
+//! Providers, which see only `&dyn Host`, ask [`Schema`] what this QEMU can do and [`Graph`] which node serves a disk.
+
+mod connector;
+mod control;
+mod errors;
+pub mod graph;
+mod lines;
+mod nbd_server;
+mod peer;
+mod qmp;
+mod schema;
+
+pub use connector::{Paths, QemuConnector};
+pub use control::QemuControl;
+pub use graph::{DiskNodes, Graph};
+pub use qmp::{Event, Events, Heard, Session, Timeouts};
+pub use schema::Schema;
