@@ -16,8 +16,10 @@ impl GuestSetup {
         Self::default()
     }
 
-    /// An endless writer on these raw disks, such as `vda`: blocks with a growing counter at scattered
-    /// offsets, now and then a range zeroed or discarded.
+    /// An endless writer on these raw disks, such as `vda`. Each round writes to each disk in turn a block
+    /// with the round's number at a scattered offset (now and then it zeroes or discards instead), then
+    /// the number, little endian in 8 bytes, at offset 0. Its writes are direct and synchronous: at any
+    /// one instant the number on the first disk is that on the last one, or one more.
     #[must_use]
     pub fn writer(mut self, targets: &[&str]) -> Self {
         let list: Vec<_> = targets.iter().map(|x| format!("/dev/{x}")).collect();
@@ -59,9 +61,9 @@ pub(crate) fn lacking() -> Option<String> {
     Some(format!("{} is missing; run `./x tools`", missing.display()))
 }
 
-/// The number in the last complete `WRITER n` line.
-pub(crate) fn rounds(serial: &str) -> u64 {
+/// The number in the last complete line of a writer: `WRITER n` or `FILES n`.
+pub(crate) fn rounds(name: &str, serial: &str) -> u64 {
     let complete = serial.rsplit_once('\n').map_or("", |(x, _)| x);
-    let number = |x: &str| x.trim().strip_prefix("WRITER ")?.trim().parse().ok();
+    let number = |x: &str| x.trim().strip_prefix(name)?.strip_prefix(' ')?.parse().ok();
     complete.lines().rev().find_map(number).unwrap_or(0)
 }

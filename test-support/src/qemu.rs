@@ -369,6 +369,10 @@ impl Qemu {
             let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
             alive(&self.process).unwrap_or_else(|why| panic!("no {what}: {why}\n{tail}"));
             assert!(
+                !text.contains("GUEST FAILED"),
+                "no {what}: the guest says\n{tail}"
+            );
+            assert!(
                 begun.elapsed() < 2 * PATIENCE,
                 "no {what} on the serial console:\n{tail}"
             );
@@ -376,17 +380,32 @@ impl Qemu {
         }
     }
 
-    /// How many rounds the guest's own writer has done (`writer=` in [`GuestSetup`]).
+    /// How many rounds the guest's own writer has done ([`GuestSetup::writer`]).
     #[must_use]
     pub fn writer_rounds(&self) -> u64 {
-        crate::guest::rounds(&self.serial())
+        crate::guest::rounds("WRITER", &self.serial())
     }
 
-    /// Waits until the guest's own writer has done `more` rounds from now on.
+    /// How many files the guest has written and synced ([`GuestSetup::file_system`]).
+    #[must_use]
+    pub fn file_rounds(&self) -> u64 {
+        crate::guest::rounds("FILES", &self.serial())
+    }
+
+    /// Waits until the guest's own writer has done `more` rounds from now on; boots first if need be.
     pub fn wait_writer(&self, more: u64) {
-        let goal = self.writer_rounds() + more;
-        self.wait_serial("progress of the guest's writer", |text| {
-            (crate::guest::rounds(text) >= goal).then_some(())
+        self.wait_rounds("WRITER", more);
+    }
+
+    /// Waits until the guest has written and synced `more` files from now on.
+    pub fn wait_files(&self, more: u64) {
+        self.wait_rounds("FILES", more);
+    }
+
+    fn wait_rounds(&self, name: &str, more: u64) {
+        let goal = crate::guest::rounds(name, &self.serial()) + more;
+        self.wait_serial(&format!("progress of the guest's {name}"), |text| {
+            (crate::guest::rounds(name, text) >= goal).then_some(())
         });
     }
 

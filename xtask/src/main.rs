@@ -1,1 +1,74 @@
-fn main() {}
+//! What `./x` does that a shell should not: gets the external programs, builds the test guest, runs the
+//! tests, the lints, the benchmarks and the demonstration.
+
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program for people, who read it"
+)]
+
+mod apt;
+mod demo;
+mod guest;
+mod initrd;
+mod kernel;
+mod suite;
+mod tools;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+const HELP: &str = "\
+./x demo             a snapshot of a running machine's disks, step by step, on a real QEMU
+./x test [ARGS]      every test; ARGS go to cargo nextest (or cargo test), and only those tests run
+./x lint             formatting, clippy, documentation, and cargo-deny where it is installed
+./x bench [ARGS]     the benchmarks
+./x fuzz [SECONDS]   every fuzz target for that long (default 30); needs a nightly and cargo-fuzz
+./x tools            only get the programs and the test guest that tests and demo use
+./x tools --fresh    get them anew, in the versions the mirror has now
+./x help             this text
+
+Programs (QEMU 10.0 and 7.2, nbdcopy, a guest's kernel and files) come as Debian packages from this
+machine's own mirror, checked by apt, and are unpacked in .tools: nothing on the system is touched.
+DISKSNAP_TOOLS=DIR puts them elsewhere, so that several checkouts share them.
+DISKSNAP_TOOLS=system uses what is on PATH instead (QEMU 7.2 then from DISKSNAP_QEMU_7_2=DIR).
+REQUIRE=all makes tests fail that this machine cannot run, instead of saying SKIPPED.";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("x: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let mut args = std::env::args().skip(1);
+    let verb = args.next().unwrap_or_else(|| "help".to_owned());
+    let rest: Vec<String> = args.collect();
+    match (verb.as_str(), rest.as_slice()) {
+        ("help" | "-h" | "--help", _) => println!("{HELP}"),
+        ("tools", []) => tools::ensure()?,
+        ("tools", [flag]) if flag == "--fresh" => tools::renew()?,
+        ("demo", []) => {
+            tools::ensure()?;
+            demo::run()?;
+        }
+        ("test", rest) => {
+            tools::ensure()?;
+            suite::test(rest)?;
+        }
+        ("lint", []) => suite::lint()?,
+        ("bench", rest) => {
+            tools::ensure()?;
+            suite::bench(rest)?;
+        }
+        ("fuzz", []) => suite::fuzz("30")?,
+        ("fuzz", [seconds]) => suite::fuzz(seconds)?,
+        _ => bail!("`{verb} {}` is not a command\n{HELP}", rest.join(" ")),
+    }
+    Ok(())
+}

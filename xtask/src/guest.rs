@@ -1,0 +1,148 @@
+//! The test guest: Debian's cloud kernel and an initrd with the real guest agent, made without root.
+//!
+//! `vmlinux` and `initrd.img` are the small guest, which boots in seconds and has no root disk. A root
+//! image with more in it would stand beside them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use sha2::{Digest, Sha256};
+
+use crate::apt::{Apt, Libc};
+use crate::initrd::Initrd;
+use crate::kernel;
+use crate::tools::{beside, install, write_versions};
+
+/// Raise it when the way of building changes; a change of the sources below is noticed by itself.
+const RECIPE: &str = "1";
+
+/// What is asked of Debian for the initrd. `usr-is-merged` keeps perl out.
+pub(crate) const PACKAGES: &[&str] = &[
+    "busybox-static",
+    "e2fsprogs",
+    "qemu-guest-agent",
+    "util-linux",
+    "usr-is-merged",
+];
+
+/// A package that depends on the current kernel for virtual machines.
+const KERNEL: &str = "linux-image-cloud-amd64";
+
+const PROGRAMS: &[&str] = &["busybox", "mke2fs", "qemu-ga", "blkdiscard"];
+
+/// Loaded at boot, in this order. Those that are built into the kernel are not in the initrd.
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_scsi",
+    "sd_mod",
+    "virtio_console",
+    "ext4",
+    "crc32c_generic",
+];
+
+const INIT: &str = include_str!("../guest/init.sh");
+const WRITER: &str = include_str!("../guest/writer.rs");
+
+/// Where it is, below the directory of the tools.
+pub(crate) fn dir(tools: &Path) -> PathBuf {
+    tools.join("guest")
+}
+
+/// Tells one state of the sources from another.
+pub(crate) fn stamp() -> String {
+    let sources = format!("{RECIPE} {PACKAGES:?} {KERNEL} {PROGRAMS:?} {MODULES:?} {INIT} {WRITER}");
+    let digest = Sha256::digest(sources.as_bytes());
+    digest
+        .iter()
+        .fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
+}
+
+/// Has it made anew next time.
+pub(crate) fn forget(tools: &Path) {
+    // Not being there is as good.
+    let _ = fs::remove_file(dir(tools).join("STAMP"));
+}
+
+/// Makes it.
+pub(crate) fn make(tools: &Path, apt: &Apt) -> Result<()> {
+    println!("  guest");
+    let new = beside(&dir(tools))?;
+    let (root, kernel) = (new.join("root"), new.join("kernel"));
+    let packages = apt.resolve(PACKAGES, None)?;
+    apt.unpack(&packages, Libc::Own, &root)?;
+    let all = apt.resolve(&[KERNEL], None)?;
+    let image: Vec<_> = all.iter().filter(|x| is_kernel(&x.name)).cloned().collect();
+    ensure!(image.len() == 1, "{KERNEL} depends on {} kernels", image.len());
+    apt.unpack(&image, Libc::System, &kernel)?;
+
+    make_kernel(&kernel, &new)?;
+    make_initrd(&root, &kernel, &new)?;
+    write_versions(&new, &[packages, image].concat())?;
+    fs::remove_dir_all(&root)?;
+    fs::remove_dir_all(&kernel)?;
+    install(&new, &dir(tools), &stamp())
+}
+
+/// `linux-image-6.1.0-40-cloud-amd64`, not the package that depends on it.
+fn is_kernel(name: &str) -> bool {
+    name.strip_prefix("linux-image-")
+        .is_some_and(|x| x.starts_with(|c: char| c.is_ascii_digit()))
+}
+
+fn make_kernel(tree: &Path, new: &Path) -> Result<()> {
+    let boot = fs::read_dir(tree.join("boot")).context("the kernel's package has no /boot")?;
+    let files = boot.filter_map(|x| Some(x.ok()?.path()));
+    let is_image = |x: &PathBuf| {
+        x.file_name()
+            .is_some_and(|x| x.to_string_lossy().starts_with("vmlinuz-"))
+    };
+    let image = files
+        .into_iter()
+        .find(is_image)
+        .context("the kernel's package has no vmlinuz")?;
+    let kernel =
+        kernel::vmlinux(&fs::read(&image)?).with_context(|| format!("cannot unpack {}", image.display()))?;
+    Ok(fs::write(new.join("vmlinux"), kernel)?)
+}
+
+fn make_initrd(root: &Path, kernel: &Path, new: &Path) -> Result<()> {
+    let mut initrd = Initrd::default();
+    for path in ["dev", "proc", "sys", "run", "mnt", "tmp", "etc"] {
+        initrd.directory(path);
+    }
+    for program in PROGRAMS {
+        initrd.program(root, program)?;
+    }
+    let modules = ["lib/modules", "usr/lib/modules"].map(|x| kernel.join(x));
+    let modules = modules.iter().find(|x| x.is_dir());
+    initrd.modules(modules.context("the kernel's package has no modules")?, MODULES)?;
+    initrd.file("bin/guest-writer", compile_writer(new)?);
+    initrd.file("init", INIT.as_bytes().to_vec());
+    initrd.write(&new.join("initrd.img"))
+}
+
+/// Built with the compiler at hand, and static: the target for musl is seldom installed.
+fn compile_writer(new: &Path) -> Result<Vec<u8>> {
+    let (source, program) = (new.join("writer.rs"), new.join("writer"));
+    fs::write(&source, WRITER)?;
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let flags = ["--edition=2024", "-O", "-Cpanic=abort", "-Cstrip=symbols"];
+    let output = Command::new(rustc)
+        .args(flags)
+        .args(["-Ctarget-feature=+crt-static", "-o"])
+        .args([&program, &source])
+        .output()
+        .context("cannot start rustc")?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "the guest's writer does not build: {errors}"
+    );
+    let built = fs::read(&program)?;
+    fs::remove_file(source)?;
+    fs::remove_file(program)?;
+    Ok(built)
+}
