@@ -1,1 +1,39 @@
 //! disksnap's XML documents to core types and back.
+//!
+//! | document | read | written |
+//! | --- | --- | --- |
+//! | `<domain>` | [`DomainDocument::parse`] | edits in place: [`DomainDocument::with_exports`], … |
+//! | `<domainblocksnapshot>` | [`snapshot_request`] | [`snapshot_document`], [`snapshots_document`] |
+//! | `<blockexport>` | [`export_request`] | [`export_document`] |
+//! | `<diskSnapshotPlan>`, `<diskSnapshotMethods>` | | [`plan_document`], [`methods_document`] |
+//!
+//! The reference of all elements and attributes is `docs/xml.md`. Every fault of a document is an
+//! [`Error`](disksnap_core::Error) of the kind `Invalid` whose context names `line`, `column` and
+//! `element`, and whose message says what was expected. No DTD is read, no entity beyond XML's five,
+//! and nothing beyond the limits: [`MAX_BYTES`], [`MAX_DEPTH`], [`MAX_MARKUP`], [`MAX_ATTRIBUTES`],
+//! [`MAX_NAMESPACES`]. In disksnap's own documents an unknown element is an error; in a `<domain>` it
+//! is carried along.
+
+mod block_export;
+mod block_snapshot;
+mod disk;
+mod domain;
+mod edit;
+mod limits;
+mod lists;
+mod method;
+mod source;
+mod splice;
+mod tree;
+mod write;
+
+pub use block_export::{export_document, export_request, export_request_document};
+pub use block_snapshot::{SnapshotView, snapshot_document, snapshot_request, snapshots_document};
+pub use disk::new_disk_element;
+pub use domain::{DOMAIN_NAMESPACE, DomainDocument, text_of};
+pub use edit::disk_element;
+pub use limits::{MAX_ATTRIBUTES, MAX_BYTES, MAX_DEPTH, MAX_MARKUP, MAX_NAMESPACES};
+pub use lists::{methods_document, plan_document};
+pub use method::disk_snapshot_element;
+pub use source::{backing_store_element, source_element};
+pub use write::Element;
