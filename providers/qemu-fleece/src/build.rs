@@ -1,0 +1,274 @@
+//! Making what a fleece needs: the image, its nodes, the filter that waits for the guest's writes.
+
+use std::fmt::Write as _;
+use std::io::Read as _;
+
+use disksnap_core::{Batch, Command, Error, ErrorKind, Host, Owner, Result, SnapshotId, Step, TakePlan};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::choice::{Choice, Seat};
+use crate::jobs::{self, Job};
+use crate::names::Names;
+use crate::offers::Sparing;
+use crate::settings::Way;
+
+/// One disk being fleeced: what `prepare` returns and everything later gets back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Fleece {
+    pub(crate) id: SnapshotId,
+    pub(crate) target: String,
+    #[serde(flatten)]
+    pub(crate) choice: Choice,
+}
+
+impl Fleece {
+    pub(crate) fn names(&self) -> Names {
+        Names::new(self.id, &self.target)
+    }
+}
+
+/// Makes the image files of all disks, then everything in QEMU that can be there before the instant.
+pub(crate) async fn build(host: &dyn Host, fleeces: &[Fleece]) -> Result<()> {
+    let owner = host.image_owner().await?;
+    for fleece in fleeces {
+        make_file(fleece, owner).map_err(|e| e.with("disk", &fleece.target))?;
+    }
+    make_formats(host, fleeces).await?;
+    let mut commands = Vec::new();
+    for fleece in fleeces {
+        let names = fleece.names();
+        let add = match fleece.choice.way {
+            Way::Filter => filter(&names, &fleece.choice),
+            Way::Job | Way::Classic => fleece_node(&names, &fleece.choice),
+        };
+        commands.push((fleece, Command::new("blockdev-add", add)));
+    }
+    each(host, commands).await
+}
+
+fn make_file(fleece: &Fleece, owner: Option<Owner>) -> Result<()> {
+    // A format of its own grows the file by itself.
+    let size = if has_format(&fleece.choice) {
+        0
+    } else {
+        fleece.choice.size
+    };
+    fleece.choice.image.create(size, owner)
+}
+
+/// Whether the fleece image has a format that QEMU must write first.
+fn has_format(choice: &Choice) -> bool {
+    choice.encrypted || choice.way == Way::Classic
+}
+
+/// Writes the formats of the images that have one (`blockdev-create`).
+async fn make_formats(host: &dyn Host, fleeces: &[Fleece]) -> Result<()> {
+    let formatted: Vec<&Fleece> = fleeces.iter().filter(|f| has_format(&f.choice)).collect();
+    let (mut nodes, mut jobs) = (Vec::new(), Vec::new());
+    for fleece in &formatted {
+        let (names, choice) = (fleece.names(), &fleece.choice);
+        if choice.encrypted {
+            // The key lives in QEMU's memory and nowhere else: so does the snapshot.
+            let secret = json!({ "qom-type": "secret", "id": names.secret(), "data": random_key()? });
+            nodes.push((*fleece, Command::new("object-add", secret)));
+        }
+        let mut node = file_options(choice);
+        node["node-name"] = json!(names.file());
+        nodes.push((*fleece, Command::new("blockdev-add", node)));
+        let create = json!({ "job-id": names.create_job(), "options": create_options(&names, choice) });
+        jobs.push((*fleece, Command::new("blockdev-create", create)));
+    }
+    each(host, nodes).await?;
+    each(host, jobs).await?;
+    for fleece in formatted {
+        let job = fleece.names().create_job();
+        let ended = jobs::wait(host, &job, Job::has_ended).await?;
+        let Some(job) = ended else { continue };
+        jobs::end(host, &job).await?;
+        if let Some(error) = job.error {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("QEMU cannot make the fleece image: {error}"),
+            )
+            .with("disk", &fleece.target)
+            .with("path", fleece.choice.image.path.display()));
+        }
+    }
+    Ok(())
+}
+
+/// A key that QEMU takes as a secret: 64 hexadecimal digits from the system's random source.
+fn random_key() -> Result<String> {
+    let mut bytes = [0; 32];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut source| source.read_exact(&mut bytes))
+        .map_err(|e| Error::io("cannot make a key for the fleece image: /dev/urandom", e))?;
+    Ok(bytes.iter().fold(String::new(), |mut key, byte| {
+        let _ = write!(key, "{byte:02x}");
+        key
+    }))
+}
+
+fn create_options(names: &Names, choice: &Choice) -> Value {
+    // One iteration stands in for a slow key derivation: the key is random, there is nothing to guess.
+    let luks = json!({ "key-secret": names.secret(), "iter-time": 1 });
+    let mut options = json!({ "file": names.file(), "size": choice.size });
+    match choice.way {
+        Way::Classic => {
+            options["driver"] = json!("qcow2");
+            if choice.encrypted {
+                options["encrypt"] = luks;
+                options["encrypt"]["format"] = json!("luks");
+            }
+        }
+        Way::Filter | Way::Job => {
+            options["driver"] = json!("luks");
+            options["key-secret"] = luks["key-secret"].clone();
+            options["iter-time"] = luks["iter-time"].clone();
+        }
+    }
+    options
+}
+
+fn file_options(choice: &Choice) -> Value {
+    json!({ "driver": "file", "filename": choice.image.path, "discard": "unmap" })
+}
+
+/// The node that old data is copied to.
+fn fleece_node(names: &Names, choice: &Choice) -> Value {
+    let mut node = json!({ "node-name": names.fleece(), "discard": "unmap" });
+    node["file"] = if has_format(choice) {
+        json!(names.file())
+    } else {
+        file_options(choice)
+    };
+    match (choice.way, choice.encrypted) {
+        (Way::Classic, encrypted) => {
+            node["driver"] = json!("qcow2");
+            node["backing"] = json!(choice.source);
+            if encrypted {
+                node["encrypt"] = json!({ "format": "luks", "key-secret": names.secret() });
+            }
+        }
+        (_, true) => {
+            node["driver"] = json!("luks");
+            node["key-secret"] = json!(names.secret());
+        }
+        (_, false) => node["driver"] = json!("raw"),
+    }
+    node
+}
+
+/// The filter, on top of what the guest writes to and not yet below the guest.
+fn filter(names: &Names, choice: &Choice) -> Value {
+    let below = choice.seat.as_ref().map_or(choice.source.as_str(), Seat::below);
+    json!({
+        "driver": "copy-before-write",
+        "node-name": names.filter(),
+        "read-only": choice.read_only,
+        "discard": "unmap",
+        "on-cbw-error": "break-snapshot",
+        "cbw-timeout": choice.timeout,
+        "file": {
+            "driver": "raw",
+            "node-name": names.wrapper(),
+            "read-only": choice.read_only,
+            "discard": "unmap",
+            "file": below,
+        },
+        "target": fleece_node(names, choice),
+    })
+}
+
+/// What fixes the instant of one disk.
+pub(crate) fn take(fleece: &Fleece) -> TakePlan {
+    let (names, choice) = (fleece.names(), &fleece.choice);
+    match &choice.seat {
+        Some(Seat::Device { path, root }) => {
+            let attach = |node: &str| {
+                Command::new(
+                    "qom-set",
+                    json!({ "path": path, "property": "drive", "value": node }),
+                )
+            };
+            TakePlan::Paused(vec![Step {
+                command: attach(&names.filter()),
+                undo: Some(attach(root)),
+            }])
+        }
+        Some(Seat::Wrapper { options, below }) => {
+            let onto = |node: &str| {
+                let mut options = options.clone();
+                options["file"] = json!(node);
+                options
+            };
+            let undo = Command::new("blockdev-reopen", json!({ "options": [onto(below)] }));
+            TakePlan::Atomic(Batch {
+                execute: "blockdev-reopen".to_owned(),
+                list: "options".to_owned(),
+                items: vec![onto(&names.filter())],
+                undo: vec![undo],
+            })
+        }
+        None => {
+            let job = backup(&names, choice);
+            TakePlan::Atomic(Batch {
+                execute: "transaction".to_owned(),
+                list: "actions".to_owned(),
+                items: vec![json!({ "type": "blockdev-backup", "data": job })],
+                undo: Vec::new(),
+            })
+        }
+    }
+}
+
+fn backup(names: &Names, choice: &Choice) -> Value {
+    let mut job = json!({
+        "job-id": names.job(),
+        "device": choice.source,
+        "target": names.fleece(),
+        "sync": "none",
+        "filter-node-name": names.filter(),
+        "auto-dismiss": false,
+    });
+    if choice.sparing == Sparing::Job {
+        job["on-cbw-error"] = json!("break-snapshot");
+        job["cbw-timeout"] = json!(choice.timeout);
+    }
+    job
+}
+
+/// Makes the nodes that the snapshots are read through.
+pub(crate) async fn open_access(host: &dyn Host, fleece: &Fleece) -> Result<()> {
+    if fleece.choice.way != Way::Classic {
+        let names = fleece.names();
+        let node =
+            json!({ "driver": "snapshot-access", "node-name": names.access(), "file": names.filter() });
+        each(host, vec![(fleece, Command::new("blockdev-add", node))]).await?;
+    }
+    fleece.choice.image.unmark()
+}
+
+/// The node that the snapshot is read through.
+pub(crate) fn access_node(fleece: &Fleece) -> String {
+    let names = fleece.names();
+    if fleece.choice.way == Way::Classic {
+        names.fleece()
+    } else {
+        names.access()
+    }
+}
+
+/// Sends the commands back to back; the first that was refused is the error, with its disk.
+async fn each(host: &dyn Host, commands: Vec<(&Fleece, Command)>) -> Result<()> {
+    if commands.is_empty() {
+        return Ok(());
+    }
+    let (fleeces, commands): (Vec<&Fleece>, Vec<Command>) = commands.into_iter().unzip();
+    let answers = host.monitor_each(commands).await?;
+    for (fleece, answer) in fleeces.into_iter().zip(answers) {
+        answer.map_err(|e| e.with("disk", &fleece.target))?;
+    }
+    Ok(())
+}

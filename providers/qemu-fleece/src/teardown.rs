@@ -1,0 +1,187 @@
+//! Taking a fleece apart, from what is really there and not from a record: idempotent, and right in any
+//! order of fleeces on one disk.
+
+use disksnap_core::{Command, Error, ErrorKind, Host, Result, RunState};
+use disksnap_hypervisor::Graph;
+use disksnap_hypervisor::graph::Node;
+use serde_json::json;
+
+use crate::choice::reopen_options;
+use crate::jobs;
+use crate::names::Names;
+
+/// Removes the jobs, nodes and secrets of these fleeces from QEMU. Images stay.
+pub(crate) async fn take_apart(host: &dyn Host, all: &[Names]) -> Result<()> {
+    if host.state().await? == RunState::Off {
+        return Ok(());
+    }
+    let graph = Graph::read(host).await?;
+    end_exports(host, &graph, all).await?;
+    // What reads through a filter goes first: the job's filter cannot go while it is used.
+    let readers = |names: &Names| names_of(&graph, names, |node| reads_through(node, names));
+    remove(host, all.iter().flat_map(readers).collect()).await?;
+    end_jobs(host, all).await?;
+    for names in all {
+        unseat(host, names).await?;
+    }
+    let graph = Graph::read(host).await?;
+    remove(
+        host,
+        all.iter()
+            .flat_map(|names| by_dependency(&graph, names))
+            .collect(),
+    )
+    .await?;
+    remove_secrets(host, all).await
+}
+
+/// Exports that a killed run left on nodes that are about to go.
+async fn end_exports(host: &dyn Host, graph: &Graph, all: &[Names]) -> Result<()> {
+    for export in &graph.exports {
+        if all.iter().any(|names| export.node.starts_with(&names.prefix())) {
+            let delete = json!({ "id": export.id, "mode": "hard" });
+            tolerate(host.monitor(Command::new("block-export-del", delete)).await)?;
+            wait_unexported(host, &export.id).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn wait_unexported(host: &dyn Host, id: &str) -> Result<()> {
+    for _ in 0..EXPORT_POLLS {
+        let exports = host.monitor(Command::bare("query-block-exports")).await?;
+        let listed = exports
+            .as_array()
+            .is_some_and(|list| list.iter().any(|export| export["id"] == id));
+        if !listed {
+            return Ok(());
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+    }
+    Err(Error::new(
+        ErrorKind::Timeout,
+        format!("the export '{id}' does not end"),
+    ))
+}
+
+/// About ten seconds of asking.
+const EXPORT_POLLS: u32 = 5_000;
+
+/// Inspections end with their nodes, so their jobs count too.
+async fn end_jobs(host: &dyn Host, all: &[Names]) -> Result<()> {
+    for job in jobs::all(host).await? {
+        if all.iter().any(|names| job.id.starts_with(&names.prefix())) {
+            jobs::end(host, &job).await?;
+        }
+    }
+    Ok(())
+}
+
+fn reads_through(node: &Node, names: &Names) -> bool {
+    node.driver == "snapshot-access" || node.name.starts_with(&names.prefix_of_probes())
+}
+
+/// Puts whatever is on top of the filter onto what is below it.
+async fn unseat(host: &dyn Host, names: &Names) -> Result<()> {
+    let (filter, graph) = (names.filter(), Graph::read(host).await?);
+    let Some(below) = graph.node(&names.wrapper()).and_then(Node::primary) else {
+        return Ok(());
+    };
+    for device in graph
+        .devices
+        .iter()
+        .filter(|device| device.node.as_deref() == Some(&filter))
+    {
+        let back = json!({ "path": device.qom_path, "property": "drive", "value": below });
+        host.monitor(Command::new("qom-set", back)).await?;
+    }
+    for (parent, role) in graph.parents(&filter) {
+        if parent.driver != "raw" || role != "file" {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!(
+                    "the node '{}' ({}) is in the way of removing the filter",
+                    parent.name, parent.driver
+                ),
+            )
+            .hint("End the job or the snapshot that it belongs to, then delete again."));
+        }
+        let mut options = reopen_options(parent);
+        options["file"] = json!(below);
+        host.monitor(Command::new("blockdev-reopen", json!({ "options": [options] })))
+            .await?;
+    }
+    Ok(())
+}
+
+/// The fleece's own nodes, each before those it is built on.
+fn by_dependency(graph: &Graph, names: &Names) -> Vec<String> {
+    let order = [
+        names.access(),
+        names.filter(),
+        names.fleece(),
+        names.wrapper(),
+        names.file(),
+    ];
+    let rank = |name: &String| order.iter().position(|known| known == name).map_or(0, |n| n + 1);
+    let mut nodes = names_of(graph, names, |_| true);
+    nodes.sort_by_key(rank);
+    nodes
+}
+
+fn names_of(graph: &Graph, names: &Names, which: impl Fn(&Node) -> bool) -> Vec<String> {
+    let prefix = names.prefix();
+    graph
+        .nodes()
+        .filter(|n| n.name.starts_with(&prefix) && which(n))
+        .map(|n| n.name.clone())
+        .collect()
+}
+
+/// Deletes nodes; one that went with the node above it is as good as deleted.
+async fn remove(host: &dyn Host, nodes: Vec<String>) -> Result<()> {
+    if nodes.is_empty() {
+        return Ok(());
+    }
+    let delete = |name: &String| Command::new("blockdev-del", json!({ "node-name": name }));
+    let answers = host.monitor_each(nodes.iter().map(delete).collect()).await?;
+    let refused: Vec<(&String, Error)> = nodes
+        .iter()
+        .zip(answers)
+        .filter_map(|(name, answer)| answer.err().map(|e| (name, e)))
+        .collect();
+    if refused.is_empty() {
+        return Ok(());
+    }
+    let graph = Graph::read(host).await?;
+    for (name, error) in refused {
+        if graph.node(name).is_some() {
+            return Err(error.with("node", name));
+        }
+    }
+    Ok(())
+}
+
+async fn remove_secrets(host: &dyn Host, all: &[Names]) -> Result<()> {
+    let objects = host
+        .monitor(Command::new("qom-list", json!({ "path": "/objects" })))
+        .await?;
+    let exists = |id: &str| {
+        objects
+            .as_array()
+            .is_some_and(|list| list.iter().any(|object| object["name"] == id))
+    };
+    for secret in all.iter().map(Names::secret).filter(|secret| exists(secret)) {
+        host.monitor(Command::new("object-del", json!({ "id": secret })))
+            .await?;
+    }
+    Ok(())
+}
+
+/// What was to be undone is perhaps undone already; whether it is, the graph tells.
+fn tolerate<T>(answer: Result<T>) -> Result<()> {
+    match answer {
+        Err(error) if !matches!(error.kind(), ErrorKind::Refused | ErrorKind::NotFound) => Err(error),
+        _ => Ok(()),
+    }
+}
