@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use crate::assembly::ReadData;
 use crate::connection::{Connection, InFlight, Reply};
-use crate::error::{Error, Result};
+use crate::error::{Errno, Error, Result};
 use crate::extents::{Extent, ExtentStream, clipped};
 use crate::handshake::{BoxedStream, Negotiation, Session};
 use crate::tls::TlsCredentials;
@@ -24,6 +24,9 @@ use crate::wire::{BlockSizes, Command, CommandFlags, ListedExport, StatusChunk, 
 const MAX_PAYLOAD: u64 = 32 << 20;
 /// The longest request that carries no data. Far below the 4 GiB that fit in a request.
 const MAX_RANGE: u64 = 1 << 30;
+/// `NBD_CMD_FLAG_DF`: the answer to a read must come in one piece. QEMU hangs up when it cannot read
+/// what it is to send in pieces, and says `EIO` when it is to send it in one.
+const ONE_PIECE: CommandFlags = CommandFlags::from_bits_retain(1 << 2);
 /// Parts of one long request that are in flight together.
 const PARTS: usize = 8;
 
@@ -391,18 +394,22 @@ impl Client {
     /// Sends one read, of at most [`Self::max_payload`] bytes after alignment.
     pub(crate) async fn start_read(&self, offset: u64, length: u64) -> Result<PendingRead> {
         let range = self.aligned(Command::Read, offset, length)?;
-        let request = (range.start, length32(range.end - range.start));
-        let none = CommandFlags::empty();
-        let reply = self
-            .connection
-            .submit(Command::Read, none, request, Bytes::new())
-            .await?;
+        let one_piece = self.flags().contains(TransmissionFlags::SEND_DF);
         let small = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-        Ok(PendingRead {
-            reply,
+        let mut read = PendingRead {
+            connection: Arc::clone(&self.connection),
+            request: (range.start, length32(range.end - range.start)),
+            reply: None,
+            flags: if one_piece {
+                ONE_PIECE
+            } else {
+                CommandFlags::empty()
+            },
             skip: small(offset - range.start),
             length: small(length),
-        })
+        };
+        read.send().await?;
+        Ok(read)
     }
 
     /// Asks for the status of a range of at most [`MAX_RANGE`] bytes.
@@ -580,16 +587,42 @@ impl Content {
 /// A read on its way.
 #[derive(Debug)]
 pub(crate) struct PendingRead {
-    reply: InFlight,
+    connection: Arc<Connection>,
+    request: (u64, u32),
+    flags: CommandFlags,
+    reply: Option<InFlight>,
     /// What was read before the wanted range for the sake of alignment.
     skip: usize,
     length: usize,
 }
 
 impl PendingRead {
+    async fn send(&mut self) -> Result<&mut InFlight> {
+        let reply = if let Some(reply) = self.reply.take() {
+            reply
+        } else {
+            let (flags, request) = (self.flags, self.request);
+            self.connection
+                .submit(Command::Read, flags, request, Bytes::new())
+                .await?
+        };
+        Ok(self.reply.insert(reply))
+    }
+
     /// Waits for the answer. May be dropped and called again until it has given one.
     pub(crate) async fn wait(&mut self) -> Result<Content> {
-        match self.reply.wait().await? {
+        let answer = match self.send().await?.wait().await {
+            // The server may find the range too long for one piece.
+            Err(Error::Server {
+                errno: Errno::Overflow,
+                ..
+            }) if self.flags == ONE_PIECE => {
+                (self.flags, self.reply) = (CommandFlags::empty(), None);
+                self.send().await?.wait().await
+            }
+            answer => answer,
+        };
+        match answer? {
             Reply::Data(ReadData::Bytes(bytes)) => {
                 let bytes = bytes.freeze();
                 Ok(Content::Data(bytes.slice(self.skip..self.skip + self.length)))

@@ -13,8 +13,8 @@ use crate::extents::{BASE_ALLOCATION, ExtentStream};
 use crate::wire::Command;
 
 /// A changed extent shorter than this is read without asking where it is zero: one round trip
-/// instead of two, and servers tell holes in the reply as well.
-const WORTH_ASKING: u64 = 4 << 20;
+/// instead of two.
+const WORTH_ASKING: u64 = 256 << 10;
 
 /// How to read in bulk.
 #[derive(Debug, Clone)]
@@ -47,7 +47,7 @@ impl Default for BulkOptions {
 /// A piece of what was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Chunk {
-    /// Bytes of the export. They may be zeroes.
+    /// Bytes of the export, not all of them zero.
     Data {
         /// Where they stand in the export, in bytes.
         offset: u64,
@@ -219,22 +219,34 @@ enum Slot {
 impl Slot {
     async fn wait(&mut self) -> Result<Chunk> {
         match self {
-            Self::Read { offset, read } => Ok(match read.wait().await? {
-                Content::Data(data) => Chunk::Data {
-                    offset: *offset,
-                    data,
-                },
-                Content::Zero(length) => Chunk::Zero {
-                    offset: *offset,
-                    length: length as u64,
-                },
-            }),
+            Self::Read { offset, read } => {
+                let offset = *offset;
+                Ok(match read.wait().await? {
+                    Content::Data(data) if is_zero(&data) => Chunk::Zero {
+                        offset,
+                        length: data.len() as u64,
+                    },
+                    Content::Data(data) => Chunk::Data { offset, data },
+                    Content::Zero(length) => Chunk::Zero {
+                        offset,
+                        length: length as u64,
+                    },
+                })
+            }
             Self::Zero { offset, length } => Ok(Chunk::Zero {
                 offset: *offset,
                 length: *length,
             }),
         }
     }
+}
+
+/// Stops at the first byte that is not zero, and compares at the speed of memory until then.
+fn is_zero(bytes: &[u8]) -> bool {
+    static ZEROES: [u8; 4096] = [0; 4096];
+    bytes
+        .chunks(ZEROES.len())
+        .all(|chunk| chunk == &ZEROES[..chunk.len()])
 }
 
 /// Decides what to read next and sends the reads. Its futures may be dropped: nothing is skipped.

@@ -720,7 +720,7 @@ mod tests {
             "a\\u{202e}b"
         );
         assert_eq!(printable(b"  "), None);
-        assert!(printable(&[b'x'; 70_000]).unwrap().len() <= 500);
+        assert!(printable(&vec![b'x'; 70_000]).unwrap().len() <= 500);
     }
 
     #[test]
