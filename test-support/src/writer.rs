@@ -1,7 +1,7 @@
 //! A writer that goes on while a test takes, reads and deletes snapshots.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,8 @@ use crate::process::PATIENCE;
 /// Writes to disks from a thread of its own until stopped or dropped.
 ///
 /// Each round writes to every disk, in order, a block of `BLOCK` bytes at one scattered offset; every
-/// eighth zeroes instead, every sixteenth discards. The first bytes of a written block are the round's
+/// eighth zeroes instead, every sixteenth discards
+/// the 64 KiB around it. The first bytes of a written block are the round's
 /// number, little endian, so that two disks of one instant are at most one round apart.
 #[derive(Debug)]
 pub struct Writer {
@@ -24,10 +25,25 @@ pub struct Writer {
 struct Shared {
     stop: AtomicBool,
     rounds: AtomicU64,
+    failure: Mutex<Option<String>>,
+}
+
+impl Shared {
+    fn fail(&self, error: &str) {
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_owned());
+    }
+
+    fn failure(&self) -> String {
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.clone().unwrap_or_else(|| "it panicked".to_owned())
+    }
 }
 
 /// The size of each write, in bytes.
 const BLOCK: u64 = 4096;
+
+/// What a discard covers: a cluster of qcow2 as `qemu-img` makes it.
+const CLUSTER: u64 = 65536;
 
 impl Writer {
     /// Starts writing to the first `size` bytes of each disk; the same seed writes the same.
@@ -41,7 +57,7 @@ impl Writer {
                 let round = theirs.rounds.load(Ordering::Relaxed) + 1;
                 let offset = random.below(size / BLOCK) * BLOCK;
                 for disk in &disks {
-                    write_once(disk, round, offset)?;
+                    write_once(disk, round, offset).inspect_err(|error| theirs.fail(error))?;
                 }
                 theirs.rounds.store(round, Ordering::Release);
             }
@@ -64,7 +80,7 @@ impl Writer {
         let (begun, goal) = (Instant::now(), self.rounds() + more);
         while self.rounds() < goal {
             let ended = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
-            assert!(!ended, "the writer ended: a write failed");
+            assert!(!ended, "the writer ended: {}", self.shared.failure());
             assert!(begun.elapsed() < PATIENCE, "the guest's writes stand still");
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -90,7 +106,8 @@ impl Writer {
 
 fn write_once(disk: &GuestDisk, round: u64, offset: u64) -> Result<(), String> {
     if round.is_multiple_of(16) {
-        disk.try_discard(offset, BLOCK)
+        // QEMU refuses to discard less than a cluster of a qcow2 image.
+        disk.try_discard(offset / CLUSTER * CLUSTER, CLUSTER)
     } else if round.is_multiple_of(8) {
         disk.try_zero(offset, BLOCK)
     } else {

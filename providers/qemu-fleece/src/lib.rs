@@ -232,7 +232,14 @@ fn details(choice: &Choice) -> BTreeMap<String, String> {
         ("fleece.way".to_owned(), word(choice.way.as_str())),
         ("fleece.file".to_owned(), choice.image.path.display().to_string()),
         ("node".to_owned(), choice.source.clone()),
-        ("guest-safe".to_owned(), word(if choice.sparing == Sparing::Nothing { "no" } else { "yes" })),
+        (
+            "guest-safe".to_owned(),
+            word(if choice.sparing == Sparing::Nothing {
+                "no"
+            } else {
+                "yes"
+            }),
+        ),
     ]);
     if choice.encrypted {
         details.insert("fleece.encrypted".to_owned(), word("yes"));

@@ -163,9 +163,14 @@ async fn remove(host: &dyn Host, nodes: Vec<String>) -> Result<()> {
 }
 
 async fn remove_secrets(host: &dyn Host, all: &[Names]) -> Result<()> {
-    let objects = host
+    let objects = match host
         .monitor(Command::new("qom-list", json!({ "path": "/objects" })))
-        .await?;
+        .await
+    {
+        // A storage daemon may have no place for objects until it has the first one.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        answer => answer?,
+    };
     let exists = |id: &str| {
         objects
             .as_array()
