@@ -34,7 +34,7 @@ pub struct Memory;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Copy {
     image: PathBuf,
-    copy: PathBuf,
+    file: PathBuf,
     size: u64,
 }
 
@@ -80,7 +80,7 @@ impl DiskSnapshot for Memory {
     async fn complete(&self, _: &dyn Host, _: SnapshotId, prepared: &Prepared, _: &Taken) -> Result<Unit> {
         let copy: Copy = remembered(&prepared.data)?;
         let source = Source::File {
-            file: copy.copy.clone(),
+            file: copy.file.clone(),
         };
         let disks = prepared.targets.iter().map(|target| DiskResult {
             target: target.clone(),
@@ -90,7 +90,7 @@ impl DiskSnapshot for Memory {
                 format: "raw".to_owned(),
             },
             size: Some(copy.size),
-            details: [("copy.file".to_owned(), copy.copy.display().to_string())].into(),
+            details: [("copy.file".to_owned(), copy.file.display().to_string())].into(),
         });
         Ok(Unit {
             unit: prepared.unit.clone(),
@@ -116,7 +116,7 @@ impl DiskSnapshot for Memory {
 
     async fn inspect(&self, _: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<Health> {
         let copy: Copy = remembered(&unit.data)?;
-        Ok(match std::fs::metadata(&copy.copy) {
+        Ok(match std::fs::metadata(&copy.file) {
             Ok(found) if found.len() == copy.size => Health::Active,
             Ok(found) => Health::Broken(format!(
                 "the copy has {} bytes and should have {}",
@@ -124,14 +124,14 @@ impl DiskSnapshot for Memory {
                 copy.size
             )),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Health::Gone(format!("{} does not exist any more", copy.copy.display()))
+                Health::Gone(format!("{} does not exist any more", copy.file.display()))
             }
-            Err(error) => Health::Broken(format!("cannot look at {}: {error}", copy.copy.display())),
+            Err(error) => Health::Broken(format!("cannot look at {}: {error}", copy.file.display())),
         })
     }
 
     async fn delete(&self, _: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
-        remove(&remembered(&unit.data)?.copy)
+        remove(&remembered(&unit.data)?.file)
     }
 }
 
@@ -183,7 +183,8 @@ fn image_of(request: &DiskRequest) -> Option<&Path> {
     }
 }
 
-/// Where the copy goes: it follows from the request alone, so that abort finds it after a kill.
+/// Where the copy goes: it follows from the request alone, so that abort finds it after a kill. The target
+/// is in it because images of one name, from different directories, may be copied into one.
 fn copy_path(id: SnapshotId, request: &DiskRequest, image: &Path) -> PathBuf {
     let name = image.file_name().unwrap_or_default().to_string_lossy();
     let dir = request
@@ -192,7 +193,7 @@ fn copy_path(id: SnapshotId, request: &DiskRequest, image: &Path) -> PathBuf {
         .map(Path::new)
         .or(image.parent())
         .unwrap_or(Path::new("/"));
-    dir.join(format!("{name}.{}.snapshot", id.short()))
+    dir.join(format!("{name}.{}.{}.snapshot", request.disk.target, id.short()))
 }
 
 fn reserve(id: SnapshotId, request: &DiskRequest) -> Result<Prepared> {
@@ -220,7 +221,7 @@ fn reserve(id: SnapshotId, request: &DiskRequest) -> Result<Prepared> {
     let unit = image.display().to_string();
     let record = Copy {
         image: image.to_owned(),
-        copy,
+        file: copy,
         size,
     };
     Ok(Prepared {
@@ -234,12 +235,12 @@ fn reserve(id: SnapshotId, request: &DiskRequest) -> Result<Prepared> {
 fn copy_image(copy: &Copy) -> Result<()> {
     let failed = |e| {
         Error::io(
-            format!("cannot copy {} to {}", copy.image.display(), copy.copy.display()),
+            format!("cannot copy {} to {}", copy.image.display(), copy.file.display()),
             e,
         )
     };
     let mut from = File::open(&copy.image).map_err(failed)?;
-    let mut to = OpenOptions::new().write(true).open(&copy.copy).map_err(failed)?;
+    let mut to = OpenOptions::new().write(true).open(&copy.file).map_err(failed)?;
     io::copy(&mut from, &mut to).map(|_| ()).map_err(failed)
 }
 

@@ -1,0 +1,213 @@
+//! A snapshot's life: made, seen, read, deleted; what names and ids mean.
+
+use std::sync::Arc;
+
+use disksnap_core::{Access, Capability, Deleted, ErrorKind, Health, RunState};
+
+use crate::Fixture;
+use crate::cases::paint;
+use crate::stage::{Context, Stage, Verdict, ensure, must_fail, name};
+
+/// One instance for all calls, and no write after the instant: this says only that it works at all,
+/// and that the fixture would see what is left behind.
+pub(super) async fn control(fixture: &Arc<dyn Fixture>) -> Verdict {
+    let stage = Stage::lenient(fixture, 1).await?;
+    let target = stage.first();
+    paint::picture(&stage, &target, 1).await?;
+    let content = stage.live(&target).await?;
+    let snapshot = name("control");
+    stage.create(&snapshot, &stage.targets(1)).await?;
+    ensure!(
+        !stage.things().await?.is_empty(),
+        "a snapshot is there and the fixture's leftovers() sees nothing: it would see nothing left behind either"
+    );
+    let shown = stage.show(&snapshot).await?;
+    ensure!(
+        *shown.overall() == Health::Active,
+        "a new snapshot is {:?}",
+        shown.overall()
+    );
+    stage.must_hold(&snapshot, &target, &content).await?;
+    stage.delete_now(&snapshot).await
+}
+
+/// The stage gives each call a new instance, and each record goes through JSON.
+pub(super) async fn stateless(fixture: &Arc<dyn Fixture>) -> Verdict {
+    let stage = Stage::new(fixture, 2).await?;
+    let targets = stage.targets(2);
+    let snapshot = name("stateless");
+    let made = stage.create(&snapshot, &targets).await?;
+    let shown = stage.show(&snapshot).await?;
+    ensure!(
+        *shown.overall() == Health::Active,
+        "another process finds it {:?}",
+        shown.overall()
+    );
+    ensure!(shown.snapshot == made, "another process finds another record");
+    stage.delete_now(&snapshot).await?;
+    stage.finish().await
+}
+
+pub(super) async fn access_fits(fixture: &Arc<dyn Fixture>) -> Verdict {
+    let stage = Stage::new(fixture, 1).await?;
+    let target = stage.first();
+    let snapshot = name("access");
+    let made = stage.create(&snapshot, &stage.targets(1)).await?;
+    let capabilities = fixture.expected_capabilities();
+    for disk in &made.disks {
+        let needed = match &disk.access {
+            Access::Node(_) => Capability::Export,
+            Access::Source { .. } => Capability::DirectRead,
+        };
+        ensure!(
+            capabilities.contains(&needed),
+            "the data is reached by {:?}, without the capability '{needed}'",
+            disk.access
+        );
+        let size = stage.setting.size(&target);
+        ensure!(
+            disk.size.is_none_or(|told| told == size),
+            "the snapshot is said to have {:?} of {size} bytes",
+            disk.size
+        );
+    }
+    let state = stage.control().await?.state().await?;
+    let needed = match state {
+        RunState::Off => Capability::Inactive,
+        _ => Capability::Active,
+    };
+    ensure!(
+        capabilities.contains(&needed),
+        "it was taken of a domain that is {state}, without the capability '{needed}'"
+    );
+    stage.delete_now(&snapshot).await?;
+    stage.finish().await
+}
+
+pub(super) async fn inspect_truth(fixture: &Arc<dyn Fixture>) -> Verdict {
+    let stage = Stage::new(fixture, 2).await?;
+    let snapshot = name("truth");
+    let made = stage.create(&snapshot, &stage.targets(2)).await?;
+    for unit in &made.units {
+        let control = stage.control().await?;
+        let health = stage
+            .provider()
+            .inspect(&*control, made.id, &unit.unit)
+            .await
+            .context("inspecting")?;
+        ensure!(health == Health::Active, "a new unit is {health:?}");
+    }
+    stage.delete_now(&snapshot).await?;
+    for unit in &made.units {
+        let control = stage.control().await?;
+        let health = stage
+            .provider()
+            .inspect(&*control, made.id, &unit.unit)
+            .await
+            .context("inspecting what is deleted")?;
+        ensure!(matches!(health, Health::Gone(_)), "a deleted unit is {health:?}");
+    }
+    stage.finish().await
+}
+
+pub(super) async fn damage_is_told(fixture: &Arc<dyn Fixture>) -> Verdict {
+    let stage = Stage::new(fixture, 1).await?;
+    let target = stage.first();
+    let snapshot = name("spoilt");
+    let made = stage.create(&snapshot, &stage.targets(1)).await?;
+    stage
+        .setting
+        .damage(&made)
+        .await
+        .context("damaging the snapshot")?;
+    let shown = stage.show(&snapshot).await?;
+    ensure!(
+        *shown.overall() != Health::Active,
+        "a spoilt snapshot is called active"
+    );
+    let opened = stage.dispatcher()?.open(stage.domain(), &snapshot, &target).await;
+    must_fail(opened, ErrorKind::Broken, "opening a spoilt snapshot")?;
+    paint::scribble(&stage, &target, 0xe9)
+        .await
+        .context("beside a spoilt snapshot")?;
+    stage.delete_now(&snapshot).await?;
+    stage.finish().await
+}
+
+pub(super) async fn delete_twice(fixture: &Arc<dyn Fixture>) -> Verdict {
+    let stage = Stage::new(fixture, 1).await?;
+    let snapshot = name("twice");
+    let made = stage.create(&snapshot, &stage.targets(1)).await?;
+    stage.delete_now(&snapshot).await?;
+    stage.nothing_left("by delete").await?;
+    for unit in &made.units {
+        let control = stage.control().await?;
+        let deleted = stage.provider().delete(&*control, made.id, &unit.unit).await;
+        deleted.context("deleting the unit again")?;
+    }
+    ensure!(
+        stage.delete(&snapshot).await? == Deleted::Before,
+        "the second delete finds something"
+    );
+    stage.finish().await
+}
+
+pub(super) async fn name_twice(fixture: &Arc<dyn Fixture>) -> Verdict {
+    let stage = Stage::new(fixture, 1).await?;
+    let (targets, target) = (stage.targets(1), stage.first());
+    paint::picture(&stage, &target, 1).await?;
+    let content = stage.live(&target).await?;
+    let snapshot = name("nightly");
+    let made = stage.create(&snapshot, &targets).await?;
+    let things = stage.things().await?;
+    paint::scribble(&stage, &target, 0xea).await?;
+    let again = stage.request(&snapshot, &targets);
+    let created = stage.dispatcher()?.create(stage.domain(), &again).await;
+    must_fail(created, ErrorKind::AlreadyExists, "a second snapshot of one name")?;
+    let now = stage.things().await?;
+    ensure!(now == things, "refused, and there is {now:?} after {things:?}");
+    ensure!(
+        stage.show(&snapshot).await?.snapshot == made,
+        "the record changed"
+    );
+    stage.must_hold(&snapshot, &target, &content).await?;
+    stage.delete_now(&snapshot).await?;
+    stage.finish().await
+}
+
+pub(super) async fn id_twice(fixture: &Arc<dyn Fixture>) -> Verdict {
+    let stage = Stage::new(fixture, 1).await?;
+    let (targets, target) = (stage.targets(1), stage.first());
+    paint::picture(&stage, &target, 1).await?;
+    let content = stage.live(&target).await?;
+    let snapshot = name("once");
+    let request = stage.request(&snapshot, &targets);
+    let first = stage.dispatcher()?.create(stage.domain(), &request).await;
+    let first = first.context("the first time")?;
+    paint::scribble(&stage, &target, 0xeb).await?;
+    let second = stage.dispatcher()?.create(stage.domain(), &request).await;
+    let second = second.context("the second time")?;
+    ensure!(first == second, "the second answer is another snapshot");
+    stage.must_hold(&snapshot, &target, &content).await?;
+    stage.delete_now(&snapshot).await?;
+    stage.finish().await
+}
+
+pub(super) async fn at_once(fixture: &Arc<dyn Fixture>) -> Verdict {
+    let stage = Stage::new(fixture, 1).await?;
+    let (targets, target) = (stage.targets(1), stage.first());
+    paint::picture(&stage, &target, 1).await?;
+    let content = stage.live(&target).await?;
+    let (left, right) = (name("left"), name("right"));
+    let (one, other) = tokio::join!(stage.create(&left, &targets), stage.create(&right, &targets));
+    one?;
+    other?;
+    paint::scribble(&stage, &target, 0xec).await?;
+    for snapshot in [&left, &right] {
+        stage.must_hold(snapshot, &target, &content).await?;
+    }
+    let (one, other) = tokio::join!(stage.delete_now(&left), stage.delete_now(&right));
+    one?;
+    other?;
+    stage.finish().await
+}
