@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use disksnap_core::{Connector, Control, Domain, Error, ErrorKind, Result};
 
 use crate::control::{Links, QemuControl};
+use crate::guard::GuardianProgram;
 use crate::qmp::Timeouts;
 
 /// The longest path of a unix socket, in bytes (unix(7)).
@@ -26,10 +27,11 @@ pub struct Paths {
 type SocketPaths = (Option<PathBuf>, Option<PathBuf>);
 
 /// What all controls of one connector share.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Settings {
     pub(crate) paths: Paths,
     pub(crate) timeouts: Timeouts,
+    pub(crate) guardian: GuardianProgram,
 }
 
 /// Connects to QEMUs by the sockets that a domain names. Clones share their connections.
@@ -46,6 +48,7 @@ impl QemuConnector {
         Self::with(Settings {
             paths,
             timeouts: Timeouts::default(),
+            guardian: GuardianProgram::default(),
         })
     }
 
@@ -60,8 +63,17 @@ impl QemuConnector {
     #[must_use]
     pub fn timeouts(self, timeouts: Timeouts) -> Self {
         Self::with(Settings {
-            paths: self.settings.paths.clone(),
             timeouts,
+            ..(*self.settings).clone()
+        })
+    }
+
+    /// The same with another guardian, and connections of its own.
+    #[must_use]
+    pub fn guardian(self, guardian: GuardianProgram) -> Self {
+        Self::with(Settings {
+            guardian,
+            ..(*self.settings).clone()
         })
     }
 

@@ -11,20 +11,36 @@ use disksnap_core::{
 };
 use serde_json::Value;
 
+use crate::agent::Agent;
 use crate::connector::Settings;
+use crate::guard::{self, Lifeline};
 use crate::nbd_server::NbdServerControl;
-use crate::qmp::{Session, Timeouts};
+use crate::order::{End, Plan};
+use crate::qmp::{OnConnect, Session, Timeouts};
 
 /// The connections to one domain.
 #[derive(Debug)]
 pub(crate) struct Links {
-    pub(crate) session: Option<Session>,
+    session: Option<Session>,
+    agent: Option<Agent>,
+    lifeline: Arc<Lifeline>,
 }
 
 impl Links {
     pub(crate) fn new(sockets: &Sockets, timeouts: Timeouts) -> Arc<Self> {
+        let lifeline = Arc::<Lifeline>::default();
+        // The guardian connects to the same paths from another working directory.
+        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        let hook = |end| -> OnConnect {
+            let lifeline = Arc::clone(&lifeline);
+            Box::new(move |descriptor| lifeline.connected(end, descriptor))
+        };
+        let session = |path| Session::with_hook(absolute(path), timeouts, hook(End::Monitor));
+        let agent = |path| Agent::new(absolute(path), timeouts, hook(End::Agent));
         Arc::new(Self {
-            session: sockets.monitor.as_ref().map(|path| Session::new(path, timeouts)),
+            session: sockets.monitor.as_ref().map(session),
+            agent: sockets.agent.as_ref().map(agent),
+            lifeline,
         })
     }
 }
@@ -168,16 +184,75 @@ fn run_state(status: String, migration: Option<String>) -> RunState {
 
 #[async_trait]
 impl Control for QemuControl {
-    async fn guard(&self, _watch: Watch) -> Result<Box<dyn Guard>> {
-        Err(Error::new(ErrorKind::Unsupported, "no guardian yet"))
+    async fn guard(&self, watch: Watch) -> Result<Box<dyn Guard>> {
+        let timeouts = self.settings.timeouts;
+        let mut connections = Vec::new();
+        let mut plan = Plan {
+            deadline_ms: millis(watch.deadline),
+            // It must have given up before the parent, who waits for its word, does.
+            patience_ms: millis(timeouts.guardian) * 3 / 4,
+            ..Plan::default()
+        };
+        if watch.resume {
+            let session = self.session()?;
+            let connection = session
+                .connection()
+                .await
+                .map_err(|f| f.error.with("domain", &self.domain.id))?;
+            let duplicate = connection.descriptor.try_clone();
+            let duplicate =
+                duplicate.map_err(|error| Error::io("cannot duplicate the monitor's descriptor", error))?;
+            connections.push((End::Monitor, duplicate));
+            plan.resume = Some(session.path().to_owned());
+        }
+        if watch.thaw
+            && let Some(agent) = &self.links.agent
+        {
+            connections.extend(
+                agent
+                    .descriptor()
+                    .await
+                    .map(|descriptor| (End::Agent, descriptor)),
+            );
+            plan.thaw = Some(agent.path().to_owned());
+        }
+        let program = &self.settings.guardian;
+        let armed = guard::arm(
+            program,
+            plan,
+            connections,
+            &self.links.lifeline,
+            timeouts.guardian,
+        )
+        .await;
+        Ok(Box::new(
+            armed.map_err(|error| error.with("domain", &self.domain.id))?,
+        ))
     }
 
-    async fn freeze(&self, _deadline: Duration) -> Result<Freeze> {
-        Err(Error::new(ErrorKind::Unavailable, "no guest agent yet"))
+    async fn freeze(&self, deadline: Duration) -> Result<Freeze> {
+        let agent = self.links.agent.as_ref().ok_or_else(|| {
+            Error::new(ErrorKind::Unavailable, "nobody said where the guest agent is").hint(
+                "Name the socket of its channel with --agent, or with <disksnap:agent path='…'/> in the <metadata> of \
+                 the domain's document.",
+            )
+        });
+        let frozen = match agent {
+            Ok(agent) => agent.freeze(deadline).await,
+            Err(error) => Err(error),
+        };
+        frozen.map_err(|error| error.with("domain", &self.domain.id))
     }
 
     async fn thaw(&self) -> Result<()> {
-        Ok(())
+        match &self.links.agent {
+            Some(agent) => agent
+                .thaw()
+                .await
+                .map_err(|error| error.with("domain", &self.domain.id)),
+            // Without an agent nothing was frozen.
+            None => Ok(()),
+        }
     }
 
     async fn pause(&self) -> Result<()> {
@@ -235,4 +310,8 @@ impl Control for QemuControl {
         let result = self.nbd()?.served().await;
         result.map_err(|error| error.with("domain", &self.domain.id))
     }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -4,12 +4,16 @@
 //! [`QemuControl`]s, which implement core's `Host` and `Control` for a `qemu-system-*` or `qemu-storage-daemon`.
 //! Providers, which see only `&dyn Host`, ask [`Schema`] what this QEMU can do and [`Graph`] which node serves a disk.
 
+mod agent;
 mod connector;
 mod control;
 mod errors;
 pub mod graph;
+mod guard;
+pub mod guardian;
 mod lines;
 mod nbd_server;
+mod order;
 mod peer;
 mod qmp;
 mod schema;
@@ -17,5 +21,6 @@ mod schema;
 pub use connector::{Paths, QemuConnector};
 pub use control::QemuControl;
 pub use graph::{DiskNodes, Graph};
+pub use guard::GuardianProgram;
 pub use qmp::{Event, Events, Heard, Session, Timeouts};
 pub use schema::Schema;

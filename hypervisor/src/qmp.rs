@@ -174,6 +174,11 @@ impl Session {
         Ok(answers)
     }
 
+    /// Closes the connection; the next command makes a new one. Frees the monitor for other clients.
+    pub async fn disconnect(&self) {
+        *self.slot.lock().await = None;
+    }
+
     /// The living connection, or a new one.
     pub(crate) async fn connection(&self) -> std::result::Result<Arc<Connection>, ConnectFailure> {
         let mut slot = self.slot.lock().await;
@@ -188,11 +193,6 @@ impl Session {
         *slot = Some(Arc::clone(&connection));
         drop(slot);
         Ok(connection)
-    }
-
-    /// The living connection, if there is one now.
-    pub(crate) async fn connected(&self) -> Option<Arc<Connection>> {
-        self.slot.lock().await.clone().filter(|c| c.is_alive())
     }
 }
 

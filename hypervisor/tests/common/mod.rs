@@ -4,9 +4,10 @@
 #![allow(dead_code, reason = "every test binary uses a part of it")]
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use disksnap_core::{Disk, Domain, DomainId, Sockets, Source};
-use disksnap_hypervisor::{Paths, QemuConnector, QemuControl};
+use disksnap_hypervisor::{GuardianProgram, Paths, QemuConnector, QemuControl};
 use disksnap_test_support::{Qemu, StorageDaemon};
 use tempfile::TempDir;
 
@@ -62,4 +63,21 @@ pub(crate) fn disk_of(target: &str, image: &Path) -> Disk {
             file: image.to_owned(),
         },
     )
+}
+
+/// The guardian of this package.
+pub(crate) fn guardian_program() -> GuardianProgram {
+    GuardianProgram::Program {
+        path: env!("CARGO_BIN_EXE_disksnap-guardian").into(),
+        arguments: Vec::new(),
+    }
+}
+
+/// Waits until something is so; far longer than it should take.
+pub(crate) fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !is_so() {
+        assert!(begun.elapsed() < Duration::from_secs(120), "still not so: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }

@@ -1,0 +1,254 @@
+//! The guardian: whatever happens to the parent, the guest runs again; and what the parent did not pause stays paused.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use common::{Place, eventually, guardian_program, qemu_domain};
+use disksnap_core::{Control, ErrorKind, Host, RunState, Verdict, Watch};
+use disksnap_hypervisor::{GuardianProgram, Heard};
+use disksnap_test_support::{DiskSpec, GuestSetup, MIB, Qemu, need};
+use rustix::process::{Pid, Signal, kill_process};
+
+const PAUSE: Watch = Watch {
+    resume: true,
+    thaw: false,
+    deadline: Duration::from_secs(600),
+};
+
+fn place() -> Place {
+    let place = Place::new();
+    let connector = place.connector.clone().guardian(guardian_program());
+    Place { connector, ..place }
+}
+
+#[tokio::test]
+async fn let_go_in_time_it_is_quiet() {
+    let qemu = Qemu::builder().start();
+    let control = place().control(&qemu_domain(&qemu));
+    let guard = control.guard(PAUSE).await.unwrap();
+    control.pause().await.unwrap();
+    assert_eq!(qemu.status(), "paused");
+    assert_eq!(control.state().await.unwrap(), RunState::Stopped("paused".into()));
+    control.resume().await.unwrap();
+    assert_eq!(guard.disarm().await.unwrap(), Verdict::Quiet);
+    control.resume().await.unwrap();
+    assert_eq!(qemu.status(), "running");
+}
+
+#[tokio::test]
+async fn dropped_without_a_word_it_acts() {
+    let qemu = Qemu::builder().start();
+    let control = place().control(&qemu_domain(&qemu));
+    let guard = control.guard(PAUSE).await.unwrap();
+    control.pause().await.unwrap();
+    drop(guard);
+    eventually("the guest runs again", || qemu.status() == "running");
+}
+
+#[tokio::test]
+async fn past_the_deadline_it_acts_and_says_so() {
+    let qemu = Qemu::builder().start();
+    let control = place().control(&qemu_domain(&qemu));
+    let watch = Watch {
+        deadline: Duration::from_millis(200),
+        ..PAUSE
+    };
+    let guard = control.guard(watch).await.unwrap();
+    control.pause().await.unwrap();
+    eventually("the guest runs again", || qemu.status() == "running");
+    assert_eq!(guard.disarm().await.unwrap(), Verdict::Fired);
+    // The parent's connection was taken from it; the next command makes a new one.
+    assert_eq!(control.state().await.unwrap(), RunState::Running);
+}
+
+#[tokio::test]
+async fn a_connection_made_after_arming_is_taken_too() {
+    let qemu = Qemu::builder().start();
+    let control = place().control(&qemu_domain(&qemu));
+    let watch = Watch {
+        deadline: Duration::from_millis(1500),
+        ..PAUSE
+    };
+    let guard = control.guard(watch).await.unwrap();
+    control.session().unwrap().disconnect().await;
+    control.pause().await.unwrap();
+    eventually("the guest runs again", || qemu.status() == "running");
+    assert_eq!(guard.disarm().await.unwrap(), Verdict::Fired);
+}
+
+#[tokio::test]
+async fn a_guest_that_somebody_else_paused_stays_paused() {
+    let qemu = Qemu::builder().prelaunch().start();
+    let control = place().control(&qemu_domain(&qemu));
+    assert_eq!(
+        control.state().await.unwrap(),
+        RunState::Stopped("prelaunch".into())
+    );
+    // As core arms it for a guest that does not run.
+    let watch = Watch {
+        resume: false,
+        ..PAUSE
+    };
+    let guard = control.guard(watch).await.unwrap();
+    drop(guard);
+    let watch = Watch {
+        resume: true,
+        deadline: Duration::from_millis(1),
+        ..PAUSE
+    };
+    let mut events = control.session().unwrap().subscribe();
+    let guard = control.guard(watch).await.unwrap();
+    // In QEMU's words it is not paused: even a guardian told to resume leaves it alone.
+    while events.next().await != Heard::Lost {}
+    assert_eq!(guard.disarm().await.unwrap(), Verdict::Fired);
+    assert_eq!(qemu.status(), "prelaunch");
+}
+
+#[tokio::test]
+async fn without_a_program_nothing_is_paused() {
+    let qemu = Qemu::builder().start();
+    let place = Place::new();
+    let missing = GuardianProgram::Program {
+        path: "/no/such/program".into(),
+        arguments: Vec::new(),
+    };
+    let control = place
+        .connector
+        .clone()
+        .guardian(missing)
+        .control(&qemu_domain(&qemu))
+        .unwrap();
+    assert_eq!(
+        control.guard(PAUSE).await.unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
+    // A program that is no guardian.
+    let wrong = GuardianProgram::Program {
+        path: "/bin/true".into(),
+        arguments: Vec::new(),
+    };
+    let control = place
+        .connector
+        .clone()
+        .guardian(wrong)
+        .control(&qemu_domain(&qemu))
+        .unwrap();
+    let error = control.guard(PAUSE).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(
+        error.next_step().unwrap().contains("run_if_asked"),
+        "{:?}",
+        error.next_step()
+    );
+    let control = place.connector.control(&qemu_domain(&qemu)).unwrap();
+    let error = control.guard(PAUSE).await.unwrap_err();
+    assert!(
+        error.next_step().unwrap().contains("run_if_asked"),
+        "{:?}",
+        error.next_step()
+    );
+    assert_eq!(qemu.status(), "running");
+}
+
+/// Not a test: what the tests below start as the parent. Arms, pauses (and freezes), says so, and hangs.
+#[tokio::test]
+#[ignore = "the tests below run it as a process of their own"]
+async fn parent() {
+    let Ok(monitor) = std::env::var("PARENT_MONITOR") else {
+        return;
+    };
+    let agent = std::env::var_os("PARENT_AGENT").map(PathBuf::from);
+    let deadline = Duration::from_millis(std::env::var("PARENT_DEADLINE").unwrap().parse().unwrap());
+    let domain = common::domain(monitor.as_ref(), agent.as_deref());
+    let control = place().control(&domain);
+    let watch = Watch {
+        resume: agent.is_none(),
+        thaw: agent.is_some(),
+        deadline,
+    };
+    let _guard = control.guard(watch).await.unwrap();
+    if agent.is_some() {
+        assert!(control.freeze(deadline).await.unwrap().filesystems > 0);
+    } else {
+        control.pause().await.unwrap();
+    }
+    println!("\nSTANDS STILL");
+    std::future::pending::<()>().await;
+}
+
+struct Parent(Child);
+
+impl Parent {
+    fn start(qemu: &Qemu, agent: bool, deadline: Duration) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "parent", "--ignored", "--nocapture"]);
+        command.env("PARENT_MONITOR", qemu.qmp_path());
+        command.env("PARENT_DEADLINE", deadline.as_millis().to_string());
+        if agent {
+            command.env("PARENT_AGENT", qemu.agent_path());
+        }
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let said = out
+            .lines()
+            .map_while(Result::ok)
+            .any(|line| line == "STANDS STILL");
+        assert!(said, "the parent did not come as far as to pause");
+        Self(child)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).unwrap();
+    }
+}
+
+impl Drop for Parent {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_killed_parent_s_guest_runs_again() {
+    let qemu = Qemu::builder().disk(DiskSpec::new("vda", MIB)).start();
+    let parent = Parent::start(&qemu, false, Duration::from_secs(600));
+    assert_eq!(qemu.status(), "paused");
+    parent.signal(Signal::KILL);
+    eventually("the guest runs again", || qemu.status() == "running");
+}
+
+#[test]
+fn a_hung_parent_s_guest_runs_again() {
+    let qemu = Qemu::builder().start();
+    let parent = Parent::start(&qemu, false, Duration::from_secs(2));
+    parent.signal(Signal::STOP);
+    eventually("the guest runs again", || qemu.status() == "running");
+}
+
+#[test]
+fn a_killed_parent_s_guest_is_thawed() {
+    need!("guest");
+    let qemu = Qemu::builder()
+        .disk(DiskSpec::new("vda", 64 * MIB))
+        .guest(GuestSetup::new().file_system("ext4", "vda"))
+        .start();
+    drop(qemu.agent());
+    let parent = Parent::start(&qemu, true, Duration::from_secs(600));
+    parent.signal(Signal::KILL);
+    // Only an agent whose file systems are not frozen answers this with "thawed".
+    eventually("the guest is thawed", || {
+        let mut agent = qemu.agent();
+        agent.execute("guest-fsfreeze-status", serde_json::json!({})) == "thawed"
+    });
+}
