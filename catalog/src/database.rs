@@ -1,6 +1,6 @@
 //! The database: opened, checked, upgraded; and steps in it, each one transaction off the executor.
 //!
-//! Write-ahead log with `synchronous=FULL`: a commit is one append and one `fdatasync`, and readers
+//! Write-ahead log with `synchronous=FULL`: a commit is one append and one `fsync`, and readers
 //! in other processes never stand in its way. A rollback journal would cost three flushes. The log is
 //! not folded in when the last connection closes, which would cost each short command three more; it
 //! is folded in every [`CHECKPOINT_PAGES`] instead.

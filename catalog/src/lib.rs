@@ -10,7 +10,7 @@
 //! images/  run/    the providers' images, the sockets
 //! ```
 //!
-//! One act of the dispatcher costs two commits, and a commit costs one `fdatasync`: the intent, and
+//! One act of the dispatcher costs two commits, and a commit costs one `fsync`: the intent, and
 //! its outcome. `cargo run --release -p disksnap-catalog --example commit_time` measures them.
 
 #![allow(clippy::doc_markdown, reason = "SQLite is a name, not code")]

@@ -299,11 +299,30 @@ async fn on_a_full_file_system_snapshots_can_still_be_deleted() {
     assert!(dir.path().join("reserve").exists());
 }
 
+#[tokio::test]
+async fn a_full_file_system_does_not_keep_the_catalog_from_being_opened() {
+    need!("small-fs");
+    let fs = small_fs(8 * 1024 * 1024);
+    let dir = closed(fs.path()).await;
+    // As after a restore from a backup: the shared index of the log must be made anew.
+    fs::remove_file(dir.path().join("catalog.sqlite-shm")).ok();
+    fill(&dir.images().join("fleece"));
+    let catalog = SqliteCatalog::open(dir.clone()).await.unwrap();
+    assert_eq!(catalog.snapshots(&domain("vm")).await.unwrap().len(), 100);
+    assert!(!dir.path().join("reserve").exists());
+    drop(catalog);
+
+    // Once nothing is left of the reserve either, it is said.
+    fs::remove_file(dir.path().join("catalog.sqlite-shm")).unwrap();
+    fill(&dir.images().join("more"));
+    assert_eq!(refused(&dir).await.kind(), ErrorKind::NoSpace);
+}
+
 /// Writes until nothing more fits.
 fn fill(path: &Path) {
     use std::io::Write;
     let mut file = fs::File::create(path).unwrap();
-    for size in [65536, 512] {
+    for size in [65536, 512, 1] {
         while file.write_all(&vec![1; size]).is_ok() {}
     }
 }

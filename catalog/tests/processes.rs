@@ -176,7 +176,11 @@ async fn a_child_of_the_holder_does_not_inherit_the_lock() {
     let mut second = Second::start("grandchild", temp.path());
     let pid: i32 = second.word().unwrap().parse().unwrap();
     second.child.wait().unwrap();
-    let locked = catalog.with_patience(Duration::ZERO).lock(&domain("vm")).await;
+    // Its copy closes a moment after its start; the grandchild itself stays for ten minutes.
+    let locked = catalog
+        .with_patience(Duration::from_mins(1))
+        .lock(&domain("vm"))
+        .await;
     let grandchild = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(grandchild, rustix::process::Signal::KILL).unwrap();
     locked.unwrap();
