@@ -5,11 +5,8 @@
 //!
 //! ```no_run
 //! # fn my_fixture() -> disksnap_conformance::RawFiles { unimplemented!() }
-//! #[test]
-//! fn conforms() {
-//!     disksnap_conformance::assert_conforms(my_fixture());
-//! }
-//! # conforms();
+//! // #[test] fn conforms()
+//! disksnap_conformance::assert_conforms(my_fixture());
 //! ```
 //!
 //! The suite calls the provider as the contract says it may be called: directly, through the

@@ -217,7 +217,10 @@ impl Dispatcher {
             Ok(made) => made,
             Err(error) => return Err(self.roll_back(control, &intent, &parts, error).await),
         };
-        let snapshot = assemble(request.id, name, domain, plan, &parts, instant, units)?;
+        let snapshot = match assemble(request.id, name, domain, plan, &parts, instant, units) {
+            Ok(snapshot) => snapshot,
+            Err(error) => return Err(self.roll_back(control, &intent, &parts, error).await),
+        };
         let change = [Change::AddSnapshot(Box::new(snapshot.clone()))];
         match self.catalog.settle(intent.id, &domain.id, &change).await {
             Ok(()) => Ok(snapshot),

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::{Map, Value};
 
 use crate::{
-    Batch, Command, Consistency, Control, DiskSnapshot, Error, ErrorKind, Guard, Prepared, Quiesce, Result,
-    RunState, Step, TakePlan, Taken, Verdict, Watch, WindowReport,
+    Batch, Command, Consistency, Control, DiskSnapshot, Effect, Error, ErrorKind, Guard, Prepared, Quiesce,
+    Result, RunState, Step, TakePlan, Taken, Verdict, Watch, WindowReport,
 };
 
 /// A unit to be taken, with what fixes its instant.
@@ -42,7 +42,7 @@ pub(crate) async fn open(
     let needs_pause = needs_pause(state, takes)?;
     let wants_freeze = wants_freeze(state, quiesce)?;
     if !needs_pause && wants_freeze.is_err() {
-        return run(control, deadline, takes, false, wants_freeze).await;
+        return run(control, deadline, takes, false, wants_freeze, &mut false).await;
     }
     let watch = Watch {
         resume: needs_pause,
@@ -50,7 +50,13 @@ pub(crate) async fn open(
         deadline,
     };
     let guard = control.guard(watch).await.map_err(|e| e.during("guard"))?;
-    let result = run(control, deadline, takes, needs_pause, wants_freeze).await;
+    let mut stands = false;
+    let result = run(control, deadline, takes, needs_pause, wants_freeze, &mut stands).await;
+    if stands {
+        // We could not let the guest go: the guardian does, if we leave it armed.
+        drop(guard);
+        return result;
+    }
     let verdict = let_go(guard).await;
     match (result, verdict) {
         (Ok(instant), Ok(Verdict::Quiet)) => Ok(instant),
@@ -122,49 +128,34 @@ fn wants_freeze(state: &RunState, quiesce: Quiesce) -> Result<std::result::Resul
     Ok(Err(Consistency::Unquiesced { reason: why }))
 }
 
-/// Everything between arming and disarming. Thaws and resumes whatever it froze and paused.
+/// Everything between arming and disarming. Thaws and resumes whatever it froze and paused; where that
+/// fails, the error comes with `stands` set.
 async fn run(
     control: &dyn Control,
     deadline: Duration,
     takes: &[Take<'_>],
     pause: bool,
     freeze: std::result::Result<Quiesce, Consistency>,
+    stands: &mut bool,
 ) -> Result<Instantly> {
     let opened = Instant::now();
     let mut warnings = Vec::new();
-    let (frozen, consistency) = match freeze {
-        Err(consistency) => (false, consistency),
-        Ok(quiesce) => match control.freeze(deadline).await {
-            Ok(freeze) => (
-                true,
-                Consistency::Filesystem {
-                    filesystems: freeze.filesystems,
-                },
-            ),
-            Err(error) if quiesce == Quiesce::Require => return Err(error.during("freeze")),
-            Err(error) => {
-                warnings.push(format!("not quiesced: {error}"));
-                (
-                    false,
-                    Consistency::Unquiesced {
-                        reason: error.to_string(),
-                    },
-                )
-            }
-        },
+    let consistency = match freeze {
+        Err(consistency) => consistency,
+        Ok(quiesce) => quiesced(control, quiesce, deadline, &mut warnings, stands).await?,
     };
+    let frozen = matches!(consistency, Consistency::Filesystem { .. });
     let mut report = WindowReport::default();
-    let result = paused(control, takes, pause, remaining(deadline, opened), &mut report).await;
-    let thawed = if frozen {
-        control.thaw().await.map_err(|e| e.during("thaw"))
-    } else {
-        Ok(())
-    };
+    let left = remaining(deadline, opened);
+    let mut result = paused(control, takes, pause, left, &mut report, stands).await;
     if frozen {
+        if let Err(failure) = control.thaw().await {
+            *stands = true;
+            result = Err(still(result, failure.during("thaw")));
+        }
         report.frozen_us = micros(opened.elapsed());
     }
     let (taken, at) = result?;
-    thawed?;
     Ok(Instantly {
         taken,
         at,
@@ -172,6 +163,44 @@ async fn run(
         report,
         warnings,
     })
+}
+
+/// Freezes, or says why it is not frozen where that is good enough.
+async fn quiesced(
+    control: &dyn Control,
+    quiesce: Quiesce,
+    deadline: Duration,
+    warnings: &mut Vec<String>,
+    stands: &mut bool,
+) -> Result<Consistency> {
+    let error = match control.freeze(deadline).await {
+        Ok(freeze) => {
+            let filesystems = freeze.filesystems;
+            return Ok(Consistency::Filesystem { filesystems });
+        }
+        Err(error) => error.during("freeze"),
+    };
+    // A silent agent may have frozen some, or do so yet.
+    if error.effect() == Effect::Unknown
+        && let Err(failure) = control.thaw().await
+    {
+        *stands = true;
+        return Err(error.rollback_failed(vec![failure.during("thaw")]));
+    }
+    if quiesce == Quiesce::Require {
+        return Err(error);
+    }
+    warnings.push(format!("not quiesced: {error}"));
+    let reason = error.to_string();
+    Ok(Consistency::Unquiesced { reason })
+}
+
+/// The error of a window after which the guest may not have been let go.
+fn still<T>(result: Result<T>, failure: Error) -> Error {
+    match result {
+        Ok(_) => failure,
+        Err(error) => error.rollback_failed(vec![failure]),
+    }
 }
 
 fn remaining(deadline: Duration, since: Instant) -> Duration {
@@ -188,10 +217,19 @@ async fn paused(
     pause: bool,
     left: Duration,
     report: &mut WindowReport,
+    stands: &mut bool,
 ) -> Result<(Vec<Taken>, SystemTime)> {
     let since = Instant::now();
-    if pause {
-        control.pause().await.map_err(|e| e.during("pause"))?;
+    if pause && let Err(error) = control.pause().await {
+        let error = error.during("pause");
+        // Perhaps it was done and only the answer was lost.
+        return Err(match control.resume().await {
+            Ok(()) => error,
+            Err(failure) => {
+                *stands = true;
+                error.rollback_failed(vec![failure.during("resume")])
+            }
+        });
     }
     let started = Instant::now();
     let at = SystemTime::now();
@@ -206,7 +244,10 @@ async fn paused(
     };
     report.taken_us = micros(started.elapsed());
     if pause {
-        control.resume().await.map_err(|e| e.during("resume"))?;
+        if let Err(failure) = control.resume().await {
+            *stands = true;
+            return Err(still(result, failure.during("resume")));
+        }
         report.paused_us = micros(since.elapsed());
     }
     result.map(|taken| (taken, at))
