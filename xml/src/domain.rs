@@ -161,20 +161,21 @@ fn read_metadata(root: Elem<'_, '_>) -> Result<(Sockets, Methods)> {
         monitor: socket(ours, "monitor")?,
         agent: socket(ours, "agent")?,
     };
-    let mut methods = Vec::new();
+    let (mut targets, mut methods) = (Vec::new(), Vec::new());
     for disk in metadata_disks(ours) {
         disk.only_attrs(&["target"])?;
         disk.only_children(Some(DOMAIN_NAMESPACE), &["diskSnapshot"])?;
         let target = disk::target_name(disk, "target")?;
-        if methods.iter().any(|(known, _)| *known == target) {
+        if targets.contains(&target) {
             return Err(disk.attr_fault(
                 "target",
                 format!("the disk '{target}' comes twice: expected it once"),
             ));
         }
         if let Some(choice) = disk.child_in(Some(DOMAIN_NAMESPACE), "diskSnapshot")? {
-            methods.push((target, method::read(choice)?));
+            methods.push((target.clone(), method::read(choice)?));
         }
+        targets.push(target);
     }
     Ok((sockets, methods))
 }
@@ -200,6 +201,7 @@ fn socket(ours: Elem<'_, '_>, name: &str) -> Result<Option<std::path::PathBuf>> 
 /// `Invalid` when it is longer than [`MAX_BYTES`](crate::MAX_BYTES) or not UTF-8, with the line and
 /// column where it stops being that.
 pub fn text_of(bytes: Vec<u8>) -> Result<String> {
+    crate::limits::check_length(bytes.len())?;
     String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
         let before = String::from_utf8_lossy(&error.as_bytes()[..valid]).into_owned();

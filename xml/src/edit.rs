@@ -167,15 +167,16 @@ impl DomainDocument {
     }
 }
 
-/// Puts new elements where the first of the old ones is; says whether there was one.
+/// Puts new elements where the first of the old ones is; says whether nothing is left to be put anywhere.
 fn put_in_place(edit: &mut Edit<'_>, old: &[Elem<'_, '_>], new: &[Element]) -> Result<bool> {
-    let (Some(first), false) = (old.first(), new.is_empty()) else {
-        old.iter().for_each(|elem| edit.remove(*elem));
-        return Ok(new.is_empty());
-    };
-    edit.replace(*first, new)?;
-    old[1..].iter().for_each(|elem| edit.remove(*elem));
-    Ok(true)
+    let kept = usize::from(!new.is_empty());
+    if let (Some(first), 1) = (old.first(), kept) {
+        edit.replace(*first, new)?;
+    }
+    for elem in old.iter().skip(kept) {
+        edit.remove(*elem);
+    }
+    Ok(!old.is_empty() || new.is_empty())
 }
 
 /// Replaces or removes a child, or leaves the new one to be put in with what else is missing.

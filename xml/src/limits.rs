@@ -115,11 +115,18 @@ impl<'t> Iterator for Scanner<'t> {
     }
 }
 
+/// Refuses a document that is too long.
+pub(crate) fn check_length(bytes: usize) -> Result<()> {
+    if bytes <= MAX_BYTES {
+        return Ok(());
+    }
+    let message = format!("the document has more than {MAX_BYTES} bytes");
+    Err(Error::new(ErrorKind::Invalid, message).with("bytes", bytes))
+}
+
 /// Refuses a document that is too large, too deep or too rich.
 pub(crate) fn check(text: &str) -> Result<()> {
-    if text.len() > MAX_BYTES {
-        return Err(too_much(text, 0, "the document", "bytes", MAX_BYTES).with("bytes", text.len()));
-    }
+    check_length(text.len())?;
     if text.matches("xmlns").count() > MAX_NAMESPACES {
         return Err(too_much(
             text,

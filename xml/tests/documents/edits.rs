@@ -1,0 +1,260 @@
+//! Edits in place: what they put where, and that every other byte stays.
+
+use disksnap_core::{
+    Alias, BackingStore, Export, Listen, MethodChoice, NbdServer, Options, ServeNode, SnapshotId,
+    SnapshotName, Source,
+};
+use disksnap_xml::{DomainDocument, disk_element};
+use insta::assert_snapshot;
+
+use crate::{ACTIVE, SOURCES};
+
+fn server(listen: &str) -> NbdServer {
+    NbdServer {
+        listen: listen.parse::<Listen>().unwrap(),
+        tls: None,
+        explicit: false,
+        instance: None,
+    }
+}
+
+fn export(alias: &str, name: &str) -> Export {
+    Export {
+        alias: Alias(alias.to_owned()),
+        snapshot: SnapshotId::random(),
+        target: "vda".to_owned(),
+        node: ServeNode {
+            id: "x".to_owned(),
+            node: "n".to_owned(),
+            name: name.to_owned(),
+        },
+        lease: None,
+    }
+}
+
+/// The lines that differ, as `diff` would tell them; fails where a line of the old text is touched
+/// that `allowed` does not name.
+fn difference(old: &str, new: &str) -> String {
+    let (old, new): (Vec<_>, Vec<_>) = (old.lines().collect(), new.lines().collect());
+    let same_start = old.iter().zip(&new).take_while(|(a, b)| a == b).count();
+    let rest = old.len().min(new.len()) - same_start;
+    let ends = old.iter().rev().zip(new.iter().rev());
+    let same_end = ends.take(rest).take_while(|(a, b)| a == b).count();
+    let gone = old[same_start..old.len() - same_end]
+        .iter()
+        .map(|l| format!("-{l}"));
+    let come = new[same_start..new.len() - same_end]
+        .iter()
+        .map(|l| format!("+{l}"));
+    gone.chain(come).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn exports_come_and_change_and_go() {
+    let document = DomainDocument::parse(ACTIVE).unwrap();
+    let exports = [
+        export("virtio-disk0-backup", "virtio-disk0-backup"),
+        export("scsi0-0-0-0-backup", "data"),
+    ];
+    let server_a = server("10.0.2.10:8001");
+    let active = document.with_exports(Some(&server_a), &exports).unwrap();
+    assert_snapshot!(difference(ACTIVE, active.text()), @"");
+    assert_eq!(active.with_exports(Some(&server_a), &exports).unwrap(), active);
+    let moved = active
+        .with_exports(Some(&server("unix:/run/nbd.sock")), &exports[..1])
+        .unwrap();
+    assert_snapshot!(difference(ACTIVE, moved.text()), @"");
+    assert_eq!(moved.with_exports(None, &[]).unwrap(), document);
+    assert_eq!(document.with_exports(None, &[]).unwrap(), document);
+}
+
+#[test]
+fn checkpoints_come_and_go() {
+    let document = DomainDocument::parse(ACTIVE).unwrap();
+    let names: Vec<SnapshotName> = ["monday", "tues<day>"]
+        .iter()
+        .map(|n| n.parse().unwrap())
+        .collect();
+    let with = document.with_checkpoints("vda", &names).unwrap();
+    assert_snapshot!(difference(ACTIVE, with.text()), @"");
+    assert_eq!(with.with_checkpoints("vda", &names).unwrap(), with);
+    let fewer = with.with_checkpoints("vda", &names[1..]).unwrap();
+    assert_eq!(fewer, document.with_checkpoints("vda", &names[1..]).unwrap());
+    assert_eq!(with.with_checkpoints("vda", &[]).unwrap(), document);
+}
+
+#[test]
+fn an_overlay_becomes_the_disk() {
+    let document = DomainDocument::parse(ACTIVE).unwrap();
+    let mut disk = document.domain().disk("vda").unwrap().clone();
+    disk.backing = Some(BackingStore {
+        format: disk.driver.format.clone(),
+        source: disk.source.clone().unwrap(),
+        backing: disk.backing.map(Box::new),
+    });
+    disk.source = Some(Source::File {
+        file: "/images/over&lay.qcow2".into(),
+    });
+    let after = document.with_disk("vda", &disk).unwrap();
+    assert_eq!(*after.domain().disk("vda").unwrap(), disk);
+    assert_snapshot!(difference(ACTIVE, after.text()), @"");
+    // And back: the top image gets its own text again.
+    let before = document.domain().disk("vda").unwrap();
+    let back = after.with_disk("vda", before).unwrap();
+    assert_eq!(back.domain(), document.domain());
+    assert_snapshot!(difference(ACTIVE, back.text()), @"");
+}
+
+#[test]
+fn a_disk_moves_to_another_kind_of_place() {
+    let document = DomainDocument::parse(ACTIVE).unwrap();
+    let mut disk = document.domain().disk("sda").unwrap().clone();
+    disk.source = Some(Source::File {
+        file: "/images/data.qcow2".into(),
+    });
+    disk.driver.format = Some("qcow2".to_owned());
+    let after = document.with_disk("sda", &disk).unwrap();
+    assert_snapshot!(difference(ACTIVE, after.text()), @"");
+    assert_eq!(*after.domain().disk("sda").unwrap(), disk);
+    assert_eq!(
+        document
+            .with_disk("sda", document.domain().disk("sda").unwrap())
+            .unwrap(),
+        document
+    );
+}
+
+#[test]
+fn a_disk_that_says_little_gets_what_it_lacks() {
+    let document = DomainDocument::parse(SOURCES).unwrap();
+    let mut disk = document.domain().disk("hda").unwrap().clone();
+    disk.driver.format = Some("qcow2".to_owned());
+    disk.backing = Some(BackingStore {
+        format: Some("raw".to_owned()),
+        source: disk.source.clone().unwrap(),
+        backing: None,
+    });
+    disk.source = Some(Source::Block {
+        dev: "/dev/vg/over".into(),
+    });
+    let after = document.with_disk("hda", &disk).unwrap();
+    assert_snapshot!(difference(SOURCES, after.text()), @"");
+}
+
+#[test]
+fn a_secret_stays_with_an_encrypted_disk() {
+    let document = DomainDocument::parse(SOURCES).unwrap();
+    let mut disk = document.domain().disk("vdg").unwrap().clone();
+    disk.source = Some(Source::File {
+        file: "/images/other.qcow2".into(),
+    });
+    let after = document.with_disk("vdg", &disk).unwrap();
+    assert!(after.domain().disk("vdg").unwrap().encrypted);
+    assert_snapshot!(difference(SOURCES, after.text()), @"");
+}
+
+#[test]
+fn what_is_not_looked_into_is_carried_or_refused() {
+    let document = DomainDocument::parse(SOURCES).unwrap();
+    let mut disk = document.domain().disk("vde").unwrap().clone();
+    disk.backing = Some(BackingStore {
+        format: Some("raw".to_owned()),
+        source: disk.source.clone().unwrap(),
+        backing: None,
+    });
+    disk.source = Some(Source::File {
+        file: "/images/over.qcow2".into(),
+    });
+    let after = document.with_disk("vde", &disk).unwrap();
+    assert!(after.text().contains("<backingStore type='nvme'>"));
+    assert!(
+        after
+            .text()
+            .contains("<source type='pci' managed='yes' namespace='1'>")
+    );
+    disk.source = Some(Source::Other {
+        kind: "vhostuser".to_owned(),
+    });
+    let error = document.with_disk("vde", &disk).unwrap_err();
+    assert_snapshot!(error, @"");
+    let error = document.with_disk("vdf", &disk).unwrap_err();
+    assert_snapshot!(error, @"");
+    assert_snapshot!(document.with_disk("vdz", &disk).unwrap_err(), @"");
+}
+
+#[test]
+fn a_method_is_set_where_it_stands() {
+    let document = DomainDocument::parse(ACTIVE).unwrap();
+    let choice = MethodChoice {
+        method: "lvm".to_owned(),
+        options: Options::from_iter([
+            ("device.path", "/dev/vg/lv4"),
+            ("device.size", "10%"),
+            ("thin", "yes"),
+        ]),
+    };
+    let in_disk = document.with_method("vda", Some(&choice)).unwrap();
+    assert_snapshot!(difference(ACTIVE, in_disk.text()), @"");
+    assert_eq!(
+        in_disk.domain().disk("vda").unwrap().method.as_ref(),
+        Some(&choice)
+    );
+    assert_eq!(in_disk.with_method("vda", None).unwrap(), document);
+    let in_metadata = document.with_method("sda", Some(&choice)).unwrap();
+    assert_snapshot!(difference(ACTIVE, in_metadata.text()), @"");
+    assert_eq!(
+        in_metadata.domain().disk("sda").unwrap().method.as_ref(),
+        Some(&choice)
+    );
+    let none = document.with_method("sda", None).unwrap();
+    assert_eq!(none.domain().disk("sda").unwrap().method, None);
+}
+
+#[test]
+fn line_ends_and_tabs_and_single_lines_are_kept() {
+    let windows = ACTIVE.replace('\n', "\r\n");
+    let document = DomainDocument::parse(windows.as_str()).unwrap();
+    let active = document
+        .with_exports(Some(&server("[::1]:8001")), &[export("a", "a")])
+        .unwrap();
+    assert_eq!(
+        active.text().matches('\n').count(),
+        active.text().matches("\r\n").count()
+    );
+    let tabs = "<domain>\n\t<name>a</name>\n\t<devices/>\n</domain>";
+    let tabs = DomainDocument::parse(tabs).unwrap();
+    let tabs = tabs
+        .with_exports(Some(&server("[::1]:8001")), &[export("a", "a")])
+        .unwrap();
+    assert_snapshot!(tabs.text().replace('\t', "→"), @"");
+    let line = DomainDocument::parse(
+        "<domain><name>a</name><devices><disk><target dev='a'/></disk></devices></domain>",
+    );
+    let line = line
+        .unwrap()
+        .with_exports(Some(&server("[::1]:8001")), &[])
+        .unwrap();
+    let line = line.with_checkpoints("a", &["x".parse().unwrap()]).unwrap();
+    assert_snapshot!(line.text(), @"");
+    let bare = DomainDocument::parse("<domain>\n  <name>a</name>\n</domain>\n").unwrap();
+    let bare = bare.with_exports(Some(&server("unix:/s")), &[]).unwrap();
+    assert_snapshot!(bare.text(), @"");
+    let comment = "<domain>\n  <name>a</name>\n  <devices>\n    <!-- none -->\n  </devices>\n</domain>\n";
+    let comment = DomainDocument::parse(comment).unwrap();
+    let comment = comment.with_exports(Some(&server("unix:/s")), &[]).unwrap();
+    assert_snapshot!(comment.text(), @"");
+}
+
+#[test]
+fn the_modified_disk_alone_starts_at_the_margin() {
+    let document = DomainDocument::parse(ACTIVE).unwrap();
+    let choice = MethodChoice {
+        method: "lvm".to_owned(),
+        options: Options::default(),
+    };
+    let document = document.with_method("sda", None).unwrap();
+    let document = document.with_method("vda", Some(&choice)).unwrap();
+    let document = document.with_checkpoints("vda", &["c".parse().unwrap()]).unwrap();
+    let disk = document.domain().disk("vda").unwrap();
+    assert_snapshot!(disk_element(&document, "vda", disk).unwrap(), @"");
+}

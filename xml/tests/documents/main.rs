@@ -1,0 +1,16 @@
+//! The documents, read and written: each module is one kind of question.
+#![allow(clippy::unwrap_used, reason = "a test may fail in any way")]
+
+mod domain;
+mod edits;
+mod faults;
+mod outputs;
+mod reference;
+mod requests;
+mod round_trips;
+mod schema;
+
+/// A domain as libvirt tells it while it runs.
+const ACTIVE: &str = include_str!("../samples/active.xml");
+/// A disk with a source of every type.
+const SOURCES: &str = include_str!("../samples/sources.xml");

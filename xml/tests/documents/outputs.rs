@@ -1,0 +1,246 @@
+//! What is written of snapshots, exports, plans and methods, exactly.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, UNIX_EPOCH};
+
+use disksnap_core::{
+    Access, Alias, Capability, Consistency, Disk, DiskRequest, DiskSnapshotRecord, Disks, DomainId, Driver,
+    ErrorKind, Export, Fit, Health, Listen, Method, MethodChoice, NbdServer, NetworkHost, OptionDoc, Options,
+    Plan, PlannedDisk, Probe, ServeNode, Skipped, Snapshot, SnapshotId, Source, Tls, Why, WindowReport,
+};
+use disksnap_xml::{
+    DomainDocument, Element, SnapshotView, export_document, export_request, methods_document, plan_document,
+    snapshot_document, snapshot_request, snapshots_document,
+};
+use insta::assert_snapshot;
+
+use crate::ACTIVE;
+
+fn record(target: &str, method: &str, access: Access) -> DiskSnapshotRecord {
+    DiskSnapshotRecord {
+        target: target.to_owned(),
+        alias: Alias(format!("{target}-backup")),
+        method: method.to_owned(),
+        why: Why::Default,
+        unit: 0,
+        modified_disk: None,
+        access,
+        size: None,
+        details: BTreeMap::new(),
+    }
+}
+
+fn snapshot() -> Snapshot {
+    let mut fleece = record("vda", "qemu-fleece", Access::Node("acc".to_owned()));
+    fleece.size = Some(1 << 30);
+    fleece.details = BTreeMap::from([
+        ("fleece.file".to_owned(), "/f/vda.img".to_owned()),
+        ("way".to_owned(), "filter".to_owned()),
+    ]);
+    let source = Source::Block {
+        dev: "/dev/vg0/web-1-data".into(),
+    };
+    let mut overlay = record(
+        "sda",
+        "qemu-external-qcow2",
+        Access::Source {
+            source,
+            format: "raw".to_owned(),
+        },
+    );
+    overlay.modified_disk = Some(Disk {
+        driver: Driver {
+            name: Some("qemu".to_owned()),
+            format: Some("qcow2".to_owned()),
+        },
+        ..Disk::new(
+            "sda",
+            Source::File {
+                file: "/o/sda.qcow2".into(),
+            },
+        )
+    });
+    Snapshot {
+        id: SnapshotId::random(),
+        name: "nightly <3>".parse().unwrap(),
+        domain: DomainId {
+            uuid: "5768a388-c1c4-414c-ac4e-eab216ba7c0c".parse().unwrap(),
+            name: "web-1".to_owned(),
+        },
+        created: UNIX_EPOCH + Duration::from_millis(1_700_000_000_500),
+        consistency: Consistency::Filesystem { filesystems: 2 },
+        window: WindowReport {
+            frozen_us: 41_000,
+            paused_us: 0,
+            taken_us: 900,
+        },
+        disks: vec![fleece, overlay],
+        units: Vec::new(),
+        skipped: vec![Skipped {
+            target: "sdb".to_owned(),
+            reason: "a CD-ROM drive".to_owned(),
+        }],
+        warnings: vec!["little space: 1 GiB & falling".to_owned()],
+    }
+}
+
+fn nbd(socket: &str, name: &str) -> Source {
+    Source::Network {
+        protocol: "nbd".to_owned(),
+        name: Some(name.to_owned()),
+        hosts: vec![NetworkHost::Unix {
+            socket: socket.into(),
+        }],
+        tls: false,
+    }
+}
+
+#[test]
+fn a_snapshot_in_full() {
+    let (snapshot, document) = (snapshot(), DomainDocument::parse(ACTIVE).unwrap());
+    let health = [Health::Active, Health::Broken("the image is full".to_owned())];
+    let view = SnapshotView {
+        health: &health,
+        backup_sources: BTreeMap::from([("vda".to_owned(), nbd("/run/nbd.sock", "vda-backup"))]),
+        document: Some(&document),
+        ..SnapshotView::new(&snapshot)
+    };
+    assert_snapshot!(snapshot_document(&view).unwrap(), @"");
+}
+
+#[test]
+fn a_snapshot_alone_and_in_a_list() {
+    let mut snapshot = snapshot();
+    snapshot.consistency = Consistency::Unquiesced {
+        reason: "the agent is silent".to_owned(),
+    };
+    snapshot.skipped.clear();
+    snapshot.warnings.clear();
+    let view = SnapshotView::new(&snapshot);
+    let alone = snapshot_document(&view).unwrap();
+    assert_snapshot!(alone, @"");
+    let list = snapshots_document(&[view.clone(), view]).unwrap();
+    let indented: String = alone.lines().map(|line| format!("  {line}\n")).collect();
+    assert_eq!(
+        list,
+        format!("<domainblocksnapshots>\n{indented}{indented}</domainblocksnapshots>\n")
+    );
+    assert_eq!(snapshots_document(&[]).unwrap(), "<domainblocksnapshots/>\n");
+}
+
+#[test]
+fn what_is_told_of_a_snapshot_asks_for_it_again() {
+    let (snapshot, document) = (snapshot(), DomainDocument::parse(ACTIVE).unwrap());
+    let view = SnapshotView {
+        health: &[Health::Active, Health::Gone("deleted".to_owned())],
+        document: Some(&document),
+        ..SnapshotView::new(&snapshot)
+    };
+    let request = snapshot_request(&snapshot_document(&view).unwrap()).unwrap();
+    assert_eq!(request.name, Some(snapshot.name));
+    let Disks::Named(disks) = request.disks else {
+        panic!("two are named");
+    };
+    let choice = |method: &str, options: &[(&str, &str)]| {
+        Some(MethodChoice {
+            method: method.to_owned(),
+            options: options.iter().copied().collect(),
+        })
+    };
+    let got: Vec<_> = disks.into_iter().map(|d| (d.target, d.method)).collect();
+    let fleece = choice("qemu-fleece", &[("fleece.file", "/f/vda.img")]);
+    let overlay = choice("qemu-external-qcow2", &[]);
+    assert_eq!(got, [("vda".to_owned(), fleece), ("sda".to_owned(), overlay)]);
+}
+
+#[test]
+fn exports() {
+    let mut server = NbdServer {
+        listen: "10.0.2.10:8001".parse().unwrap(),
+        tls: Some(Tls {
+            credentials: "/etc/pki/qemu".into(),
+            verify_client: true,
+        }),
+        explicit: true,
+        instance: Some("1".to_owned()),
+    };
+    let export = |alias: &str, name: &str| Export {
+        alias: Alias(alias.to_owned()),
+        snapshot: SnapshotId::random(),
+        target: "vda".to_owned(),
+        node: ServeNode {
+            id: "i".to_owned(),
+            node: "n".to_owned(),
+            name: name.to_owned(),
+        },
+        lease: None,
+    };
+    let exports = [
+        export("vda-backup", "vda-backup"),
+        export("vdb-backup", "data & more"),
+    ];
+    let text = export_document(&server, &exports).unwrap();
+    assert_snapshot!(text, @"");
+    let request = export_request(&text).unwrap();
+    assert_eq!(
+        (Some(&server.listen), &server.tls),
+        (request.listen.as_ref(), &request.tls)
+    );
+    assert_eq!(request.disks[1].name.as_deref(), Some("data & more"));
+    server.tls = None;
+    server.listen = Listen::Unix("/run/a'b".into());
+    assert_snapshot!(export_document(&server, &[]).unwrap(), @"");
+}
+
+#[test]
+fn a_plan_and_the_methods() {
+    let document = DomainDocument::parse(ACTIVE).unwrap();
+    let planned = |target: &str, method: Option<&str>, probe| PlannedDisk {
+        request: DiskRequest {
+            disk: document.domain().disk(target).unwrap().clone(),
+            alias: Alias(format!("{target}-backup")),
+            options: Options::from_iter([("fleece.file", "/f")]),
+        },
+        method: method.map(str::to_owned),
+        why: Why::Override,
+        probe,
+    };
+    let good = Probe {
+        fit: Fit::Natural,
+        unit: "vda".to_owned(),
+        capabilities: vec![Capability::Active, Capability::GuestSafe],
+        effect: "Old data is copied to /f.".to_owned(),
+        details: BTreeMap::from([("way".to_owned(), "filter".to_owned())]),
+        warnings: vec!["little space".to_owned()],
+    };
+    let plan = Plan {
+        disks: vec![
+            planned("vda", Some("qemu-fleece"), good),
+            planned("sda", None, Probe::unfit("no running domain")),
+        ],
+        skipped: vec![Skipped {
+            target: "sdb".to_owned(),
+            reason: "a CD-ROM drive".to_owned(),
+        }],
+    };
+    assert_snapshot!(plan_document(document.domain(), &plan).unwrap(), @"");
+    let method = Method {
+        name: "qemu-fleece".to_owned(),
+        summary: "Copy before write inside QEMU".to_owned(),
+        options: vec![OptionDoc {
+            key: "fleece.file".to_owned(),
+            help: "where old data goes".to_owned(),
+        }],
+        capabilities: vec![Capability::Export],
+    };
+    assert_snapshot!(methods_document([&method]).unwrap(), @"");
+}
+
+#[test]
+fn what_xml_cannot_hold_is_refused() {
+    let error = Element::new("a").text("bell \u{7}").to_document().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert_snapshot!(error, @"");
+    assert_snapshot!(Element::new("a b").to_document().unwrap_err(), @"");
+    assert_snapshot!(Element::new("a").attr("1", "x").to_document().unwrap_err(), @"");
+}
