@@ -1,7 +1,7 @@
 //! Reads a whole export to a file, or to nowhere, for measuring: what `nbdcopy URI FILE` does.
 //!
 //! `cargo run --release -p disksnap-nbd --example nbdcat -- URI [FILE] [--connections N] [--request N]
-//! [--in-flight N] [--changed CONTEXT] [--everything]`; without FILE the bytes are dropped.
+//! [--in-flight N] [--window N] [--changed CONTEXT] [--everything]`; without FILE the bytes are dropped.
 
 #![allow(clippy::print_stdout, reason = "a program talks on standard output")]
 
@@ -25,7 +25,7 @@ fn arguments() -> Result<Arguments, Box<dyn Error>> {
     let mut parsed = Arguments {
         uri,
         file: None,
-        connections: 4,
+        connections: 1,
         bulk: BulkOptions::default(),
     };
     while let Some(argument) = arguments.next() {
@@ -34,6 +34,7 @@ fn arguments() -> Result<Arguments, Box<dyn Error>> {
             "--connections" => parsed.connections = value()?.parse()?,
             "--request" => parsed.bulk.request_size = value()?.parse()?,
             "--in-flight" => parsed.bulk.in_flight = value()?.parse()?,
+            "--window" => parsed.bulk.in_flight_bytes = value()?.parse()?,
             "--changed" => parsed.bulk.only_changed = Some(value()?),
             "--everything" => parsed.bulk.skip_zeroes = false,
             _ => parsed.file = Some(argument),

@@ -21,9 +21,11 @@ const WORTH_ASKING: u64 = 256 << 10;
 pub struct BulkOptions {
     /// The length of one read, in bytes. It is brought within what the server allows.
     pub request_size: u32,
-    /// How many reads are in flight on each connection. This times the request size is the memory
-    /// that a [`BulkReader`] takes.
+    /// How many reads may be in flight on each connection.
     pub in_flight: usize,
+    /// How many bytes may be in flight, or waiting to be taken, on each connection: what a
+    /// [`BulkReader`] takes of memory. One read is always in flight.
+    pub in_flight_bytes: u64,
     /// Ask which parts read as zeroes ([`BASE_ALLOCATION`], when the server granted it), and do not
     /// fetch them. They are reported as [`Chunk::Zero`] all the same.
     pub skip_zeroes: bool,
@@ -33,11 +35,12 @@ pub struct BulkOptions {
 }
 
 impl Default for BulkOptions {
-    /// 256 KiB per read, 16 reads in flight per connection, zeroes skipped, everything read.
+    /// 1 MiB per read; 16 reads, or 4 MiB, in flight per connection; zeroes skipped, everything read.
     fn default() -> Self {
         Self {
-            request_size: 256 << 10,
+            request_size: 1 << 20,
             in_flight: 16,
+            in_flight_bytes: 4 << 20,
             skip_zeroes: true,
             only_changed: None,
         }
@@ -109,7 +112,10 @@ pub struct BulkReader {
     planner: Planner,
     planned: bool,
     queue: VecDeque<Slot>,
+    /// How many chunks the queue may hold, and how many bytes of data.
     depth: usize,
+    window: u64,
+    queued_bytes: u64,
     failed: Option<Error>,
 }
 
@@ -143,7 +149,8 @@ impl BulkReader {
         let most = most.saturating_sub(2 * align).max(align);
         let request_size = u64::from(options.request_size).next_multiple_of(align);
         let request_size = request_size.clamp(align, most / align * align);
-        let depth = options.in_flight.max(1) * clients.len();
+        let depth = options.in_flight.max(1).saturating_mul(clients.len());
+        let window = options.in_flight_bytes.saturating_mul(clients.len() as u64);
         let planner = Planner {
             clients,
             turn: 0,
@@ -156,6 +163,8 @@ impl BulkReader {
             planned: false,
             queue: VecDeque::new(),
             depth,
+            window,
+            queued_bytes: 0,
             failed: None,
         })
     }
@@ -180,46 +189,73 @@ impl BulkReader {
 
     /// Keeps the queue full, and takes its front as soon as that is there.
     async fn advance(&mut self) -> Result<Option<Chunk>> {
-        while !self.planned && self.queue.len() < self.depth {
+        while !self.planned && self.has_room() {
             let front = self.queue.front_mut();
-            let chunk = tokio::select! {
+            tokio::select! {
                 biased;
                 slot = self.planner.next_slot() => {
                     let slot = slot?;
                     self.planned = slot.is_none();
+                    self.queued_bytes += slot.as_ref().map_or(0, Slot::bytes);
                     self.queue.extend(slot);
-                    continue;
                 }
                 chunk = async {
                     match front {
                         Some(slot) => slot.wait().await,
                         None => pending().await,
                     }
-                } => chunk?,
-            };
-            self.queue.pop_front();
-            return Ok(Some(chunk));
+                } => return self.taken(chunk).map(Some),
+            }
         }
-        let Some(front) = self.queue.front_mut() else {
-            return Ok(None);
-        };
-        let chunk = front.wait().await?;
-        self.queue.pop_front();
-        Ok(Some(chunk))
+        match self.queue.front_mut() {
+            Some(front) => {
+                let chunk = front.wait().await;
+                self.taken(chunk).map(Some)
+            }
+            None => Ok(None),
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        let bytes = self.queued_bytes + self.planner.request_size;
+        self.queue.len() < self.depth && (self.queued_bytes == 0 || bytes <= self.window)
+    }
+
+    /// The front of the queue has become this.
+    fn taken(&mut self, chunk: Result<Chunk>) -> Result<Chunk> {
+        if let Some(slot) = self.queue.pop_front() {
+            self.queued_bytes -= slot.bytes();
+        }
+        chunk
     }
 }
 
 /// A chunk to come.
 #[derive(Debug)]
 enum Slot {
-    Read { offset: u64, read: PendingRead },
-    Zero { offset: u64, length: u64 },
+    Read {
+        offset: u64,
+        length: u64,
+        read: PendingRead,
+    },
+    Zero {
+        offset: u64,
+        length: u64,
+    },
 }
 
 impl Slot {
+    /// The memory that it takes, or will.
+    fn bytes(&self) -> u64 {
+        match self {
+            Self::Read { length, .. } => *length,
+            Self::Zero { .. } => 0,
+        }
+    }
+
     async fn wait(&mut self) -> Result<Chunk> {
         match self {
-            Self::Read { offset, read } => {
+            Self::Read { offset, read, .. } => {
                 let offset = *offset;
                 Ok(match read.wait().await? {
                     Content::Data(data) if is_zero(&data) => Chunk::Zero {
@@ -291,7 +327,11 @@ impl Planner {
                 let read = client.start_read(start, cut - start).await?;
                 piece.range.start = cut;
                 self.turn = (self.turn + 1) % self.clients.len();
-                return Ok(Some(Slot::Read { offset: start, read }));
+                return Ok(Some(Slot::Read {
+                    offset: start,
+                    length: cut - start,
+                    read,
+                }));
             }
         }
     }

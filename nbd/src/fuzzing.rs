@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
 use crate::client::{Client, ConnectOptions};
 use crate::copy::{BulkOptions, BulkReader};
@@ -47,17 +47,21 @@ pub fn uri(data: &[u8]) {
     }
 }
 
-/// Runs a client against a server that sends `replies` after a good handshake, and then hangs up.
-/// The export has 1 MiB and the context [`BASE_ALLOCATION`].
+/// Runs a client against a server that makes a good handshake, sends `replies` once it has been asked
+/// something, and then hangs up. The export has 1 MiB and the context [`BASE_ALLOCATION`].
+///
+/// In flight are, as cookies 0 to 4: reads of 4096 and of 2048 bytes, the status of 4096 bytes, a
+/// write of 4096 zeroes, all at 0, and a flush.
 pub fn session(replies: &[u8]) {
-    conversation(&[&handshake(1 << 20), replies].concat());
+    run(handshake(1 << 20), replies.to_vec());
 }
 
 /// Runs a client against a server that sends `data` from its first word on, and then hangs up.
-///
-/// # Panics
-/// If there can be no runtime.
 pub fn conversation(data: &[u8]) {
+    run(data.to_vec(), Vec::new());
+}
+
+fn run(first: Vec<u8>, when_asked: Vec<u8>) {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
@@ -65,15 +69,8 @@ pub fn conversation(data: &[u8]) {
         panic!("no runtime");
     };
     runtime.block_on(async {
-        let (ours, mut theirs) = tokio::io::duplex(1 << 16);
-        let said = data.to_vec();
-        let server = tokio::spawn(async move {
-            let _ = theirs.write_all(&said).await;
-            let _ = theirs.shutdown().await;
-            // Whatever the client has to say.
-            let mut sink = tokio::io::sink();
-            let _ = tokio::io::copy(&mut theirs, &mut sink).await;
-        });
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let server = tokio::spawn(serve(theirs, first, when_asked));
         let options = ConnectOptions {
             meta_contexts: vec![BASE_ALLOCATION.to_owned()],
             handshake_timeout: Duration::from_secs(5),
@@ -87,6 +84,25 @@ pub fn conversation(data: &[u8]) {
         }
         server.abort();
     });
+}
+
+async fn serve(mut stream: DuplexStream, first: Vec<u8>, when_asked: Vec<u8>) {
+    let _ = stream.write_all(&first).await;
+    if !when_asked.is_empty() {
+        let mut heard = Vec::new();
+        while !heard
+            .windows(4)
+            .any(|window| window == wire::REQUEST_MAGIC.to_be_bytes())
+        {
+            if stream.read_buf(&mut heard).await.unwrap_or(0) == 0 {
+                return;
+            }
+        }
+        let _ = stream.write_all(&when_asked).await;
+    }
+    let _ = stream.shutdown().await;
+    // Whatever else the client has to say.
+    let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
 }
 
 async fn requests(client: Client) {
@@ -133,4 +149,55 @@ fn handshake(size: u64) -> Vec<u8> {
     );
     reply(Opt::Go as u32, wire::REP_ACK, &[]);
     said
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A structured reply that is right in parts, so that it comes past the first checks.
+    fn chunk() -> impl Strategy<Value = Vec<u8>> {
+        let kind = prop_oneof![Just(0_u16), Just(1), Just(2), Just(5), Just(0x8001), Just(0x8002)];
+        let number = prop_oneof![
+            Just(0_u32),
+            Just(1),
+            Just(512),
+            Just(2048),
+            Just(4096),
+            any::<u32>()
+        ];
+        let numbers = proptest::collection::vec(number, 0..6);
+        let data = prop_oneof![Just(0_usize), Just(1), Just(2048), Just(4096)];
+        (any::<bool>(), kind, 0..5_u64, numbers, data, 0..20_u32).prop_map(
+            |(done, kind, cookie, numbers, data, lie)| {
+                let mut payload: Vec<u8> = numbers.into_iter().flat_map(u32::to_be_bytes).collect();
+                payload.resize(payload.len() + data, 7);
+                let length = u32::try_from(payload.len()).unwrap_or(0) + u32::from(lie == 0);
+                let mut bytes = 0x668e_33ef_u32.to_be_bytes().to_vec();
+                bytes.extend(u16::from(done).to_be_bytes());
+                bytes.extend(kind.to_be_bytes());
+                bytes.extend(cookie.to_be_bytes());
+                bytes.extend(length.to_be_bytes());
+                bytes.extend(payload);
+                bytes
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn no_reply_makes_a_session_panic_or_hang(chunks in proptest::collection::vec(chunk(), 1..12)) {
+            session(&chunks.concat());
+        }
+
+        #[test]
+        fn no_first_words_do(bytes in proptest::collection::vec(any::<u8>(), 0..100), cut in 0..400_usize) {
+            conversation(&bytes);
+            let good = handshake(1 << 20);
+            let kept = &good[..cut.min(good.len())];
+            conversation(&[kept, &bytes].concat());
+        }
+    }
 }

@@ -79,7 +79,7 @@ async fn a_whole_disk_in_many_ways() {
                 request_size,
                 in_flight,
                 skip_zeroes,
-                only_changed: None,
+                ..BulkOptions::default()
             };
             let clients = Client::connect_many(&server.uri, &with_contexts(&[]), connections)
                 .await
