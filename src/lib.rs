@@ -1,1 +1,32 @@
-//! Snapshots of virtual machines disks.
+//! disksnap: snapshots of the disks of virtual machines, one method per disk, behind one dispatcher.
+//!
+//! This is the crate that programs depend on. It links the providers that its features name, and
+//! gives the nouns of `disksnap-core` and the documents of `disksnap-xml` under one name.
+//!
+//! [`Disksnap::open`] opens a state directory and gives a ready [`Dispatcher`]; [`Disksnap::load`]
+//! reads a domain's document; [`Disksnap::read`] opens a disk of a snapshot for reading.
+//! `examples/embed.rs` takes a snapshot, reads it and deletes it.
+//!
+//! A program calls [`run_if_asked`] first of all: while a guest stands still, a second process of the
+//! same program watches over it.
+
+mod domain;
+mod open;
+mod reader;
+mod save;
+
+pub use disksnap_catalog::{SqliteCatalog, StateDir};
+pub use disksnap_core::*;
+pub use disksnap_hypervisor::guardian::run_if_asked;
+pub use disksnap_hypervisor::{Paths, QemuConnector};
+pub use disksnap_xml as xml;
+pub use disksnap_xml::DomainDocument;
+pub use domain::read_document;
+pub use open::{Disksnap, methods};
+pub use reader::{Piece, Pieces, SnapshotReader, nbd_uri};
+
+// A dependency that nothing names is not linked, and then registers nothing, silently.
+#[cfg(feature = "memory")]
+use disksnap_memory as _;
+#[cfg(feature = "qemu-fleece")]
+use disksnap_qemu_fleece as _;

@@ -1,0 +1,302 @@
+//! What can be said on the command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
+use disksnap::{DiskChoice, Listen, Quiesce, SnapshotName};
+
+use crate::values::{parse_disk, parse_name, parse_seconds, parse_size};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+   0  done
+   1  internal, io: a defect, or a system call that failed
+   2  invalid: the request, the document or the command line is wrong
+   3  not-found           4  already-exists      5  unsupported
+   6  busy                7  denied              8  unavailable
+   9  timeout            10  no-space           11  broken
+  12  protocol           13  refused
+ 130, 143  stopped by SIGINT, SIGTERM, in an orderly way
+ 141  standard output was closed early";
+
+const DISK_HELP: &str = "\
+A disk by its target, and how to snapshot it: TARGET[,method=METHOD][,KEY=VALUE]…
+
+May be given several times. Without --disk and --xml all disks are meant but CD-ROMs, floppies, \
+read-only and shareable disks and empty drives. The method is the one given here, else the disk's \
+own <diskSnapshot>, else the default for the disk. KEY is one of the method's options: see \
+`disksnap methods METHOD`. A comma in a value is written twice: \
+--disk vda,fleece.file=/srv/a,,b.raw";
+
+/// Snapshots of the disks of virtual machines.
+///
+/// Takes a consistent snapshot of the disks of a domain, each disk by its own method, serves it over
+/// NBD, reads it, and deletes it.
+#[derive(Debug, Parser)]
+#[command(name = "disksnap", version, after_help = EXIT_CODES, max_term_width = 100)]
+#[command(
+    subcommand_required = true,
+    arg_required_else_help = true,
+    propagate_version = true
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options that every subcommand takes.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct Global {
+    /// The domain: the path of its XML, or the name or UUID of one made known with `domain define`
+    ///
+    /// A path holds a '/', or ends in .xml, or is a file in the current directory.
+    #[arg(short, long, global = true, value_name = "DOMAIN", value_hint = ValueHint::FilePath)]
+    pub(crate) domain: Option<String>,
+    /// Where disksnap keeps its records, its images and its sockets
+    ///
+    /// Else `/var/lib/disksnap` for root, and `$XDG_STATE_HOME/disksnap` or `~/.local/state/disksnap` for others.
+    #[arg(long, global = true, value_name = "DIRECTORY", value_hint = ValueHint::DirPath)]
+    pub(crate) state_dir: Option<PathBuf>,
+    /// The socket of the domain's QMP monitor, in place of the one in its XML
+    #[arg(long, global = true, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(crate) monitor: Option<PathBuf>,
+    /// The socket of the domain's guest agent, in place of the one in its XML
+    #[arg(long, global = true, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(crate) agent: Option<PathBuf>,
+    /// The form of what is printed
+    #[arg(long, global = true, value_name = "FORM", value_enum, default_value_t)]
+    pub(crate) output: Form,
+    /// Tell more of what is done, on standard error; twice for still more
+    #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "quiet")]
+    pub(crate) verbose: u8,
+    /// No warnings and no progress
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+}
+
+/// The form of what is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum Form {
+    /// For people
+    #[default]
+    Text,
+    /// For programs: the shapes are stable; errors are JSON too
+    Json,
+    /// The documents of docs/xml.md
+    Xml,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List the snapshot methods, or tell all about one
+    Methods {
+        /// The method to tell about
+        method: Option<String>,
+    },
+    /// Make domains known by name, and show them
+    #[command(subcommand)]
+    Domain(DomainCommand),
+    /// Tell per disk which method would be used, why, and what would happen; changes nothing
+    Plan(Wanted),
+    /// Take, list, show and delete snapshots
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// Serve snapshots over NBD
+    #[command(subcommand)]
+    Export(ExportCommand),
+    /// Read a disk of a snapshot, or a part of it
+    Read(Read),
+    /// Finish or undo what a killed run left behind; safe at any time
+    Recover,
+    /// Try a method's provider against the conformance suite
+    Conform {
+        /// The method
+        method: String,
+    },
+    /// Print a shell's completions
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages into a directory
+    Man {
+        /// The directory; made if it does not exist
+        #[arg(value_hint = ValueHint::DirPath)]
+        directory: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DomainCommand {
+    /// Make a domain known by its name and UUID, or replace what is known of it
+    Define {
+        /// The domain's XML; - for standard input
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+    },
+    /// Forget a domain; its XML and its disks are not touched
+    Undefine {
+        /// Its name or UUID
+        #[arg(value_name = "DOMAIN")]
+        known: String,
+    },
+    /// List the domains that are known
+    List,
+    /// Print the domain's XML as it is now, with its exports and snapshots in it
+    Show,
+}
+
+/// Which disks, and by which methods.
+#[derive(Debug, Args)]
+pub(crate) struct Wanted {
+    /// A <domainblocksnapshot> that says what to snapshot; - for standard input
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) xml: Option<PathBuf>,
+    /// A disk by its target, and how to snapshot it: TARGET[,method=METHOD][,KEY=VALUE]…
+    #[arg(long = "disk", value_name = "DISK", long_help = DISK_HELP, value_parser = parse_disk)]
+    pub(crate) disks: Vec<DiskChoice>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Take a snapshot: all its disks at one instant, or none
+    Create(Create),
+    /// List the domain's snapshots, oldest first
+    List,
+    /// Show one snapshot
+    Show {
+        /// Its name
+        #[arg(value_parser = parse_name)]
+        name: SnapshotName,
+    },
+    /// Delete snapshots, with their exports and all that was made for them
+    Delete {
+        /// Their names
+        #[arg(value_parser = parse_name, required_unless_present = "all")]
+        names: Vec<SnapshotName>,
+        /// All snapshots of the domain
+        #[arg(long, conflicts_with = "names")]
+        all: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    #[command(flatten)]
+    pub(crate) wanted: Wanted,
+    /// The snapshot's name; a UUID if none is given
+    #[arg(long, value_parser = parse_name)]
+    pub(crate) name: Option<SnapshotName>,
+    /// Whether the guest's file systems are frozen around the instant
+    #[arg(long, value_enum, value_name = "WHETHER")]
+    pub(crate) quiesce: Option<Freeze>,
+    /// How long the guest may stand still, at most
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub(crate) deadline: Option<Duration>,
+}
+
+/// [`Quiesce`], as the command line spells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Freeze {
+    /// No: the snapshot is as after a power cut
+    None,
+    /// If the guest agent answers; the result says whether it did
+    Try,
+    /// Yes, or no snapshot is taken
+    Require,
+}
+
+impl From<Freeze> for Quiesce {
+    fn from(freeze: Freeze) -> Self {
+        match freeze {
+            Freeze::None => Self::None,
+            Freeze::Try => Self::Try,
+            Freeze::Require => Self::Require,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ExportCommand {
+    /// Serve disks of snapshots; the first export starts the domain's NBD server
+    Start(ExportStart),
+    /// List what is served
+    List,
+    /// Stop serving; the last export stops the server
+    Stop {
+        /// What to stop: an export's alias, or a snapshot's name for all its exports
+        #[arg(value_name = "ALIAS|NAME", required_unless_present = "all")]
+        which: Vec<String>,
+        /// All exports of the domain
+        #[arg(long, conflicts_with = "which")]
+        all: bool,
+    },
+    /// Start or stop the NBD server by itself
+    #[command(subcommand)]
+    Server(ServerCommand),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExportStart {
+    /// The snapshot
+    #[arg(value_parser = parse_name, required_unless_present = "xml")]
+    pub(crate) name: Option<SnapshotName>,
+    /// A <blockexport> that says what to serve and where; - for standard input
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    #[arg(conflicts_with_all = ["name", "disks", "listen", "tls_credentials"])]
+    pub(crate) xml: Option<PathBuf>,
+    /// A disk of the snapshot, by its target; may be given several times; all disks if none is given
+    #[arg(long = "disk", value_name = "TARGET")]
+    pub(crate) disks: Vec<String>,
+    #[command(flatten)]
+    pub(crate) place: Place,
+}
+
+/// Where an NBD server listens, and to whom.
+#[derive(Debug, Args)]
+pub(crate) struct Place {
+    /// Where to listen: ADDRESS:PORT or unix:PATH; a socket in the state directory if nothing is said
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) listen: Option<Listen>,
+    /// Speak TLS, with the ca-cert.pem, server-cert.pem and server-key.pem of this directory
+    #[arg(long, value_name = "DIRECTORY", value_hint = ValueHint::DirPath)]
+    pub(crate) tls_credentials: Option<PathBuf>,
+    /// Do not ask clients for a certificate
+    #[arg(long, requires = "tls_credentials")]
+    pub(crate) no_verify_client: bool,
+    /// Listen where other hosts can connect although clients are not verified
+    #[arg(long)]
+    pub(crate) allow_remote: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServerCommand {
+    /// Start the NBD server; it then stays when the last export stops
+    Start(Place),
+    /// Stop the NBD server
+    Stop,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Read {
+    /// The snapshot
+    #[arg(value_parser = parse_name)]
+    pub(crate) name: SnapshotName,
+    /// The disk, by its target
+    pub(crate) target: String,
+    /// Where to begin, in bytes; K, M, G and T stand for their powers of 1024
+    #[arg(long, value_name = "BYTES", value_parser = parse_size, default_value = "0")]
+    pub(crate) offset: u64,
+    /// How much to read; to the end of the disk if nothing is said
+    #[arg(long, value_name = "BYTES", value_parser = parse_size)]
+    pub(crate) length: Option<u64>,
+    /// A new file for it, mode 0600, in which zeroes take no room; else standard output
+    ///
+    /// Never overwrites: the file appears under its name when it is complete and on disk, or not at all.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) to: Option<PathBuf>,
+}

@@ -1,0 +1,66 @@
+//! What every command begins with: the state directory opened, the domain loaded.
+
+use disksnap::{Disksnap, Domain, DomainDocument, Error, ErrorKind};
+
+use crate::args::Global;
+use crate::failure::Outcome;
+use crate::output::Output;
+
+/// The global options and where to print.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) global: Global,
+    pub(crate) out: Output,
+}
+
+/// A domain to act on.
+#[derive(Debug)]
+pub(crate) struct Target {
+    pub(crate) disksnap: Disksnap,
+    pub(crate) document: DomainDocument,
+    /// What was read from the document, with the sockets of the command line.
+    pub(crate) domain: Domain,
+}
+
+impl Context {
+    pub(crate) fn new(global: Global) -> Self {
+        let out = Output {
+            form: global.output,
+            quiet: global.quiet,
+        };
+        Self { global, out }
+    }
+
+    pub(crate) async fn disksnap(&self) -> Outcome<Disksnap> {
+        Ok(Disksnap::open(self.global.state_dir.as_deref()).await?)
+    }
+
+    /// The domain that `-d` means.
+    pub(crate) async fn target(&self) -> Outcome<Target> {
+        let given = self.global.domain.as_deref().ok_or_else(|| {
+            Error::new(ErrorKind::Invalid, "no domain is given")
+                .hint("Say -d DOMAIN: the path of its XML, or its name or UUID if it was made known with `disksnap domain define`.")
+        })?;
+        let disksnap = self.disksnap().await?;
+        let document = disksnap.load(given).await?;
+        for warning in document.warnings() {
+            self.out.warn(warning);
+        }
+        let mut domain = document.domain().clone();
+        let sockets = &mut domain.sockets;
+        for (given, socket) in [
+            (&self.global.monitor, &mut sockets.monitor),
+            (&self.global.agent, &mut sockets.agent),
+        ] {
+            if let Some(path) = given {
+                let path = std::path::absolute(path).map_err(|e| Error::io("cannot find the socket", e))?;
+                *socket = Some(path);
+            }
+        }
+        Ok(Target {
+            disksnap,
+            document,
+            domain,
+        })
+    }
+}

@@ -1,0 +1,196 @@
+//! `disksnap domain`: domains made known by name, and the active document of one.
+
+use disksnap::xml::Element;
+use disksnap::{
+    Definition, Disk, Domain, DomainDocument, DomainId, Inspected, Result, Serving, read_document,
+};
+use serde::Serialize;
+
+use crate::args::DomainCommand;
+use crate::context::Context;
+use crate::export_view::{ServingView, names};
+use crate::failure::Outcome;
+use crate::output::{Text, table};
+use crate::snapshot_view::Brief;
+use crate::source_view::SourceView;
+
+pub(crate) async fn run(context: &Context, command: DomainCommand) -> Outcome {
+    match command {
+        DomainCommand::Define { file } => {
+            let document = DomainDocument::parse_named(read_document(&file)?, file.display())?;
+            document.warnings().iter().for_each(|w| context.out.warn(w));
+            let id = context.disksnap().await?.define(&document).await?;
+            context
+                .out
+                .show(&IdView::new(&id, "defined"), || element(&id).to_document())
+        }
+        DomainCommand::Undefine { known } => {
+            let id = context.disksnap().await?.undefine(&known).await?;
+            context
+                .out
+                .show(&IdView::new(&id, "undefined"), || element(&id).to_document())
+        }
+        DomainCommand::List => list(context).await,
+        DomainCommand::Show => show(context).await,
+    }
+}
+
+async fn list(context: &Context) -> Outcome {
+    let all = context
+        .disksnap()
+        .await?
+        .dispatcher()
+        .catalog()
+        .definitions()
+        .await?;
+    let domains = all.iter().map(|d| IdView::new(&d.id, "known")).collect();
+    context.out.show(&Domains { domains }, || list_document(&all))
+}
+
+fn list_document(all: &[Definition]) -> Result<String> {
+    let domains = all.iter().map(|d| element(&d.id));
+    Element::new("domains").children(domains).to_document()
+}
+
+fn element(id: &DomainId) -> Element {
+    Element::new("domain")
+        .attr("name", &id.name)
+        .attr("uuid", id.uuid)
+}
+
+/// The document is what people want to see too: text and XML are the same here.
+async fn show(context: &Context) -> Outcome {
+    let target = context.target().await?;
+    let dispatcher = target.disksnap.dispatcher();
+    let serving = dispatcher.serving(&target.domain).await?;
+    let snapshots = dispatcher.list(&target.domain).await?;
+    let document = active_document(&target.document, &serving, &snapshots)?;
+    let names = names(&snapshots);
+    let view = DomainView {
+        name: target.domain.id.name.clone(),
+        uuid: target.domain.id.uuid.to_string(),
+        monitor: target
+            .domain
+            .sockets
+            .monitor
+            .as_ref()
+            .map(|p| p.display().to_string()),
+        agent: target
+            .domain
+            .sockets
+            .agent
+            .as_ref()
+            .map(|p| p.display().to_string()),
+        disks: disks(&target.domain),
+        serving: ServingView::new(&serving, &names),
+        snapshots: snapshots.iter().map(Brief::new).collect(),
+        document: document.text().to_owned(),
+    };
+    context.out.show(&view, || Ok(document.text().to_owned()))
+}
+
+/// The document with what is served and what there is of snapshots in it (F6).
+fn active_document(
+    document: &DomainDocument,
+    serving: &Serving,
+    snapshots: &[Inspected],
+) -> Result<DomainDocument> {
+    let document = document.with_exports(serving.server.as_ref(), &serving.exports)?;
+    let _ = snapshots;
+    Ok(document)
+}
+
+fn disks(domain: &Domain) -> Vec<DiskView> {
+    domain.disks.iter().map(DiskView::new).collect()
+}
+
+#[derive(Debug, Serialize)]
+struct IdView {
+    name: String,
+    uuid: String,
+    #[serde(skip)]
+    what: &'static str,
+}
+
+impl IdView {
+    fn new(id: &DomainId, what: &'static str) -> Self {
+        Self {
+            name: id.name.clone(),
+            uuid: id.uuid.to_string(),
+            what,
+        }
+    }
+}
+
+impl Text for IdView {
+    fn text(&self) -> String {
+        format!("{} {} ({})\n", self.what, self.name, self.uuid)
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Domains {
+    domains: Vec<IdView>,
+}
+
+impl Text for Domains {
+    fn text(&self) -> String {
+        if self.domains.is_empty() {
+            return "No domain is known. Make one known: disksnap domain define FILE\n".to_owned();
+        }
+        let mut rows = vec![vec!["NAME".to_owned(), "UUID".to_owned()]];
+        rows.extend(self.domains.iter().map(|d| vec![d.name.clone(), d.uuid.clone()]));
+        table(&rows)
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct DomainView {
+    name: String,
+    uuid: String,
+    monitor: Option<String>,
+    agent: Option<String>,
+    disks: Vec<DiskView>,
+    #[serde(flatten)]
+    serving: ServingView,
+    snapshots: Vec<Brief>,
+    #[serde(skip)]
+    document: String,
+}
+
+impl Text for DomainView {
+    fn text(&self) -> String {
+        self.document.clone()
+    }
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct DiskView {
+    target: String,
+    device: String,
+    alias: Option<String>,
+    serial: Option<String>,
+    read_only: bool,
+    shareable: bool,
+    encrypted: bool,
+    method: Option<String>,
+    source: Option<SourceView>,
+}
+
+impl DiskView {
+    fn new(disk: &Disk) -> Self {
+        let format = disk.driver.format.as_deref();
+        Self {
+            target: disk.target.clone(),
+            device: disk.device.to_string(),
+            alias: disk.alias.clone(),
+            serial: disk.serial.clone(),
+            read_only: disk.read_only,
+            shareable: disk.shareable,
+            encrypted: disk.encrypted,
+            method: disk.method.as_ref().map(|m| m.method.clone()),
+            source: disk.source.as_ref().map(|s| SourceView::new(s, format)),
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! How exports look: what is served, where, and of which snapshot.
+
+use std::collections::BTreeMap;
+
+use disksnap::{Export, Inspected, NbdServer, NetworkHost, Serving, Snapshot, SnapshotId, Source, nbd_uri};
+use serde::Serialize;
+
+use crate::output::{Text, fields, table};
+
+/// The names of snapshots by id.
+pub(crate) type Names = BTreeMap<SnapshotId, String>;
+
+pub(crate) fn names(snapshots: &[Inspected]) -> Names {
+    names_of(snapshots.iter().map(|found| &found.snapshot))
+}
+
+pub(crate) fn names_of<'a>(snapshots: impl IntoIterator<Item = &'a Snapshot>) -> Names {
+    snapshots
+        .into_iter()
+        .map(|s| (s.id, s.name.to_string()))
+        .collect()
+}
+
+/// What a domain serves.
+#[derive(Debug, Serialize)]
+pub(crate) struct ServingView {
+    pub(crate) server: Option<ServerView>,
+    pub(crate) exports: Vec<ExportView>,
+}
+
+/// The NBD server.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ServerView {
+    listen: String,
+    tls: Option<TlsView>,
+    /// Started by itself; it stays when the last export stops.
+    explicit: bool,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct TlsView {
+    credentials: String,
+    verify_client: bool,
+}
+
+/// A disk being served.
+#[derive(Debug, Serialize)]
+pub(crate) struct ExportView {
+    alias: String,
+    /// The snapshot's name.
+    snapshot: String,
+    target: String,
+    /// The export name that NBD clients ask for.
+    name: String,
+    uri: Option<String>,
+}
+
+impl ServingView {
+    pub(crate) fn new(serving: &Serving, names: &Names) -> Self {
+        let server = serving.server.as_ref();
+        let exports = serving.exports.iter();
+        Self {
+            server: server.map(ServerView::new),
+            exports: exports.map(|e| ExportView::new(e, server, names)).collect(),
+        }
+    }
+}
+
+impl ServerView {
+    pub(crate) fn new(server: &NbdServer) -> Self {
+        Self {
+            listen: server.listen.to_string(),
+            tls: server.tls.as_ref().map(|tls| TlsView {
+                credentials: tls.credentials.display().to_string(),
+                verify_client: tls.verify_client,
+            }),
+            explicit: server.explicit,
+        }
+    }
+
+    fn tls_text(&self) -> String {
+        match &self.tls {
+            None => "none".to_owned(),
+            Some(tls) if tls.verify_client => format!("{}, clients are verified", tls.credentials),
+            Some(tls) => format!("{}, clients are not verified", tls.credentials),
+        }
+    }
+}
+
+impl Text for ServerView {
+    fn text(&self) -> String {
+        let stays = if self.explicit {
+            "until it is stopped"
+        } else {
+            "until the last export stops"
+        };
+        fields(
+            "",
+            [
+                ("listens on", self.listen.clone()),
+                ("TLS", self.tls_text()),
+                ("stays", stays.to_owned()),
+            ],
+        )
+    }
+}
+
+impl ExportView {
+    fn new(export: &Export, server: Option<&NbdServer>, names: &Names) -> Self {
+        let source = |server: &NbdServer| {
+            let hosts: Vec<NetworkHost> = vec![server.listen.host()];
+            Source::Network {
+                protocol: "nbd".to_owned(),
+                name: Some(export.node.name.clone()),
+                hosts,
+                tls: server.tls.is_some(),
+            }
+        };
+        Self {
+            alias: export.alias.to_string(),
+            snapshot: names
+                .get(&export.snapshot)
+                .cloned()
+                .unwrap_or_else(|| export.snapshot.to_string()),
+            target: export.target.clone(),
+            name: export.node.name.clone(),
+            uri: server.and_then(|server| nbd_uri(&source(server))),
+        }
+    }
+}
+
+impl Text for ServingView {
+    fn text(&self) -> String {
+        let Some(server) = &self.server else {
+            return "Nothing is served; the NBD server does not run.\n".to_owned();
+        };
+        if self.exports.is_empty() {
+            return server.text() + "\nNothing is served.\n";
+        }
+        let header = ["ALIAS", "SNAPSHOT", "DISK", "URI"];
+        let mut rows = vec![header.map(str::to_owned).to_vec()];
+        rows.extend(self.exports.iter().map(|export| {
+            vec![
+                export.alias.clone(),
+                export.snapshot.clone(),
+                export.target.clone(),
+                export.uri.clone().unwrap_or_default(),
+            ]
+        }));
+        format!("{}\n{}", server.text(), table(&rows))
+    }
+}
