@@ -1,7 +1,6 @@
 //! The test guest: Debian's kernel, a small initrd with a real guest agent, and what it is told to do.
 
 use std::fmt::Write;
-use std::path::PathBuf;
 
 /// What the guest does once booted. It always starts the guest agent.
 #[derive(Clone, Debug, Default)]
@@ -40,7 +39,7 @@ impl GuestSetup {
     }
 
     pub(crate) fn arguments(&self) -> Vec<String> {
-        let [kernel, initrd] = files().map(|x| x.to_string_lossy().into_owned());
+        let [kernel, initrd] = ["vmlinux", "initrd.img"].map(file);
         let line = format!("{KERNEL_ARGUMENTS}{}", self.command_line);
         let args = ["-kernel", &kernel, "-initrd", &initrd, "-append", &line];
         args.map(str::to_owned).to_vec()
@@ -51,14 +50,10 @@ impl GuestSetup {
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 reboot=t mitigations=off nokaslr \
      random.trust_cpu=on tsc=reliable no_timer_check cryptomgr.notests";
 
-fn files() -> [PathBuf; 2] {
-    ["vmlinux", "initrd.img"].map(|x| crate::tools::tools_dir().join("guest").join(x))
-}
-
-/// Why there is no guest to boot.
-pub(crate) fn lacking() -> Option<String> {
-    let missing = files().into_iter().find(|x| !x.is_file())?;
-    Some(format!("{} is missing; run `./x tools`", missing.display()))
+fn file(name: &str) -> String {
+    let path = crate::tools::tools_dir().join("guest").join(name);
+    assert!(path.is_file(), "{} is missing: run `./x tools`", path.display());
+    path.to_string_lossy().into_owned()
 }
 
 /// The number in the last complete line of a writer: `WRITER n` or `FILES n`.

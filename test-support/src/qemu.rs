@@ -409,6 +409,23 @@ impl Qemu {
         });
     }
 
+    /// Starts a shell script in the booted guest, by way of its agent, and does not wait for its end.
+    pub fn run_in_guest(&self, script: &str) {
+        let arguments = json!({"path": "/bin/busybox", "arg": ["sh", "-c", script]});
+        self.agent().execute("guest-exec", arguments);
+    }
+
+    /// Makes the guest agent hang for so many seconds from now on: it neither answers nor closes its
+    /// port, and answers late, when it wakes, what it was sent meanwhile.
+    pub fn hang_agent(&self, seconds: u32) {
+        // The agent is the script's parent. Its answer to this very command must leave first.
+        self.run_in_guest(&format!(
+            "usleep 200000; kill -STOP $PPID && echo AGENT HANGS > /dev/console; \
+             sleep {seconds}; kill -CONT $PPID"
+        ));
+        self.wait_serial("hanging agent", |text| text.contains("AGENT HANGS").then_some(()));
+    }
+
     /// Waits until the guest agent answers, and gives a connection to it.
     ///
     /// It occupies the agent's socket: drop it before the code under test connects.

@@ -4,20 +4,35 @@
 
 use std::env;
 use std::fs::OpenOptions;
+use std::io::Write;
+
+/// Names a file that gets a line for every skipped test, since test runners hide what a passing test
+/// prints.
+pub const SKIPPED_ENV: &str = "DISKSNAP_SKIPPED";
 
 /// Why this machine lacks a capability, or `None` when it has it.
 ///
-/// Known are `fuse` (a storage daemon's disks are written through a FUSE export), `small-fs`
-/// ([`crate::small_fs`]), `guest` (a kernel and initrd to boot), `nbdcopy` and `nbdinfo`, `xmllint`.
+/// Known are `fuse` (a storage daemon's disks are written through a FUSE export) and `small-fs`
+/// ([`crate::small_fs`]); `guest` (a kernel and initrd to boot), `qemu-7.2` and the names of programs,
+/// which only `DISKSNAP_TOOLS=system` can lack: otherwise they panic, since `./x tools` gets them.
 #[must_use]
 pub fn lacking(capability: &str) -> Option<String> {
     match capability {
         "fuse" => lacking_fuse(),
         "small-fs" => crate::small_fs::lacking(),
-        "guest" => crate::guest::lacking(),
-        program => crate::tools::find(program)
+        "guest" => {
+            crate::tools::are_systems().then(|| "DISKSNAP_TOOLS=system brings no test guest".to_owned())
+        }
+        "qemu-7.2" => (crate::tools::are_systems() && env::var_os(crate::tools::QEMU_7_2_ENV).is_none())
+            .then(|| format!("{} names no QEMU 7.2", crate::tools::QEMU_7_2_ENV)),
+        program if crate::tools::are_systems() => crate::tools::find(program)
             .is_none()
-            .then(|| format!("the program {program} is not installed; run `./x tools`")),
+            .then(|| format!("the program {program} is not installed")),
+        program => {
+            // Panics when it is missing.
+            let _ = crate::tools::program(program);
+            None
+        }
     }
 }
 
@@ -46,7 +61,17 @@ pub fn report_skip(capability: &str, why: &str) {
         !is_required(capability),
         "REQUIRE lists {capability}, but this test cannot run here: {why}"
     );
-    eprintln!("SKIPPED: {capability}: {why}");
+    let thread = std::thread::current();
+    let line = format!(
+        "SKIPPED: {}: {capability}: {why}",
+        thread.name().unwrap_or("a test")
+    );
+    eprintln!("{line}");
+    if let Some(path) = env::var_os(SKIPPED_ENV) {
+        let log = OpenOptions::new().create(true).append(true).open(path);
+        // The line is on standard error in any case.
+        let _ = log.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
+    }
 }
 
 /// Leaves the test: prints `SKIPPED: capability: why`, or fails it where `REQUIRE` lists the capability.

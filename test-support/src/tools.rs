@@ -67,7 +67,7 @@ pub fn tools_dir() -> PathBuf {
 /// The path of a program, if it is there: of the tools, else on `PATH`.
 #[must_use]
 pub fn find(name: &str) -> Option<PathBuf> {
-    let own = (env::var_os(TOOLS_ENV).as_deref() != Some("system".as_ref())).then(|| tools_dir().join("bin"));
+    let own = (!are_systems()).then(|| tools_dir().join("bin"));
     let path = env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
     own.into_iter()
@@ -83,6 +83,25 @@ pub fn find(name: &str) -> Option<PathBuf> {
 #[must_use]
 pub fn program(name: &str) -> PathBuf {
     find(name).unwrap_or_else(|| panic!("{}", missing(name)))
+}
+
+/// The schema of a libvirt document, such as `domain.rng` or `domaincheckpoint.rng`, for `xmllint --relaxng`.
+///
+/// Panics with the command that gets it when it is missing.
+#[must_use]
+pub fn libvirt_schema(name: &str) -> PathBuf {
+    let schemas = "usr/share/libvirt/schemas";
+    let roots = [tools_dir().join("libvirt/root"), PathBuf::from("/")];
+    let found = roots
+        .iter()
+        .map(|root| root.join(schemas).join(name))
+        .find(|x| x.is_file());
+    found.unwrap_or_else(|| panic!("{}", missing(&format!("libvirt's schema {name}"))))
+}
+
+/// Whether the caller brings the programs: then it is no one's fault when one is missing.
+pub(crate) fn are_systems() -> bool {
+    env::var_os(TOOLS_ENV).is_some_and(|x| x == "system")
 }
 
 fn missing(what: &str) -> String {

@@ -11,10 +11,10 @@ use crate::process::PATIENCE;
 
 /// Writes to disks from a thread of its own until stopped or dropped.
 ///
-/// Each round writes to every disk, in order, a block of `BLOCK` bytes at one scattered offset; every
-/// eighth zeroes instead, every sixteenth discards
-/// the 64 KiB around it. The first bytes of a written block are the round's
-/// number, little endian, so that two disks of one instant are at most one round apart.
+/// Each round writes to every disk, in order, 4096 bytes at one scattered offset (every eighth round
+/// zeroes there instead, every sixteenth discards the 64 KiB around it), then the round's number, little
+/// endian in 8 bytes, at offset 0. So at any one instant the number on the first disk is that on the last
+/// one, or one more.
 #[derive(Debug)]
 pub struct Writer {
     shared: Arc<Shared>,
@@ -46,7 +46,8 @@ const BLOCK: u64 = 4096;
 const CLUSTER: u64 = 65536;
 
 impl Writer {
-    /// Starts writing to the first `size` bytes of each disk; the same seed writes the same.
+    /// Starts writing to the first `size` bytes of each disk, at least 128 KiB; the same seed writes the
+    /// same.
     #[must_use]
     pub fn start(disks: Vec<GuestDisk>, size: u64, seed: u64) -> Self {
         let shared = Arc::new(Shared::default());
@@ -55,7 +56,7 @@ impl Writer {
             let mut random = Random::new(seed);
             while !theirs.stop.load(Ordering::Relaxed) {
                 let round = theirs.rounds.load(Ordering::Relaxed) + 1;
-                let offset = random.below(size / BLOCK) * BLOCK;
+                let offset = CLUSTER + random.below((size - CLUSTER) / BLOCK) * BLOCK;
                 for disk in &disks {
                     write_once(disk, round, offset).inspect_err(|error| theirs.fail(error))?;
                 }
@@ -107,14 +108,15 @@ impl Writer {
 fn write_once(disk: &GuestDisk, round: u64, offset: u64) -> Result<(), String> {
     if round.is_multiple_of(16) {
         // QEMU refuses to discard less than a cluster of a qcow2 image.
-        disk.try_discard(offset / CLUSTER * CLUSTER, CLUSTER)
+        disk.try_discard(offset / CLUSTER * CLUSTER, CLUSTER)?;
     } else if round.is_multiple_of(8) {
-        disk.try_zero(offset, BLOCK)
+        disk.try_zero(offset, BLOCK)?;
     } else {
-        let mut data = bytes(round, usize::try_from(BLOCK).unwrap_or(0));
-        data[..8].copy_from_slice(&round.to_le_bytes());
-        disk.try_write(offset, &data)
+        disk.try_write(offset, &bytes(round, usize::try_from(BLOCK).unwrap_or(0)))?;
     }
+    let mut header = [0; 512];
+    header[..8].copy_from_slice(&round.to_le_bytes());
+    disk.try_write(0, &header)
 }
 
 impl Drop for Writer {

@@ -1,7 +1,7 @@
 //! Each starter starts the real thing; what the guest's side writes is there when read another way.
 
 use disksnap_test_support::{
-    DiskSpec, GIB, KIB, MIB, Qemu, QemuVersion, StorageDaemon, Writer, need, pattern, small_fs,
+    DiskSpec, GIB, KIB, MIB, Qemu, QemuVersion, StorageDaemon, Writer, need, pattern, small_fs, tools,
 };
 use serde_json::json;
 
@@ -220,6 +220,17 @@ fn the_domain_xml_names_the_disks_and_sockets() {
         "{xml}"
     );
     assert_eq!(vm.alias("sda"), "scsi0-0-1-0");
+    let schema = tools::libvirt_schema("domain.rng");
+    let output = std::process::Command::new(tools::program("xmllint"))
+        .args(["--noout", "--nonet", "--relaxng"])
+        .args([schema, vm.domain_xml_file()])
+        .output()
+        .expect("xmllint starts");
+    assert!(
+        output.status.success(),
+        "{}\n{xml}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     assert!(vm.domain_xml_file().is_file());
 }
 

@@ -47,7 +47,7 @@ start_agent() {
         [ "$tries" -lt 300 ] || { echo "GUEST FAILED: no port for the agent"; return; }
         usleep 10000
     done
-    /bin/qemu-ga -m virtio-serial -p "$port" -t /run -f /run/qemu-ga.pid &
+    /bin/qemu-ga -m virtio-serial -p "$port" -t /run &
 }
 
 start_files() {

@@ -143,6 +143,8 @@ impl Apt {
             // Without this, root's downloads go through a user who may not enter the directory.
             "APT::Sandbox::User=".into(),
             "APT::Get::Assume-Yes=true".into(),
+            // Otherwise a mirror that does not answer is only a warning.
+            "APT::Update::Error-Mode=any".into(),
             "Acquire::Languages=none".into(),
             "Acquire::Retries=3".into(),
             "Debug::NoLocking=true".into(),

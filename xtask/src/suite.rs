@@ -4,7 +4,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
+use disksnap_test_support::require::SKIPPED_ENV;
 use disksnap_test_support::tools::workspace_root;
+
+/// A provider as a vendor would write it, outside the workspace.
+const VENDOR: &str = "examples/vendor-provider/Cargo.toml";
 
 /// Every test; with arguments only those tests of the workspace that they select.
 pub(crate) fn test(args: &[String]) -> Result<()> {
@@ -17,6 +21,10 @@ pub(crate) fn test(args: &[String]) -> Result<()> {
     if !chosen.is_empty() {
         return cargo(&[runner, &["--workspace"], &chosen].concat());
     }
+    let skipped = workspace_root().join("target/skipped.txt");
+    // What an earlier run left; not being there is as good.
+    let _ = std::fs::remove_file(&skipped);
+    let cargo = |args: &[&str]| run(cargo_command(args).env(SKIPPED_ENV, &skipped));
     let mut failed = Vec::new();
     let mut step = |result: Result<()>| failed.extend(result.err().map(|x| format!("{x:#}")));
     if nextest {
@@ -27,16 +35,24 @@ pub(crate) fn test(args: &[String]) -> Result<()> {
             "--no-fail-fast",
             "--no-tests=pass",
         ]));
-        step(cargo(&["test", "--workspace", "--doc"]));
+        step(cargo(&["test", "--workspace", "--doc", "--no-fail-fast"]));
     } else {
         step(cargo(&["test", "--workspace", "--no-fail-fast"]));
     }
-    if exists("examples/vendor-provider/Cargo.toml") {
-        let manifest = ["--manifest-path", "examples/vendor-provider/Cargo.toml"];
-        step(cargo(&[&["test"], &manifest[..]].concat()));
+    if exists(VENDOR) {
+        step(cargo(&[
+            "test",
+            "--manifest-path",
+            VENDOR,
+            "--target-dir",
+            "target/vendor-provider",
+        ]));
     }
     if exists("fuzz/Cargo.toml") {
         step(build_fuzz());
+    }
+    if let Ok(lines) = std::fs::read_to_string(&skipped) {
+        println!("tests that this machine cannot run:\n{}", lines.trim_end());
     }
     conclude("tests", &failed)
 }
@@ -47,7 +63,13 @@ fn build_fuzz() -> Result<()> {
         return cargo(&["+nightly", "fuzz", "build"]);
     }
     println!("cargo-fuzz with a nightly is not installed: the fuzz targets are only checked");
-    cargo(&["check", "--manifest-path", "fuzz/Cargo.toml"])
+    cargo(&[
+        "check",
+        "--manifest-path",
+        "fuzz/Cargo.toml",
+        "--target-dir",
+        "target/fuzz",
+    ])
 }
 
 fn has_fuzz() -> bool {
@@ -64,6 +86,19 @@ pub(crate) fn lint() -> Result<()> {
     step(run(
         cargo_command(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings")
     ));
+    if exists(VENDOR) {
+        let at = ["--manifest-path", VENDOR];
+        step(cargo(&[&["fmt", "--check"], &at[..]].concat()));
+        let target = [
+            "--all-targets",
+            "--target-dir",
+            "target/vendor-provider",
+            "--",
+            "-D",
+            "warnings",
+        ];
+        step(cargo(&[&["clippy"], &at[..], &target].concat()));
+    }
     for (tool, args) in [("deny", &["deny", "check"][..]), ("audit", &["audit"])] {
         if has(&[tool, "--version"]) {
             step(cargo(args));

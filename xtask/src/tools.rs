@@ -24,15 +24,18 @@ struct Tree {
     bin: &'static str,
     suite: Option<&'static str>,
     packages: &'static [&'static str],
+    /// Whether these packages do without what they depend on.
+    alone: bool,
     programs: &'static [&'static str],
 }
 
-const TREES: [Tree; 2] = [
+const TREES: [Tree; 3] = [
     Tree {
         name: "qemu-10.0",
         bin: "bin",
         suite: Some("bookworm-backports"),
         packages: &["qemu-system-x86", "qemu-utils", "libnbd-bin", "libxml2-utils"],
+        alone: false,
         programs: &[
             "qemu-system-x86_64",
             "qemu-storage-daemon",
@@ -49,6 +52,7 @@ const TREES: [Tree; 2] = [
         bin: "qemu-7.2/bin",
         suite: None,
         packages: &["qemu-system-x86", "qemu-utils"],
+        alone: false,
         programs: &[
             "qemu-system-x86_64",
             "qemu-storage-daemon",
@@ -56,6 +60,15 @@ const TREES: [Tree; 2] = [
             "qemu-io",
             "qemu-nbd",
         ],
+    },
+    Tree {
+        // For the schemas of the documents, not for a program.
+        name: "libvirt",
+        bin: "libvirt/bin",
+        suite: None,
+        packages: &["libvirt0"],
+        alone: true,
+        programs: &[],
     },
 ];
 
@@ -182,7 +195,10 @@ impl Tree {
         println!("  {}", self.name);
         let place = dir.join(self.name);
         let new = beside(&place)?;
-        let packages = apt.resolve(self.packages, self.suite)?;
+        let mut packages = apt.resolve(self.packages, self.suite)?;
+        if self.alone {
+            packages.retain(|x| self.packages.contains(&x.name.as_str()));
+        }
         apt.unpack(&packages, Libc::System, &new.join("root"))?;
         write_versions(&new, &packages)?;
         for program in self.programs {
