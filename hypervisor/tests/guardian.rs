@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal, kill_process};
 const PAUSE: Watch = Watch {
     resume: true,
     thaw: false,
-    deadline: Duration::from_secs(600),
+    deadline: Duration::from_mins(10),
 };
 
 fn place() -> Place {
@@ -128,6 +128,7 @@ async fn without_a_program_nothing_is_paused() {
         control.guard(PAUSE).await.unwrap_err().kind(),
         ErrorKind::NotFound
     );
+    drop(control);
     // A program that is no guardian.
     let wrong = GuardianProgram::Program {
         path: "/bin/true".into(),
@@ -146,6 +147,7 @@ async fn without_a_program_nothing_is_paused() {
         "{:?}",
         error.next_step()
     );
+    drop(control);
     let control = place.connector.control(&qemu_domain(&qemu)).unwrap();
     let error = control.guard(PAUSE).await.unwrap_err();
     assert!(
@@ -159,6 +161,7 @@ async fn without_a_program_nothing_is_paused() {
 /// Not a test: what the tests below start as the parent. Arms, pauses (and freezes), says so, and hangs.
 #[tokio::test]
 #[ignore = "the tests below run it as a process of their own"]
+#[expect(clippy::print_stdout, reason = "this is how the test knows")]
 async fn parent() {
     let Ok(monitor) = std::env::var("PARENT_MONITOR") else {
         return;
@@ -222,7 +225,7 @@ impl Drop for Parent {
 #[test]
 fn a_killed_parent_s_guest_runs_again() {
     let qemu = Qemu::builder().disk(DiskSpec::new("vda", MIB)).start();
-    let parent = Parent::start(&qemu, false, Duration::from_secs(600));
+    let parent = Parent::start(&qemu, false, Duration::from_mins(10));
     assert_eq!(qemu.status(), "paused");
     parent.signal(Signal::KILL);
     eventually("the guest runs again", || qemu.status() == "running");
@@ -243,8 +246,12 @@ fn a_killed_parent_s_guest_is_thawed() {
         .disk(DiskSpec::new("vda", 64 * MIB))
         .guest(GuestSetup::new().file_system("ext4", "vda"))
         .start();
-    drop(qemu.agent());
-    let parent = Parent::start(&qemu, true, Duration::from_secs(600));
+    // The agent is up before the file system is.
+    eventually("the file system is mounted", || {
+        let mounted = qemu.agent().execute("guest-get-fsinfo", serde_json::json!({}));
+        mounted.as_array().is_some_and(|list| !list.is_empty())
+    });
+    let parent = Parent::start(&qemu, true, Duration::from_mins(10));
     parent.signal(Signal::KILL);
     // Only an agent whose file systems are not frozen answers this with "thawed".
     eventually("the guest is thawed", || {
