@@ -1,23 +1,19 @@
 //! The client: connecting to an export, and the requests that can be made of it.
 
 use std::collections::VecDeque;
-use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use tokio::net::{TcpStream, UnixStream};
-use tokio::time::timeout;
-
 use crate::assembly::ReadData;
+use crate::connect::{ConnectOptions, HANDSHAKE, open, within};
 use crate::connection::{Connection, InFlight, Reply};
 use crate::error::{Errno, Error, Result};
 use crate::extents::{Extent, ExtentStream, clipped};
 use crate::handshake::{BoxedStream, Negotiation, Session};
-use crate::tls::TlsCredentials;
-use crate::uri::{Address, Uri};
-use crate::wire::{BlockSizes, Command, CommandFlags, ListedExport, StatusChunk, TransmissionFlags};
+use crate::uri::Uri;
+use crate::wire::{BlockSizes, Command, CommandFlags, StatusChunk, TransmissionFlags};
+use bytes::{Bytes, BytesMut};
 
 /// The longest read or write in one request, whatever the server allows: what the protocol calls
 /// portable.
@@ -29,37 +25,6 @@ const MAX_RANGE: u64 = 1 << 30;
 const ONE_PIECE: CommandFlags = CommandFlags::from_bits_retain(1 << 2);
 /// Parts of one long request that are in flight together.
 const PARTS: usize = 8;
-
-/// How to connect.
-#[derive(Debug, Clone)]
-pub struct ConnectOptions {
-    /// The metadata contexts to ask for, such as [`BASE_ALLOCATION`](crate::BASE_ALLOCATION) and
-    /// `qemu:dirty-bitmap:NAME`. One that the server does not have is no error until it is used:
-    /// [`Client::has_context`] tells.
-    pub meta_contexts: Vec<String>,
-    /// Credentials for TLS. With them, and with a `nbds` URI, TLS is required: there is no falling
-    /// back to plain text.
-    pub tls: Option<TlsCredentials>,
-    /// How long connecting may take, and again how long the handshake may take.
-    pub handshake_timeout: Duration,
-    /// How long the server may send nothing at all while it has requests to answer. `None`: for ever.
-    pub idle_timeout: Option<Duration>,
-    /// How many bytes of reads and writes may be in flight on a connection. Further requests wait.
-    pub max_in_flight: usize,
-}
-
-impl Default for ConnectOptions {
-    /// No contexts, no TLS, 10 s for the handshake, 60 s of silence, 64 MiB in flight.
-    fn default() -> Self {
-        Self {
-            meta_contexts: Vec::new(),
-            tls: None,
-            handshake_timeout: Duration::from_secs(10),
-            idle_timeout: Some(Duration::from_mins(1)),
-            max_in_flight: 64 << 20,
-        }
-    }
-}
 
 /// A connection to one export of an NBD server.
 ///
@@ -652,76 +617,6 @@ impl PendingStatus {
         let chunk = chunks.iter().find(|chunk| chunk.context == self.context);
         let descriptors = chunk.into_iter().flat_map(StatusChunk::descriptors);
         Ok(clipped(self.at, descriptors, &self.range))
-    }
-}
-
-/// The exports of a server, in its order (`NBD_OPT_LIST`). The URI's own export plays no part.
-///
-/// # Errors
-/// Those of [`Client::connect`]; [`Refusal::Policy`](crate::Refusal::Policy) from a server that does
-/// not list its exports.
-pub async fn list_exports(uri: &Uri, options: &ConnectOptions) -> Result<Vec<ListedExport>> {
-    let uri = uri.clone().with_export("");
-    let (target, negotiation) = negotiate(&uri, options).await?;
-    within(options.handshake_timeout, &target, HANDSHAKE, negotiation.list()).await
-}
-
-/// The metadata contexts of an export that match the queries (`NBD_OPT_LIST_META_CONTEXT`), such as
-/// `base:` or `qemu:dirty-bitmap:`. No query means all. [`ConnectOptions::meta_contexts`] plays no part.
-///
-/// # Errors
-/// Those of [`Client::connect`].
-pub async fn list_meta_contexts(
-    uri: &Uri,
-    options: &ConnectOptions,
-    queries: &[String],
-) -> Result<Vec<String>> {
-    let (target, negotiation) = negotiate(uri, options).await?;
-    let listing = negotiation.list_contexts(uri.export(), queries);
-    within(options.handshake_timeout, &target, HANDSHAKE, listing).await
-}
-
-const HANDSHAKE: &str = "the handshake went on";
-
-async fn negotiate(uri: &Uri, options: &ConnectOptions) -> Result<(Arc<str>, Negotiation)> {
-    let target: Arc<str> = uri.to_string().into();
-    let stream = open(uri, &target, options.handshake_timeout).await?;
-    let begin = Negotiation::begin(stream, uri, Arc::clone(&target), options.tls.as_ref());
-    let negotiation = within(options.handshake_timeout, &target, HANDSHAKE, begin).await?;
-    Ok((target, negotiation))
-}
-
-async fn open(uri: &Uri, target: &Arc<str>, patience: Duration) -> Result<BoxedStream> {
-    let opening = async {
-        let opened: io::Result<BoxedStream> = match uri.address() {
-            Address::Unix(path) => UnixStream::connect(path).await.map(|s| Box::new(s) as _),
-            Address::Tcp { host, port } => match TcpStream::connect((host.as_str(), *port)).await {
-                // Small requests must not wait for one another's acknowledgements.
-                Ok(stream) => stream.set_nodelay(true).map(|()| Box::new(stream) as _),
-                Err(error) => Err(error),
-            },
-        };
-        opened.map_err(|e| Error::Connect {
-            target: Arc::clone(target),
-            source: Arc::new(e),
-        })
-    };
-    within(patience, target, "connecting to it", opening).await
-}
-
-async fn within<T>(
-    patience: Duration,
-    target: &Arc<str>,
-    during: &'static str,
-    work: impl Future<Output = Result<T>>,
-) -> Result<T> {
-    match timeout(patience, work).await {
-        Ok(result) => result,
-        Err(_) => Err(Error::Timeout {
-            target: Arc::clone(target),
-            during,
-            after: patience,
-        }),
     }
 }
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
-use crate::client::{Client, ConnectOptions};
+use crate::client::Client;
+use crate::connect::ConnectOptions;
 use crate::copy::{BulkOptions, BulkReader};
 use crate::extents::{BASE_ALLOCATION, clipped};
 use crate::uri::Uri;

@@ -29,6 +29,7 @@
 
 mod assembly;
 mod client;
+mod connect;
 mod connection;
 mod copy;
 mod error;
@@ -40,7 +41,8 @@ mod tls;
 mod uri;
 mod wire;
 
-pub use client::{Client, ConnectOptions, list_exports, list_meta_contexts};
+pub use client::Client;
+pub use connect::{ConnectOptions, list_exports, list_meta_contexts};
 pub use copy::{BulkOptions, BulkReader, Chunk};
 pub use error::{Errno, Error, Refusal, Result};
 pub use extents::{BASE_ALLOCATION, Extent, ExtentStream, dirty_bitmap_context};
