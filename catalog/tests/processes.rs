@@ -216,11 +216,13 @@ fn no_two_processes_are_in_the_lock_at_once() {
 async fn a_kill_leaves_each_settle_done_or_not() {
     let temp = tempfile::tempdir().unwrap();
     let mut said = BTreeSet::new();
-    for round in 0..12 {
+    for round in 0..40 {
         let mut second = Second::start("settle", temp.path());
-        for _ in 0..=round * 3 {
+        for _ in 0..=round % 4 {
             said.insert(second.word().unwrap());
         }
+        // At another point of the next act each time.
+        std::thread::sleep(Duration::from_micros(round * 50));
         second.kill();
         // What it said before it died counts as promised.
         said.extend(std::iter::from_fn(|| second.word()));
