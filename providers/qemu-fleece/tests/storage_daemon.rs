@@ -195,28 +195,11 @@ async fn five_disks_are_one_instant_while_a_writer_goes_on() {
         for target in targets {
             disks.push(rig.read(&name, target).await);
         }
-        assert_one_instant(&disks, way);
+        rig::assert_one_instant(&disks);
         rig.delete(&name).await;
     }
     assert!(writer.stop() > 100);
     rig.assert_clean().await;
-}
-
-/// The writer writes each round to the disks in order, so at one instant no disk is behind a later one.
-fn assert_one_instant(disks: &[Vec<u8>], way: &str) {
-    let newest = |disk: &Vec<u8>| {
-        disk.chunks(4096)
-            .map(|block| u64::from_le_bytes(block[..8].try_into().unwrap()))
-            .max()
-            .unwrap()
-    };
-    let rounds: Vec<u64> = disks.iter().map(newest).collect();
-    for pair in rounds.windows(2) {
-        assert!(
-            pair[0] >= pair[1] && pair[0] - pair[1] <= 3,
-            "{way}: rounds {rounds:?} are not one instant"
-        );
-    }
 }
 
 #[tokio::test]

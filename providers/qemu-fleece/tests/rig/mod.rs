@@ -9,7 +9,7 @@ use disksnap_core::{
     Command, Control, DiskChoice, Disks, Dispatcher, Domain, Health, MethodChoice, NetworkHost, Registry,
     Snapshot, SnapshotName, SnapshotRequest, Source,
 };
-use disksnap_hypervisor::{Paths, QemuConnector};
+use disksnap_hypervisor::{GuardianProgram, Paths, QemuConnector};
 use disksnap_nbd::{Client, ConnectOptions, Uri};
 use disksnap_qemu_fleece::QemuFleece;
 use disksnap_test_support::pattern;
@@ -28,10 +28,11 @@ impl Rig {
     pub async fn new(domain_xml: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::open(Some(&dir.path().join("state"))).unwrap();
-        let connector = QemuConnector::new(Paths {
+        let paths = Paths {
             images: state.images(),
             run: state.run(),
-        });
+        };
+        let connector = QemuConnector::new(paths).guardian(guardian_program());
         let catalog = SqliteCatalog::open(state).await.unwrap();
         let mut registry = Registry::empty();
         registry.add(Arc::new(QemuFleece)).unwrap();
@@ -135,6 +136,26 @@ impl Rig {
     }
 }
 
+/// This very test program, asked for its one test that becomes the guardian.
+fn guardian_program() -> GuardianProgram {
+    let arguments = ["--exact", "becomes_the_guardian_when_asked"]
+        .map(Into::into)
+        .to_vec();
+    GuardianProgram::Program {
+        path: std::env::current_exe().unwrap(),
+        arguments,
+    }
+}
+
+/// What that test does: when asked it does not return.
+pub fn become_guardian_when_asked() {
+    disksnap_hypervisor::guardian::run_if_asked();
+    assert!(
+        std::env::var_os("DISKSNAP_GUARDIAN").is_none(),
+        "a guardian does not go on as a test"
+    );
+}
+
 pub fn name_of(name: &str) -> SnapshotName {
     name.parse().unwrap()
 }
@@ -186,4 +207,16 @@ pub fn uri(source: &Source) -> Uri {
         NetworkHost::Unix { socket } => Uri::unix(socket, export),
         NetworkHost::Tcp { name, port } => Uri::tcp(name, port.unwrap(), export),
     }
+}
+
+/// The writer ends each round by writing its number to the disks' beginnings, in the disks' order: at one
+/// instant no disk is behind a later one, and none is ahead by more than one.
+pub fn assert_one_instant(disks: &[Vec<u8>]) {
+    let round = |disk: &Vec<u8>| u64::from_le_bytes(disk[..8].try_into().unwrap());
+    let rounds: Vec<u64> = disks.iter().map(round).collect();
+    let (first, last) = (rounds[0], rounds[rounds.len() - 1]);
+    assert!(
+        rounds.is_sorted_by(|a, b| a >= b) && first - last <= 1,
+        "{rounds:?} are not one instant"
+    );
 }
