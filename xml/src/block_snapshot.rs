@@ -160,7 +160,7 @@ impl<'a> SnapshotView<'a> {
         }
     }
 
-    fn element(&self) -> Result<Element> {
+    pub(crate) fn element(&self) -> Result<Element> {
         let snapshot = self.snapshot;
         let domain = Element::new("domain")
             .attr("name", &snapshot.domain.name)

@@ -3,6 +3,7 @@
 use disksnap_core::{Disk, Error, ErrorKind, Export, MethodChoice, NbdServer, Result, SnapshotName, Source};
 
 use crate::block_export::export_element;
+use crate::block_snapshot::SnapshotView;
 use crate::disk::driver_element;
 use crate::domain::{DOMAIN_NAMESPACE, DomainDocument, disk_elements, metadata_disks, our_metadata};
 use crate::limits::{Scanner, tag_name};
@@ -20,22 +21,36 @@ impl DomainDocument {
     /// # Errors
     /// `Unsupported` for a path or name that XML cannot hold.
     pub fn with_exports(&self, server: Option<&NbdServer>, exports: &[Export]) -> Result<Self> {
+        let new = server.map(|server| export_element(server, exports)).transpose()?;
+        self.in_devices("blockexport", &Vec::from_iter(new))
+    }
+
+    /// The active domain's document with its snapshots: a `<domainblocksnapshot>` each in `<devices>`, in the
+    /// place of any that are there.
+    ///
+    /// # Errors
+    /// As [`snapshot_document`](crate::snapshot_document).
+    pub fn with_snapshots(&self, snapshots: &[SnapshotView<'_>]) -> Result<Self> {
+        let new: Vec<Element> = snapshots
+            .iter()
+            .map(SnapshotView::element)
+            .collect::<Result<_>>()?;
+        self.in_devices("domainblocksnapshot", &new)
+    }
+
+    /// The document with these elements in `<devices>`, in the place of those of that name.
+    fn in_devices(&self, name: &str, new: &[Element]) -> Result<Self> {
         let tree = Tree::parse(&self.text)?;
         let root = tree.root();
-        let new: Vec<Element> = server
-            .map(|server| export_element(server, exports))
-            .transpose()?
-            .into_iter()
-            .collect();
         let old: Vec<_> = root
             .all("devices")
-            .flat_map(|devices| devices.all("blockexport"))
+            .flat_map(|devices| devices.all(name))
             .collect();
         let mut edit = Edit::new(&self.text);
-        if !put_in_place(&mut edit, &old, &new)? {
+        if !put_in_place(&mut edit, &old, new)? {
             match root.all("devices").last() {
-                Some(devices) => edit.append(devices, &new)?,
-                None => edit.append(root, &[Element::new("devices").children(new)])?,
+                Some(devices) => edit.append(devices, new)?,
+                None => edit.append(root, &[Element::new("devices").children(new.to_vec())])?,
             }
         }
         Self::parse(edit.apply())

@@ -105,7 +105,48 @@ fn a_snapshot_in_full() {
         document: Some(&document),
         ..SnapshotView::new(&snapshot)
     };
-    assert_snapshot!(snapshot_document(&view).unwrap(), @"");
+    assert_snapshot!(snapshot_document(&view).unwrap(), @"
+    <domainblocksnapshot>
+      <name>nightly &lt;3&gt;</name>
+      <creationTime>1700000000</creationTime>
+      <domain name='web-1' uuid='5768a388-c1c4-414c-ac4e-eab216ba7c0c'/>
+      <consistency level='filesystem' filesystems='2'/>
+      <window unit='us' frozen='41000' paused='0' taken='900'/>
+      <snapshot disk='vda'>
+        <fleece file='/f/vda.img'/>
+        <alias name='vda-backup'/>
+        <size unit='bytes'>1073741824</size>
+        <health state='active'/>
+        <detail name='way' value='filter'/>
+        <backupSource type='network'>
+          <format type='raw'/>
+          <source protocol='nbd' name='vda-backup'>
+            <host transport='unix' socket='/run/nbd.sock'/>
+          </source>
+        </backupSource>
+      </snapshot>
+      <snapshot disk='sda'>
+        <diskSnapshot method='qemu-external-qcow2'/>
+        <alias name='sda-backup'/>
+        <health state='broken'>the image is full</health>
+        <modifiedDisk>
+          <disk type='file' device='disk'>
+            <driver name='qemu' type='qcow2' cache='none' io='native'/>
+            <source file='/o/sda.qcow2'/>
+            <target dev='sda' bus='scsi'/>
+            <alias name='scsi0-0-0-0'/>
+            <address type='drive' controller='0' bus='0' target='0' unit='0'/>
+          </disk>
+        </modifiedDisk>
+        <backupSource type='block'>
+          <format type='raw'/>
+          <source dev='/dev/vg0/web-1-data'/>
+        </backupSource>
+      </snapshot>
+      <skipped disk='sdb'>a CD-ROM drive</skipped>
+      <warning>little space: 1 GiB &amp; falling</warning>
+    </domainblocksnapshot>
+    ");
 }
 
 #[test]
@@ -118,7 +159,36 @@ fn a_snapshot_alone_and_in_a_list() {
     snapshot.warnings.clear();
     let view = SnapshotView::new(&snapshot);
     let alone = snapshot_document(&view).unwrap();
-    assert_snapshot!(alone, @"");
+    assert_snapshot!(alone, @"
+    <domainblocksnapshot>
+      <name>nightly &lt;3&gt;</name>
+      <creationTime>1700000000</creationTime>
+      <domain name='web-1' uuid='5768a388-c1c4-414c-ac4e-eab216ba7c0c'/>
+      <consistency level='unquiesced'>the agent is silent</consistency>
+      <window unit='us' frozen='41000' paused='0' taken='900'/>
+      <snapshot disk='vda'>
+        <fleece file='/f/vda.img'/>
+        <alias name='vda-backup'/>
+        <size unit='bytes'>1073741824</size>
+        <detail name='way' value='filter'/>
+      </snapshot>
+      <snapshot disk='sda'>
+        <diskSnapshot method='qemu-external-qcow2'/>
+        <alias name='sda-backup'/>
+        <modifiedDisk>
+          <disk type='file' device='disk'>
+            <driver name='qemu' type='qcow2'/>
+            <source file='/o/sda.qcow2'/>
+            <target dev='sda'/>
+          </disk>
+        </modifiedDisk>
+        <backupSource type='block'>
+          <format type='raw'/>
+          <source dev='/dev/vg0/web-1-data'/>
+        </backupSource>
+      </snapshot>
+    </domainblocksnapshot>
+    ");
     let list = snapshots_document(&[view.clone(), view]).unwrap();
     let indented: String = alone.lines().map(|line| format!("  {line}\n")).collect();
     assert_eq!(
@@ -180,7 +250,14 @@ fn exports() {
         export("vdb-backup", "data & more"),
     ];
     let text = export_document(&server, &exports).unwrap();
-    assert_snapshot!(text, @"");
+    assert_snapshot!(text, @"
+    <blockexport type='nbd' port='8001'>
+      <listen type='address' address='10.0.2.10'/>
+      <tls credentials='/etc/pki/qemu' verify='yes'/>
+      <disk name='vda-backup'/>
+      <disk name='vdb-backup' exportname='data &amp; more'/>
+    </blockexport>
+    ");
     let request = export_request(&text).unwrap();
     assert_eq!(
         (Some(&server.listen), &server.tls),
@@ -189,7 +266,11 @@ fn exports() {
     assert_eq!(request.disks[1].name.as_deref(), Some("data & more"));
     server.tls = None;
     server.listen = Listen::Unix("/run/a'b".into());
-    assert_snapshot!(export_document(&server, &[]).unwrap(), @"");
+    assert_snapshot!(export_document(&server, &[]).unwrap(), @"
+    <blockexport type='nbd'>
+      <listen type='socket' socket='/run/a&apos;b'/>
+    </blockexport>
+    ");
 }
 
 #[test]
@@ -223,7 +304,26 @@ fn a_plan_and_the_methods() {
             reason: "a CD-ROM drive".to_owned(),
         }],
     };
-    assert_snapshot!(plan_document(document.domain(), &plan).unwrap(), @"");
+    assert_snapshot!(plan_document(document.domain(), &plan).unwrap(), @"
+    <diskSnapshotPlan>
+      <domain name='web-1' uuid='5768a388-c1c4-414c-ac4e-eab216ba7c0c'/>
+      <snapshot disk='vda' method='qemu-fleece' why='override' fit='natural' unit='vda'>
+        <alias name='vda-backup'/>
+        <effect>Old data is copied to /f.</effect>
+        <option name='fleece.file' value='/f'/>
+        <capability name='active'/>
+        <capability name='guest-safe'/>
+        <detail name='way' value='filter'/>
+        <warning>little space</warning>
+      </snapshot>
+      <snapshot disk='sda' why='override' fit='unfit'>
+        <alias name='sda-backup'/>
+        <reason>no running domain</reason>
+        <option name='fleece.file' value='/f'/>
+      </snapshot>
+      <skipped disk='sdb'>a CD-ROM drive</skipped>
+    </diskSnapshotPlan>
+    ");
     let method = Method {
         name: "qemu-fleece".to_owned(),
         summary: "Copy before write inside QEMU".to_owned(),
@@ -233,14 +333,37 @@ fn a_plan_and_the_methods() {
         }],
         capabilities: vec![Capability::Export],
     };
-    assert_snapshot!(methods_document([&method]).unwrap(), @"");
+    assert_snapshot!(methods_document([&method]).unwrap(), @"
+    <diskSnapshotMethods>
+      <method name='qemu-fleece'>
+        <summary>Copy before write inside QEMU</summary>
+        <capability name='export'/>
+        <option name='fleece.file'>where old data goes</option>
+      </method>
+    </diskSnapshotMethods>
+    ");
 }
 
 #[test]
 fn what_xml_cannot_hold_is_refused() {
     let error = Element::new("a").text("bell \u{7}").to_document().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert_snapshot!(error, @"");
-    assert_snapshot!(Element::new("a b").to_document().unwrap_err(), @"");
-    assert_snapshot!(Element::new("a").attr("1", "x").to_document().unwrap_err(), @"");
+    assert_snapshot!(error, @r#"XML cannot hold the character '\u{7}' of "bell \u{7}""#);
+    assert_snapshot!(Element::new("a b").to_document().unwrap_err(), @r#""a b" cannot be the name of an element or attribute in XML"#);
+    assert_snapshot!(Element::new("a").attr("1", "x").to_document().unwrap_err(), @r#""1" cannot be the name of an element or attribute in XML"#);
+}
+
+#[test]
+fn snapshots_come_into_the_active_document_and_go() {
+    let document = DomainDocument::parse(crate::ACTIVE).unwrap();
+    let (first, mut second) = (snapshot(), snapshot());
+    second.name = "second".parse().unwrap();
+    let views = [SnapshotView::new(&first), SnapshotView::new(&second)];
+    let active = document.with_snapshots(&views).unwrap();
+    assert_eq!(active.domain(), document.domain());
+    assert_eq!(active.text().matches("<domainblocksnapshot>").count(), 2);
+    assert_eq!(active.with_snapshots(&views).unwrap(), active);
+    let fewer = active.with_snapshots(&views[..1]).unwrap();
+    assert_eq!(fewer, document.with_snapshots(&views[..1]).unwrap());
+    assert_eq!(active.with_snapshots(&[]).unwrap(), document);
 }
