@@ -1,13 +1,11 @@
 //! Making what a fleece needs: the image, its nodes, the filter that waits for the guest's writes.
 
-use std::fmt::Write as _;
-use std::io::Read as _;
-
 use disksnap_core::{Batch, Command, Error, ErrorKind, Host, Owner, Result, SnapshotId, Step, TakePlan};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::choice::{Choice, Seat};
+use crate::encrypted;
 use crate::jobs::{self, Job};
 use crate::names::Names;
 use crate::offers::Sparing;
@@ -48,7 +46,6 @@ pub(crate) async fn build(host: &dyn Host, fleeces: &[Fleece]) -> Result<()> {
 }
 
 fn make_file(fleece: &Fleece, owner: Option<Owner>) -> Result<()> {
-    // A format of its own grows the file by itself.
     let size = if has_format(&fleece.choice) {
         0
     } else {
@@ -57,78 +54,60 @@ fn make_file(fleece: &Fleece, owner: Option<Owner>) -> Result<()> {
     fleece.choice.image.create(size, owner)
 }
 
-/// Whether the fleece image has a format that QEMU must write first.
+/// Whether the fleece image has a format, which grows the file by itself.
 fn has_format(choice: &Choice) -> bool {
     choice.encrypted || choice.way == Way::Classic
 }
 
-/// Writes the formats of the images that have one (`blockdev-create`).
+/// Whether QEMU writes that format, into a node of its own.
+fn has_file_node(choice: &Choice) -> bool {
+    !choice.encrypted && choice.way == Way::Classic
+}
+
+/// Writes the formats of the images that have one.
 async fn make_formats(host: &dyn Host, fleeces: &[Fleece]) -> Result<()> {
-    let formatted: Vec<&Fleece> = fleeces.iter().filter(|f| has_format(&f.choice)).collect();
+    for fleece in fleeces.iter().filter(|f| f.choice.encrypted) {
+        let key = encrypted::random_key()?;
+        encrypted::make(&fleece.choice, &key)
+            .await
+            .map_err(|e| e.with("disk", &fleece.target))?;
+        let secret = json!({ "qom-type": "secret", "id": fleece.names().secret(), "data": key });
+        each(host, vec![(fleece, Command::new("object-add", secret))]).await?;
+    }
+    let plain: Vec<&Fleece> = fleeces.iter().filter(|f| has_file_node(&f.choice)).collect();
     let (mut nodes, mut jobs) = (Vec::new(), Vec::new());
-    for fleece in &formatted {
+    for fleece in &plain {
         let (names, choice) = (fleece.names(), &fleece.choice);
-        if choice.encrypted {
-            // The key lives in QEMU's memory and nowhere else: so does the snapshot.
-            let secret = json!({ "qom-type": "secret", "id": names.secret(), "data": random_key()? });
-            nodes.push((*fleece, Command::new("object-add", secret)));
-        }
         let mut node = file_options(choice);
         node["node-name"] = json!(names.file());
         nodes.push((*fleece, Command::new("blockdev-add", node)));
-        let create = json!({ "job-id": names.create_job(), "options": create_options(&names, choice) });
+        let options = json!({ "driver": "qcow2", "file": names.file(), "size": choice.size });
+        let create = json!({ "job-id": names.create_job(), "options": options });
         jobs.push((*fleece, Command::new("blockdev-create", create)));
     }
     each(host, nodes).await?;
     each(host, jobs).await?;
-    for fleece in formatted {
-        let job = fleece.names().create_job();
-        let ended = jobs::wait(host, &job, Job::has_ended).await?;
-        let Some(job) = ended else { continue };
-        jobs::end(host, &job).await?;
-        if let Some(error) = job.error {
-            return Err(Error::new(
-                ErrorKind::Refused,
-                format!("QEMU cannot make the fleece image: {error}"),
-            )
-            .with("disk", &fleece.target)
-            .with("path", fleece.choice.image.path.display()));
-        }
+    for fleece in plain {
+        wait_created(host, fleece).await?;
     }
     Ok(())
 }
 
-/// A key that QEMU takes as a secret: 64 hexadecimal digits from the system's random source.
-fn random_key() -> Result<String> {
-    let mut bytes = [0; 32];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut source| source.read_exact(&mut bytes))
-        .map_err(|e| Error::io("cannot make a key for the fleece image: /dev/urandom", e))?;
-    Ok(bytes.iter().fold(String::new(), |mut key, byte| {
-        let _ = write!(key, "{byte:02x}");
-        key
-    }))
-}
-
-fn create_options(names: &Names, choice: &Choice) -> Value {
-    // One iteration stands in for a slow key derivation: the key is random, there is nothing to guess.
-    let luks = json!({ "key-secret": names.secret(), "iter-time": 1 });
-    let mut options = json!({ "file": names.file(), "size": choice.size });
-    match choice.way {
-        Way::Classic => {
-            options["driver"] = json!("qcow2");
-            if choice.encrypted {
-                options["encrypt"] = luks;
-                options["encrypt"]["format"] = json!("luks");
-            }
-        }
-        Way::Filter | Way::Job => {
-            options["driver"] = json!("luks");
-            options["key-secret"] = luks["key-secret"].clone();
-            options["iter-time"] = luks["iter-time"].clone();
-        }
+async fn wait_created(host: &dyn Host, fleece: &Fleece) -> Result<()> {
+    let job = fleece.names().create_job();
+    let Some(job) = jobs::wait(host, &job, Job::has_ended).await? else {
+        return Ok(());
+    };
+    jobs::end(host, &job).await?;
+    match job.error {
+        None => Ok(()),
+        Some(error) => Err(Error::new(
+            ErrorKind::Refused,
+            format!("QEMU cannot make the fleece image: {error}"),
+        )
+        .with("disk", &fleece.target)
+        .with("path", fleece.choice.image.path.display())),
     }
-    options
 }
 
 fn file_options(choice: &Choice) -> Value {
@@ -138,7 +117,7 @@ fn file_options(choice: &Choice) -> Value {
 /// The node that old data is copied to.
 fn fleece_node(names: &Names, choice: &Choice) -> Value {
     let mut node = json!({ "node-name": names.fleece(), "discard": "unmap" });
-    node["file"] = if has_format(choice) {
+    node["file"] = if has_file_node(choice) {
         json!(names.file())
     } else {
         file_options(choice)

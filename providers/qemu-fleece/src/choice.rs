@@ -7,6 +7,7 @@ use disksnap_hypervisor::{DiskNodes, Graph};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::encrypted;
 use crate::image::Image;
 use crate::names::Names;
 use crate::offers::{Offers, Sparing};
@@ -99,12 +100,8 @@ fn choose_one(
     })?;
     let in_chain = |name: &String| graph.node(name).is_some_and(|node| node.encrypted);
     let encrypted = disk.encrypted || place.chain.iter().chain(&place.backing).any(in_chain);
-    if encrypted && !offers.encryption {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            "QEMU encrypts this disk, and cannot encrypt a fleece image",
-        )
-        .hint("Its data must not come to rest unencrypted. Use a method that copies the encrypted image."));
+    if encrypted {
+        refuse_plain(offers)?;
     }
     let seat = seat(
         graph,
@@ -123,6 +120,18 @@ fn choose_one(
         timeout: settings.timeout,
         image: Image::locate(host, id, &disk.target, settings),
     })
+}
+
+/// What is encrypted must not come to rest in plain.
+fn refuse_plain(offers: &Offers) -> Result<()> {
+    if !offers.encryption {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "QEMU encrypts this disk, and cannot encrypt a fleece image",
+        )
+        .hint("Use a method that copies the encrypted image as it is."));
+    }
+    encrypted::qemu_img().map(|_| ()).ok_or_else(encrypted::missing)
 }
 
 fn pick(wish: Option<Way>, offers: &Offers, has_seat: bool) -> Result<Way> {

@@ -15,6 +15,7 @@
 
 mod build;
 mod choice;
+mod encrypted;
 mod image;
 mod inspect;
 mod jobs;

@@ -47,9 +47,7 @@ impl Offers {
         Ok(Self {
             ways: Way::ALL.into_iter().filter(offered).collect(),
             safe_job: schema.command_has_arg("blockdev-backup", "on-cbw-error"),
-            encryption: schema.has_driver("luks")
-                && schema.has("blockdev-create/options/+luks/key-secret")
-                && schema.has_command("object-add"),
+            encryption: schema.has_driver("luks") && schema.has_command("object-add"),
         })
     }
 

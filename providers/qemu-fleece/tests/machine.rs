@@ -247,10 +247,9 @@ async fn a_killed_machine_leaves_a_snapshot_that_is_gone() {
     rig.assert_clean().await;
 }
 
-/// A disk that QEMU encrypts: nothing of it may come to rest unencrypted.
-async fn an_encrypted_disk_has_an_encrypted_fleece(way: &str) {
-    let dir = tempfile::tempdir().unwrap();
-    let image = dir.path().join("luks.img");
+/// A machine with a disk that QEMU encrypts, `vdx`.
+async fn encrypting(dir: &std::path::Path) -> (Qemu, Rig) {
+    let image = dir.join("luks.img");
     let made = std::process::Command::new(disksnap_test_support::tools::program("qemu-img"))
         .args([
             "create",
@@ -276,35 +275,41 @@ async fn an_encrypted_disk_has_an_encrypted_fleece(way: &str) {
     let mut disk = disksnap_core::Disk::new("vdx", disksnap_core::Source::File { file: image });
     disk.alias = Some("ua-secret".to_owned());
     rig.domain.disks.push(disk);
-    let write = |pattern: &str| {
-        let line =
-            format!("qemu-io -d /machine/peripheral/ua-secret/virtio-backend \"write -P {pattern} 0 4M\"");
+    (qemu, rig)
+}
+
+/// Nothing of an encrypted disk may come to rest in plain.
+#[tokio::test]
+async fn an_encrypted_disk_has_an_encrypted_fleece_by_every_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let (qemu, rig) = encrypting(dir.path()).await;
+    let write = |pattern: u8| {
+        let device = "/machine/peripheral/ua-secret/virtio-backend";
+        let line = format!("qemu-io -d {device} \"write -P {pattern} 0 4M\"");
         let told = qemu.qmp("human-monitor-command", json!({"command-line": line}));
         assert_eq!(told, "", "the monitor tells only errors");
     };
-    write("0x5a");
-    let made = rig.create("s", &["vdx"], way).await.unwrap();
-    assert_eq!(made.disks[0].details["fleece.encrypted"], "yes");
-    write("0xa5");
-    let read = rig.read("s", "vdx").await;
-    assert!(
-        read[..4 << 20].iter().all(|byte| *byte == 0x5a),
-        "the snapshot reads in plain"
-    );
-    let fleece = std::fs::read(&made.disks[0].details["fleece.file"]).unwrap();
-    assert!(fleece.len() > 4 << 20, "the old data is in the fleece image");
-    assert!(
-        !fleece.windows(16).any(|w| w == [0x5a; 16]),
-        "and nothing of it in plain"
-    );
-    rig.delete("s").await;
-    rig.assert_clean().await;
-}
-
-#[tokio::test]
-async fn an_encrypted_disk_has_an_encrypted_fleece_by_every_way() {
     for way in ["filter", "job", "classic"] {
-        an_encrypted_disk_has_an_encrypted_fleece(way).await;
+        write(0x5a);
+        let made = rig.create("s", &["vdx"], way).await.unwrap();
+        assert_eq!(made.disks[0].details["fleece.encrypted"], "yes");
+        write(0xa5);
+        let read = rig.read("s", "vdx").await;
+        assert!(
+            read[..4 << 20].iter().all(|byte| *byte == 0x5a),
+            "{way}: the snapshot reads in plain"
+        );
+        let fleece = std::fs::read(&made.disks[0].details["fleece.file"]).unwrap();
+        assert!(
+            fleece.len() > 4 << 20,
+            "{way}: the old data is in the fleece image"
+        );
+        assert!(
+            !fleece.windows(16).any(|w| w == [0x5a; 16]),
+            "{way}: and nothing of it in plain"
+        );
+        rig.delete("s").await;
+        rig.assert_clean().await;
     }
 }
 
