@@ -129,7 +129,11 @@ pub(crate) fn refusal(command: &str, error: &Value) -> Error {
 
 /// What a command may have left behind when its answer never came.
 pub(crate) fn effect_unanswered(command: &str) -> Effect {
-    if command.starts_with("query-") || command == "qmp_capabilities" || command.ends_with("-status") {
+    let asks = matches!(
+        command,
+        "qmp_capabilities" | "guest-sync-delimited" | "guest-fsfreeze-status"
+    );
+    if asks || command.starts_with("query-") {
         Effect::None
     } else {
         Effect::Unknown

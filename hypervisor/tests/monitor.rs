@@ -4,8 +4,12 @@
 
 mod common;
 
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -103,22 +107,30 @@ async fn another_client_holds_the_monitor() {
     session.execute(Command::bare("query-version")).await.unwrap();
 }
 
+/// As root, everything may be opened: then this test runs itself as nobody.
 #[tokio::test]
 async fn a_socket_that_may_not_be_opened_is_denied() {
-    // Root may open everything, so the kernel is asked as nobody.
-    use std::os::unix::fs::PermissionsExt;
+    if let Some(path) = std::env::var_os("DENIED") {
+        let session = Session::new(path, impatient());
+        let error = session.execute(Command::bare("query-version")).await.unwrap_err();
+        assert_eq!((error.kind(), error.effect()), (ErrorKind::Denied, Effect::None));
+        return;
+    }
     let place = Place::new();
     let path = peer(place.dir.path(), drop);
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o000)).unwrap();
-    let error = if rustix::process::geteuid().is_root() {
-        return;
-    } else {
-        Session::new(path, impatient())
-            .execute(Command::bare("query-version"))
-            .await
-            .unwrap_err()
-    };
-    assert_eq!(error.kind(), ErrorKind::Denied);
+    fs::set_permissions(place.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
+    // Where nobody may read the test itself, its name leads there all the same.
+    let file = fs::File::open("/proc/self/exe").unwrap();
+    let mut command = std::process::Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    command
+        .args(["--exact", "a_socket_that_may_not_be_opened_is_denied"])
+        .env("DENIED", &path)
+        .current_dir("/");
+    if rustix::process::geteuid().is_root() {
+        command.uid(65534).gid(65534);
+    }
+    assert!(command.status().unwrap().success());
 }
 
 #[tokio::test]
