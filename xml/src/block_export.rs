@@ -1,5 +1,6 @@
 //! `<blockexport>`: what is to be exported and where, and what is being exported.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
 use disksnap_core::{Alias, ErrorKind, Export, ExportDisk, ExportRequest, Listen, NbdServer, Result, Tls};
@@ -26,10 +27,10 @@ pub fn export_request(text: &str) -> Result<ExportRequest> {
         .child("tls")?
         .map(|elem| tls(elem, listen.as_ref()))
         .transpose()?;
-    let mut disks: Vec<ExportDisk> = Vec::new();
+    let (mut disks, mut seen) = (Vec::new(), HashSet::new());
     for elem in root.all("disk") {
         let disk = disk(elem)?;
-        if disks.iter().any(|known| known.alias == disk.alias) {
+        if !seen.insert(disk.alias.clone()) {
             return Err(elem.attr_fault(
                 "name",
                 format!("the disk '{}' comes twice: expected it once", disk.alias),

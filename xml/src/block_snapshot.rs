@@ -1,6 +1,6 @@
 //! `<domainblocksnapshot>`: what is to be snapshotted, and what came out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::UNIX_EPOCH;
 
 use disksnap_core::{
@@ -48,12 +48,11 @@ pub fn snapshot_request(text: &str) -> Result<SnapshotRequest> {
     let tree = Tree::parse(text)?;
     let root = tree.root_named("domainblocksnapshot")?;
     root.only_attrs(&[])?;
-    let known = [&["name", "snapshot", "quiesce"], &TOLD[..]].concat();
-    root.only_children(None, &known)?;
-    let mut choices: Vec<DiskChoice> = Vec::new();
+    root.only_children_and(None, &["name", "snapshot", "quiesce"], &TOLD)?;
+    let (mut choices, mut seen) = (Vec::new(), HashSet::new());
     for elem in root.all("snapshot") {
         let choice = choice(elem)?;
-        if choices.iter().any(|known| known.target == choice.target) {
+        if !seen.insert(choice.target.clone()) {
             return Err(elem.attr_fault(
                 "disk",
                 format!("the disk '{}' comes twice: expected it once", choice.target),
@@ -103,8 +102,7 @@ fn quiesce(elem: Elem<'_, '_>) -> Result<Quiesce> {
 
 fn choice(elem: Elem<'_, '_>) -> Result<DiskChoice> {
     elem.only_attrs(&["disk"])?;
-    let known = [&["fleece", "diskSnapshot"], &TOLD_OF_DISK[..]].concat();
-    elem.only_children(None, &known)?;
+    elem.only_children_and(None, &["fleece", "diskSnapshot"], &TOLD_OF_DISK)?;
     let target = target_name(elem, "disk")?;
     let method = match (elem.child("fleece")?, elem.child("diskSnapshot")?) {
         (Some(_), Some(other)) => {

@@ -1,5 +1,6 @@
 //! A domain's document: its text as it was given, and what is read from it.
 
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use disksnap_core::{Disk, Domain, DomainId, Error, MethodChoice, Result, Sockets};
@@ -84,10 +85,10 @@ fn read(root: Elem<'_, '_>) -> Result<(Domain, Vec<String>)> {
         domain_name(name)?,
         root.child("uuid")?.map(read_uuid).transpose()?,
     );
-    let mut disks: Vec<Disk> = Vec::new();
+    let (mut disks, mut index) = (Vec::<Disk>::new(), HashMap::new());
     for elem in disk_elements(root) {
         let disk = disk::read(elem)?;
-        if disks.iter().any(|known| known.target == disk.target) {
+        if index.insert(disk.target.clone(), disks.len()).is_some() {
             let target = elem.child("target")?.unwrap_or(elem);
             return Err(target.attr_fault(
                 "dev",
@@ -99,7 +100,7 @@ fn read(root: Elem<'_, '_>) -> Result<(Domain, Vec<String>)> {
     let (sockets, methods) = read_metadata(root)?;
     let mut warnings = Vec::new();
     for (target, choice) in methods {
-        match disks.iter_mut().find(|disk| disk.target == target) {
+        match index.get(&target).map(|n| &mut disks[*n]) {
             // The disk's own element wins.
             Some(disk) => _ = disk.method.get_or_insert(choice),
             None => warnings.push(format!(
@@ -119,15 +120,13 @@ pub(crate) fn disk_elements<'a, 't>(root: Elem<'a, 't>) -> impl Iterator<Item = 
 fn domain_name(elem: Elem<'_, '_>) -> Result<String> {
     let name = elem.text();
     let fault = if name.is_empty() {
-        "is empty"
+        "is empty: expected one"
     } else if name.contains('/') || name.chars().any(char::is_control) {
-        "has a '/' or a control character"
+        "has a '/' or a control character: expected one without"
     } else {
         return Ok(name);
     };
-    Err(elem.fault(format!(
-        "the domain's name {fault}: expected a name, as libvirt allows it"
-    )))
+    Err(elem.fault(format!("the domain's name {fault}")))
 }
 
 fn read_uuid(elem: Elem<'_, '_>) -> Result<Uuid> {
@@ -161,21 +160,20 @@ fn read_metadata(root: Elem<'_, '_>) -> Result<(Sockets, Methods)> {
         monitor: socket(ours, "monitor")?,
         agent: socket(ours, "agent")?,
     };
-    let (mut targets, mut methods) = (Vec::new(), Vec::new());
+    let (mut seen, mut methods) = (HashSet::new(), Vec::new());
     for disk in metadata_disks(ours) {
         disk.only_attrs(&["target"])?;
         disk.only_children(Some(DOMAIN_NAMESPACE), &["diskSnapshot"])?;
         let target = disk::target_name(disk, "target")?;
-        if targets.contains(&target) {
+        if !seen.insert(target.clone()) {
             return Err(disk.attr_fault(
                 "target",
                 format!("the disk '{target}' comes twice: expected it once"),
             ));
         }
         if let Some(choice) = disk.child_in(Some(DOMAIN_NAMESPACE), "diskSnapshot")? {
-            methods.push((target.clone(), method::read(choice)?));
+            methods.push((target, method::read(choice)?));
         }
-        targets.push(target);
     }
     Ok((sockets, methods))
 }

@@ -115,7 +115,7 @@ impl DomainDocument {
         }
         let known = Known::of(&self.text, &edit, elem, disk)?;
         if disk.source != old.source {
-            let new = disk.source.as_ref().map(|s| known.source(s, elem)).transpose()?;
+            let new = disk.source.as_ref().map(|s| known.source(s)).transpose()?;
             put_child(&mut edit, elem.child("source")?, new, &mut missing)?;
         }
         // What a document says of the layers below one image is not true of another.
@@ -269,11 +269,11 @@ impl Known {
     }
 
     /// The element for the top image.
-    fn source(&self, source: &Source, disk: Elem<'_, '_>) -> Result<Element> {
+    fn source(&self, source: &Source) -> Result<Element> {
         if let Some(Carried { text, indent, .. }) = self.carry(source) {
             return Ok(Element::verbatim(text, indent));
         }
-        let element = source_element(source).map_err(|e| e.with("disk", disk.name()))?;
+        let element = source_element(source)?;
         Ok(match &self.encryption {
             Some((text, indent)) => element.child(Element::verbatim(text, indent)),
             None => element,

@@ -38,7 +38,7 @@ pub(crate) enum Kind<'t> {
     },
     Close,
     Cdata,
-    /// A comment or a processing instruction.
+    /// A comment, a processing instruction or a declaration.
     Aside,
 }
 
@@ -76,6 +76,7 @@ impl<'t> Scanner<'t> {
         let inner = &self.text[start + 1..at];
         let name = tag_name(inner);
         let kind = match (inner.starts_with('/'), inner.ends_with('/')) {
+            _ if inner.starts_with('!') => Kind::Aside,
             (true, _) => Kind::Close,
             (_, true) => Kind::Empty { name, attributes },
             _ => Kind::Open { name, attributes },
@@ -176,6 +177,12 @@ pub(crate) fn position(text: &str, offset: usize) -> (usize, usize) {
         before.matches('\n').count() + 1,
         before[line..].chars().count() + 1,
     )
+}
+
+/// Where the last tag or comment begins, when it does not end.
+pub(crate) fn unfinished(text: &str) -> Option<usize> {
+    let end = Scanner::new(text).last().map_or(0, |markup| markup.end);
+    text[end..].find('<').map(|n| end + n)
 }
 
 /// The innermost element that an offset is in, and where that begins.

@@ -87,10 +87,13 @@ fn explain(text: &str, error: &roxmltree::Error, enclosing: Option<(&str, usize)
         E::NoRootNode => "the document is empty: expected an element".to_owned(),
         E::InvalidAttributeValue(_) => "a '<' in an attribute's value: write &lt;".to_owned(),
         E::DuplicatedAttribute(name, _) => format!("the attribute '{name}' is given twice"),
+        E::InvalidChar(_, b'<', _) => explain(text, &E::InvalidAttributeValue(error.pos()), enclosing),
+        E::UnknownToken(_) => "expected one root element, and nothing else beside it".to_owned(),
         E::UnknownNamespace(prefix, _) => {
             format!("the namespace prefix '{prefix}' is not declared: expected xmlns:{prefix}='…'")
         }
         E::UnclosedRootNode | E::UnexpectedEndOfStream => match enclosing {
+            _ if limits::unfinished(text).is_some() => "the document ends in the middle of a tag".to_owned(),
             Some((name, start)) => {
                 let (line, _) = limits::position(text, start);
                 format!("the document ends inside <{name}>, which was opened in line {line}")
@@ -255,8 +258,19 @@ impl<'a, 't> Elem<'a, 't> {
 
     /// Refuses child elements that nobody reads, and text between them.
     pub(crate) fn only_children(self, namespace: Option<&str>, known: &[&str]) -> Result<()> {
+        self.only_children_and(namespace, known, &[])
+    }
+
+    /// The same, where elements of some other names are let through without a word.
+    pub(crate) fn only_children_and(
+        self,
+        namespace: Option<&str>,
+        known: &[&str],
+        skipped: &[&str],
+    ) -> Result<()> {
         for child in self.children() {
-            if child.namespace() == namespace && known.contains(&child.name()) {
+            let name = child.name();
+            if child.namespace() == namespace && (known.contains(&name) || skipped.contains(&name)) {
                 continue;
             }
             return Err(child.unexpected(self, namespace, known));
@@ -337,7 +351,7 @@ fn suggest(error: Error, wrong: &str, known: &[&str], show: impl Fn(&str) -> Str
                 name,
             )
         })
-        .filter(|(distance, name)| *distance * 2 < name.chars().count().max(2))
+        .filter(|(distance, name)| *distance > 0 && *distance * 2 < name.chars().count().max(2))
         .min_by_key(|(distance, _)| *distance);
     match near {
         Some((_, name)) => error.hint(format!("Did you mean {}?", show(name))),

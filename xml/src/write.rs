@@ -284,3 +284,25 @@ pub(crate) fn reindent(text: &str, from: &str, to: &str) -> String {
     out.push_str(&text[done..]);
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_lines_that_begin_with_a_tag_are_moved() {
+        let text = "<a b='x\n  y'>\n    <c>\n  text\n  </c>\n\n    <d>\n  </d>\n    <e>\n  <![CDATA[z]]>\n  </e>\n  </a>";
+        let moved = "<a b='x\n  y'>\n--  <c>\n  text\n  </c>\n\n--  <d>\n  </d>\n--  <e>\n  <![CDATA[z]]>\n  </e>\n--</a>";
+        assert_eq!(reindent(text, "  ", "--"), moved);
+    }
+
+    #[test]
+    fn names_are_those_of_xml() {
+        for good in ["a", "_", "ä1", "a-b.c", "p:n"] {
+            assert!(is_name(good), "{good:?}");
+        }
+        for bad in ["", "1", "-a", "a b", "a>", "a\u{d7}", ".", "a\0"] {
+            assert!(!is_name(bad), "{bad:?}");
+        }
+    }
+}

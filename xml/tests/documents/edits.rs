@@ -1,10 +1,10 @@
 //! Edits in place: what they put where, and that every other byte stays.
 
 use disksnap_core::{
-    Alias, BackingStore, Export, Listen, MethodChoice, NbdServer, Options, ServeNode, SnapshotId,
-    SnapshotName, Source,
+    Alias, BackingStore, Consistency, Export, Listen, MethodChoice, NbdServer, Options, ServeNode, Snapshot,
+    SnapshotId, SnapshotName, Source, WindowReport,
 };
-use disksnap_xml::{DomainDocument, disk_element};
+use disksnap_xml::{DomainDocument, SnapshotView, disk_element};
 use insta::assert_snapshot;
 
 use crate::{ACTIVE, SOURCES};
@@ -58,12 +58,23 @@ fn exports_come_and_change_and_go() {
     ];
     let server_a = server("10.0.2.10:8001");
     let active = document.with_exports(Some(&server_a), &exports).unwrap();
-    assert_snapshot!(difference(ACTIVE, active.text()), @"");
+    assert_snapshot!(difference(ACTIVE, active.text()), @"
+    +    <blockexport type='nbd' port='8001'>
+    +      <listen type='address' address='10.0.2.10'/>
+    +      <disk name='virtio-disk0-backup'/>
+    +      <disk name='scsi0-0-0-0-backup' exportname='data'/>
+    +    </blockexport>
+    ");
     assert_eq!(active.with_exports(Some(&server_a), &exports).unwrap(), active);
     let moved = active
         .with_exports(Some(&server("unix:/run/nbd.sock")), &exports[..1])
         .unwrap();
-    assert_snapshot!(difference(ACTIVE, moved.text()), @"");
+    assert_snapshot!(difference(ACTIVE, moved.text()), @"
+    +    <blockexport type='nbd'>
+    +      <listen type='socket' socket='/run/nbd.sock'/>
+    +      <disk name='virtio-disk0-backup'/>
+    +    </blockexport>
+    ");
     assert_eq!(moved.with_exports(None, &[]).unwrap(), document);
     assert_eq!(document.with_exports(None, &[]).unwrap(), document);
 }
@@ -76,7 +87,10 @@ fn checkpoints_come_and_go() {
         .map(|n| n.parse().unwrap())
         .collect();
     let with = document.with_checkpoints("vda", &names).unwrap();
-    assert_snapshot!(difference(ACTIVE, with.text()), @"");
+    assert_snapshot!(difference(ACTIVE, with.text()), @"
+    +      <checkpoint name='monday'/>
+    +      <checkpoint name='tues&lt;day&gt;'/>
+    ");
     assert_eq!(with.with_checkpoints("vda", &names).unwrap(), with);
     let fewer = with.with_checkpoints("vda", &names[1..]).unwrap();
     assert_eq!(fewer, document.with_checkpoints("vda", &names[1..]).unwrap());
@@ -97,12 +111,46 @@ fn an_overlay_becomes_the_disk() {
     });
     let after = document.with_disk("vda", &disk).unwrap();
     assert_eq!(*after.domain().disk("vda").unwrap(), disk);
-    assert_snapshot!(difference(ACTIVE, after.text()), @"");
+    assert_snapshot!(difference(ACTIVE, after.text()), @"
+    -      <source file='/var/lib/libvirt/images/web-1.today.qcow2' index='3'>
+    -        <seclabel model='dac' relabel='no'/>
+    -      </source>
+    -      <backingStore type='file' index='4'>
+    -        <format type='qcow2'/>
+    -        <source file='/var/lib/libvirt/images/web-1.qcow2'/>
+    -        <backingStore type='block' index='5'>
+    -          <format type='raw'/>
+    -          <source dev='/dev/vg0/template'/>
+    -          <backingStore/>
+    +      <source file='/images/over&amp;lay.qcow2'/>
+    +      <backingStore type='file'>
+    +        <format type='qcow2'/>
+    +        <source file='/var/lib/libvirt/images/web-1.today.qcow2' index='3'>
+    +          <seclabel model='dac' relabel='no'/>
+    +        </source>
+    +        <backingStore type='file'>
+    +          <format type='qcow2'/>
+    +          <source file='/var/lib/libvirt/images/web-1.qcow2'/>
+    +          <backingStore type='block'>
+    +            <format type='raw'/>
+    +            <source dev='/dev/vg0/template'/>
+    +            <backingStore/>
+    +          </backingStore>
+    ");
     // And back: the top image gets its own text again.
     let before = document.domain().disk("vda").unwrap();
     let back = after.with_disk("vda", before).unwrap();
     assert_eq!(back.domain(), document.domain());
-    assert_snapshot!(difference(ACTIVE, back.text()), @"");
+    assert_snapshot!(difference(ACTIVE, back.text()), @"
+    -      <backingStore type='file' index='4'>
+    -        <format type='qcow2'/>
+    -        <source file='/var/lib/libvirt/images/web-1.qcow2'/>
+    -        <backingStore type='block' index='5'>
+    +      <backingStore type='file'>
+    +        <format type='qcow2'/>
+    +        <source file='/var/lib/libvirt/images/web-1.qcow2'/>
+    +        <backingStore type='block'>
+    ");
 }
 
 #[test]
@@ -114,7 +162,15 @@ fn a_disk_moves_to_another_kind_of_place() {
     });
     disk.driver.format = Some("qcow2".to_owned());
     let after = document.with_disk("sda", &disk).unwrap();
-    assert_snapshot!(difference(ACTIVE, after.text()), @"");
+    assert_snapshot!(difference(ACTIVE, after.text()), @"
+    -    <disk type='block' device='disk'>
+    -      <driver name='qemu' type='raw' cache='none' io='native'/>
+    -      <source dev='/dev/vg0/web-1-data' index='2'/>
+    -      <backingStore/>
+    +    <disk type='file' device='disk'>
+    +      <driver name='qemu' type='qcow2' cache='none' io='native'/>
+    +      <source file='/images/data.qcow2'/>
+    ");
     assert_eq!(*after.domain().disk("sda").unwrap(), disk);
     assert_eq!(
         document
@@ -138,7 +194,18 @@ fn a_disk_that_says_little_gets_what_it_lacks() {
         dev: "/dev/vg/over".into(),
     });
     let after = document.with_disk("hda", &disk).unwrap();
-    assert_snapshot!(difference(SOURCES, after.text()), @"");
+    assert_snapshot!(difference(SOURCES, after.text()), @"
+    -    <disk>
+    -      <source file='/images/plain &amp; &quot;odd&apos;.img'/>
+    +    <disk type='block'>
+    +      <source dev='/dev/vg/over'/>
+    +      <driver type='qcow2'/>
+    +      <backingStore type='file'>
+    +        <format type='raw'/>
+    +        <source file='/images/plain &amp; &quot;odd&apos;.img'/>
+    +        <backingStore/>
+    +      </backingStore>
+    ");
 }
 
 #[test]
@@ -150,7 +217,10 @@ fn a_secret_stays_with_an_encrypted_disk() {
     });
     let after = document.with_disk("vdg", &disk).unwrap();
     assert!(after.domain().disk("vdg").unwrap().encrypted);
-    assert_snapshot!(difference(SOURCES, after.text()), @"");
+    assert_snapshot!(difference(SOURCES, after.text()), @"
+    -      <source file='/images/secret.qcow2'>
+    +      <source file='/images/other.qcow2'>
+    ");
 }
 
 #[test]
@@ -176,10 +246,10 @@ fn what_is_not_looked_into_is_carried_or_refused() {
         kind: "vhostuser".to_owned(),
     });
     let error = document.with_disk("vde", &disk).unwrap_err();
-    assert_snapshot!(error, @"");
+    assert_snapshot!(error, @"a source of the type 'vhostuser' cannot be written anew");
     let error = document.with_disk("vdf", &disk).unwrap_err();
-    assert_snapshot!(error, @"");
-    assert_snapshot!(document.with_disk("vdz", &disk).unwrap_err(), @"");
+    assert_snapshot!(error, @"the disk 'vdf' cannot be replaced by the disk 'vde'");
+    assert_snapshot!(document.with_disk("vdz", &disk).unwrap_err(), @"the domain has no disk 'vdz' (domain every-source)");
 }
 
 #[test]
@@ -194,14 +264,25 @@ fn a_method_is_set_where_it_stands() {
         ]),
     };
     let in_disk = document.with_method("vda", Some(&choice)).unwrap();
-    assert_snapshot!(difference(ACTIVE, in_disk.text()), @"");
+    assert_snapshot!(difference(ACTIVE, in_disk.text()), @"
+    +      <diskSnapshot method='lvm'>
+    +        <device path='/dev/vg/lv4' size='10%'/>
+    +        <thin>yes</thin>
+    +      </diskSnapshot>
+    ");
     assert_eq!(
         in_disk.domain().disk("vda").unwrap().method.as_ref(),
         Some(&choice)
     );
     assert_eq!(in_disk.with_method("vda", None).unwrap(), document);
     let in_metadata = document.with_method("sda", Some(&choice)).unwrap();
-    assert_snapshot!(difference(ACTIVE, in_metadata.text()), @"");
+    assert_snapshot!(difference(ACTIVE, in_metadata.text()), @"
+    -        <ds:diskSnapshot method='qemu-fleece'>
+    -          <ds:fleece file='/var/lib/fleece/sda.img'/>
+    +        <ds:diskSnapshot method='lvm'>
+    +          <ds:device path='/dev/vg/lv4' size='10%'/>
+    +          <ds:thin>yes</ds:thin>
+    ");
     assert_eq!(
         in_metadata.domain().disk("sda").unwrap().method.as_ref(),
         Some(&choice)
@@ -226,7 +307,17 @@ fn line_ends_and_tabs_and_single_lines_are_kept() {
     let tabs = tabs
         .with_exports(Some(&server("[::1]:8001")), &[export("a", "a")])
         .unwrap();
-    assert_snapshot!(tabs.text().replace('\t', "→"), @"");
+    assert_snapshot!(tabs.text().replace('\t', "→"), @"
+    <domain>
+    →<name>a</name>
+    →<devices>
+    →→<blockexport type='nbd' port='8001'>
+    →→→<listen type='address' address='::1'/>
+    →→→<disk name='a'/>
+    →→</blockexport>
+    →</devices>
+    </domain>
+    ");
     let line = DomainDocument::parse(
         "<domain><name>a</name><devices><disk><target dev='a'/></disk></devices></domain>",
     );
@@ -235,14 +326,33 @@ fn line_ends_and_tabs_and_single_lines_are_kept() {
         .with_exports(Some(&server("[::1]:8001")), &[])
         .unwrap();
     let line = line.with_checkpoints("a", &["x".parse().unwrap()]).unwrap();
-    assert_snapshot!(line.text(), @"");
+    assert_snapshot!(line.text(), @"<domain><name>a</name><devices><disk><target dev='a'/><checkpoint name='x'/></disk><blockexport type='nbd' port='8001'><listen type='address' address='::1'/></blockexport></devices></domain>");
     let bare = DomainDocument::parse("<domain>\n  <name>a</name>\n</domain>\n").unwrap();
     let bare = bare.with_exports(Some(&server("unix:/s")), &[]).unwrap();
-    assert_snapshot!(bare.text(), @"");
+    assert_snapshot!(bare.text(), @"
+    <domain>
+      <name>a</name>
+      <devices>
+        <blockexport type='nbd'>
+          <listen type='socket' socket='/s'/>
+        </blockexport>
+      </devices>
+    </domain>
+    ");
     let comment = "<domain>\n  <name>a</name>\n  <devices>\n    <!-- none -->\n  </devices>\n</domain>\n";
     let comment = DomainDocument::parse(comment).unwrap();
     let comment = comment.with_exports(Some(&server("unix:/s")), &[]).unwrap();
-    assert_snapshot!(comment.text(), @"");
+    assert_snapshot!(comment.text(), @"
+    <domain>
+      <name>a</name>
+      <devices>
+        <!-- none -->
+        <blockexport type='nbd'>
+          <listen type='socket' socket='/s'/>
+        </blockexport>
+      </devices>
+    </domain>
+    ");
 }
 
 #[test]
@@ -256,5 +366,58 @@ fn the_modified_disk_alone_starts_at_the_margin() {
     let document = document.with_method("vda", Some(&choice)).unwrap();
     let document = document.with_checkpoints("vda", &["c".parse().unwrap()]).unwrap();
     let disk = document.domain().disk("vda").unwrap();
-    assert_snapshot!(disk_element(&document, "vda", disk).unwrap(), @"");
+    assert_snapshot!(disk_element(&document, "vda", disk).unwrap(), @"
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2' cache='none' io='native' discard='unmap'/>
+      <source file='/var/lib/libvirt/images/web-1.today.qcow2' index='3'>
+        <seclabel model='dac' relabel='no'/>
+      </source>
+      <backingStore type='file' index='4'>
+        <format type='qcow2'/>
+        <source file='/var/lib/libvirt/images/web-1.qcow2'/>
+        <backingStore type='block' index='5'>
+          <format type='raw'/>
+          <source dev='/dev/vg0/template'/>
+          <backingStore/>
+        </backingStore>
+      </backingStore>
+      <target dev='vda' bus='virtio'/>
+      <serial>WEB1-ROOT</serial>
+      <alias name='virtio-disk0'/>
+      <address type='pci' domain='0x0000' bus='0x04' slot='0x00' function='0x0'/>
+    </disk>
+    ");
+}
+
+#[test]
+fn snapshots_come_and_go_beside_exports() {
+    let snapshot = Snapshot {
+        id: SnapshotId::random(),
+        name: "nightly".parse().unwrap(),
+        domain: DomainDocument::parse(ACTIVE).unwrap().domain().id.clone(),
+        created: std::time::UNIX_EPOCH,
+        consistency: Consistency::Inactive,
+        window: WindowReport::default(),
+        disks: Vec::new(),
+        units: Vec::new(),
+        skipped: Vec::new(),
+        warnings: Vec::new(),
+    };
+    let view = [SnapshotView::new(&snapshot)];
+    let document = DomainDocument::parse(ACTIVE).unwrap();
+    let exports = document.with_exports(Some(&server("[::1]:8001")), &[]).unwrap();
+    let both = exports.with_snapshots(&view).unwrap();
+    assert_snapshot!(difference(exports.text(), both.text()), @"
+    +    <domainblocksnapshot>
+    +      <name>nightly</name>
+    +      <creationTime>0</creationTime>
+    +      <domain name='web-1' uuid='5768a388-c1c4-414c-ac4e-eab216ba7c0c'/>
+    +      <consistency level='inactive'/>
+    +      <window unit='us' frozen='0' paused='0' taken='0'/>
+    +    </domainblocksnapshot>
+    ");
+    assert_eq!(both.with_snapshots(&view).unwrap(), both);
+    let snapshots = both.with_exports(None, &[]).unwrap();
+    assert_eq!(snapshots, document.with_snapshots(&view).unwrap());
+    assert_eq!(snapshots.with_snapshots(&[]).unwrap(), document);
 }

@@ -4,6 +4,7 @@
 mod domain;
 mod edits;
 mod faults;
+mod limits;
 mod outputs;
 mod reference;
 mod requests;

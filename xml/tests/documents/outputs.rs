@@ -190,7 +190,7 @@ fn a_snapshot_alone_and_in_a_list() {
     </domainblocksnapshot>
     ");
     let list = snapshots_document(&[view.clone(), view]).unwrap();
-    let indented: String = alone.lines().map(|line| format!("  {line}\n")).collect();
+    let indented = format!("  {}\n", alone.trim_end().replace('\n', "\n  "));
     assert_eq!(
         list,
         format!("<domainblocksnapshots>\n{indented}{indented}</domainblocksnapshots>\n")
