@@ -86,7 +86,7 @@ pub(crate) fn lint() -> Result<()> {
     let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
     step(cargo(&clippy));
     step(run(
-        cargo_command(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings")
+        cargo_command(&["doc", "--workspace", "--no-deps", "--lib"]).env("RUSTDOCFLAGS", "-D warnings")
     ));
     if exists(VENDOR) {
         let at = ["--manifest-path", VENDOR];
