@@ -78,6 +78,9 @@ pub fn snapshot_request(text: &str) -> Result<SnapshotRequest> {
 
 fn name(elem: Elem<'_, '_>) -> Result<SnapshotName> {
     elem.only_attrs(&[])?;
+    if let Some(child) = elem.children().next() {
+        return Err(child.fault(format!("<{}> in <name>: expected text alone", child.name())));
+    }
     let text = elem.text();
     text.parse().map_err(|error: disksnap_core::Error| {
         let placed = elem.fault(error.message().to_owned());

@@ -79,7 +79,8 @@ impl DomainDocument {
     ///
     /// Only the type, `<driver name='…' type='…'>`, `<source>` and `<backingStore>` of that disk change, and each
     /// only where the value differs from what the document says. A `<source>` that moves up or down
-    /// the backing chain keeps its own text: its encryption, authentication and security labels.
+    /// the backing chain keeps its own text: its encryption, authentication and security labels. What
+    /// stands beside it in the `<disk>`, such as an `<auth>` of its own, stays there.
     ///
     /// # Errors
     /// `NotFound` for an unknown target; `Invalid` when `disk` has another target; `Unsupported` as

@@ -142,6 +142,7 @@ fn snapshots() {
     the snapshot name "a/b" has a '/' (line 2, column 3, element name)
     Names have 1 to 128 characters, no control characters, no '/', and do not start with '-' or '.'.
     "#);
+    assert_snapshot!(snapshot("<name>a<b/></name>"), @"<b> in <name>: expected text alone (line 2, column 10, element b)");
     assert_snapshot!(snapshot("<quiesce/>"), @"<quiesce> lacks the attribute 'mode': expected mode='…', 'none', 'try' or 'require' (line 2, column 3, element quiesce)");
     assert_snapshot!(snapshot("<quiesce mode='maybe'/>"), @"mode='maybe' is not known: expected 'none', 'try' or 'require' (line 2, column 12, element quiesce)");
     assert_snapshot!(shown(&snapshot_request("<domainsnapshot/>").unwrap_err()), @"expected a document whose root is <domainblocksnapshot>, found <domainsnapshot> (line 1, column 1, element domainsnapshot)");
