@@ -32,7 +32,8 @@ pub(crate) async fn build(host: &dyn Host, fleeces: &[Fleece]) -> Result<()> {
     for fleece in fleeces {
         make_file(fleece, owner).map_err(|e| e.with("disk", &fleece.target))?;
     }
-    make_formats(host, fleeces).await?;
+    let unreachable = |error: Error| explain_owner(error, owner);
+    make_formats(host, fleeces).await.map_err(unreachable)?;
     let mut commands = Vec::new();
     for fleece in fleeces {
         let names = fleece.names();
@@ -42,7 +43,17 @@ pub(crate) async fn build(host: &dyn Host, fleeces: &[Fleece]) -> Result<()> {
         };
         commands.push((fleece, Command::new("blockdev-add", add)));
     }
-    each(host, commands).await
+    each(host, commands).await.map_err(unreachable)
+}
+
+/// A QEMU that runs as somebody else opens the image, which is its own, but not every directory on the way.
+fn explain_owner(error: Error, owner: Option<Owner>) -> Error {
+    match owner {
+        Some(Owner { uid, .. }) if error.message().contains("Permission denied") => error.hint(format!(
+            "QEMU runs as the user {uid} and cannot reach the directory: name a place that it can (fleece.file=PATH)."
+        )),
+        _ => error,
+    }
 }
 
 fn make_file(fleece: &Fleece, owner: Option<Owner>) -> Result<()> {

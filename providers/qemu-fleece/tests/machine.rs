@@ -336,3 +336,44 @@ async fn a_create_that_is_refused_in_the_window_leaves_the_guest_running_and_not
     rig.delete("good").await;
     rig.assert_clean().await;
 }
+
+#[tokio::test]
+async fn a_qemu_of_another_user_gets_an_image_of_its_own_where_it_can_reach_it() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    if !rustix::process::geteuid().is_root() {
+        disksnap_test_support::skip!("root", "only root can start a QEMU as another user");
+    }
+    let qemu = Qemu::builder()
+        .disk(DiskSpec::new("vda", SIZE).qcow2())
+        .args(["-run-with", "user=nobody"])
+        .start();
+    let rig = Rig::new(&qemu.domain_xml()).await;
+    qemu.disk("vda").fill(0, MIB, 1);
+    let error = rig.create("x", &["vda"], "").await.unwrap_err();
+    assert_eq!(error.effect(), Effect::RolledBack);
+    assert!(error.next_step().unwrap().contains("fleece.file"), "{error:?}");
+    rig.assert_clean().await;
+
+    let place = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(place.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    for way in ["filter", "job", "classic"] {
+        let file = place.path().join("fleece");
+        let options = [("fleece.file", file.to_str().unwrap()), ("fleece.way", way)];
+        rig.dispatcher
+            .create(&rig.domain, &rig::with_options("x", "vda", &options))
+            .await
+            .unwrap();
+        let meta = std::fs::metadata(&file).unwrap();
+        assert_eq!((meta.uid(), meta.mode() & 0o777), (65534, 0o600), "{way}");
+        qemu.disk("vda").fill(0, MIB, 2);
+        let kept = rig
+            .dispatcher
+            .show(&rig.domain, &rig::name_of("x"))
+            .await
+            .unwrap();
+        assert_eq!(*kept.overall(), Health::Active, "{way}");
+        rig.delete("x").await;
+        assert!(!file.exists());
+    }
+    rig.assert_clean().await;
+}
