@@ -13,9 +13,9 @@ use crate::names::nearest;
 use crate::resolve::resolve;
 use crate::window::{self, Instantly, Take};
 use crate::{
-    Act, Catalog, Change, Connector, Control, DiskRequest, DiskSnapshotRecord, Domain, DomainLock, Effect,
-    Error, ErrorKind, Fit, Health, Intent, Part, Plan, PlannedDisk, Registry, Result, RunState, Snapshot,
-    SnapshotId, SnapshotName, SnapshotRequest, Unit, UnitRecord,
+    Act, Catalog, Change, Connector, Consistency, Control, DiskRequest, DiskSnapshotRecord, Domain,
+    DomainLock, Effect, Error, ErrorKind, Fit, Health, Intent, Part, Plan, PlannedDisk, Registry, Result,
+    RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Unit, UnitRecord,
 };
 
 /// Finds each disk's provider and drives it. Cheap to clone; every method may be called at any time,
@@ -457,6 +457,9 @@ fn assemble(
 ) -> Result<Snapshot> {
     let mut disks = Vec::with_capacity(plan.disks.len());
     let mut warnings = instant.warnings;
+    if instant.consistency == Consistency::Inactive && domain.sockets.monitor.is_none() {
+        warnings.push("nobody said where the domain's monitor is, so it was taken to be off".to_owned());
+    }
     for planned in plan.disks {
         let target = &planned.request.disk.target;
         let (unit, result) = result_of(&units, target).ok_or_else(|| {

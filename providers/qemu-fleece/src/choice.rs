@@ -69,17 +69,26 @@ pub(crate) async fn choose(
 ) -> Result<Vec<std::result::Result<Choice, Error>>> {
     let settings: Vec<Settings> = disks.iter().map(Settings::read).collect::<Result<_>>()?;
     if host.state().await? == RunState::Off {
-        let off = || {
-            Error::new(
-                ErrorKind::Unavailable,
-                "the domain is off; fleecing is done by the QEMU that runs it",
-            )
-        };
+        let off = || off(host);
         return Ok(disks.iter().map(|_| Err(off())).collect());
     }
     let (offers, graph) = (Offers::of(host).await?, Graph::read(host).await?);
     let choice = |(request, settings)| choose_one(host, id, request, settings, &offers, &graph);
     Ok(disks.iter().zip(&settings).map(choice).collect())
+}
+
+fn off(host: &dyn Host) -> Error {
+    if host.domain().sockets.monitor.is_none() {
+        return Error::new(
+            ErrorKind::Unavailable,
+            "nobody said where the domain's monitor is, and fleecing needs it",
+        )
+        .hint("Name its QMP socket with --monitor, or in the <metadata> of its document.");
+    }
+    Error::new(
+        ErrorKind::Unavailable,
+        "the domain is off; fleecing is done by the QEMU that runs it",
+    )
 }
 
 fn choose_one(
