@@ -114,49 +114,51 @@ pub(crate) async fn arm(
     lifeline: &Lifeline,
     patience: Duration,
 ) -> Result<ArmedGuardian> {
-    let failed = |why: &str, error: io::Error| {
-        Error::io(format!("the guardian cannot be started: {why}"), error).hint(
-            "Nothing was paused or frozen. Is the program executable and its main calling run_if_asked?",
-        )
+    let command = program.command()?;
+    let name = command.get_program().to_owned();
+    let armed = async {
+        let socket = Arc::new(start(command)?);
+        // From here on it is told of new connections; those there are come first.
+        lifeline.add(&socket);
+        for (end, descriptor) in connections {
+            order::send(&*socket, &Order::Connected(end), Some(descriptor.as_fd())).map_err(cannot_start)?;
+        }
+        order::send(&*socket, &Order::Arm(plan), None).map_err(cannot_start)?;
+        let armed = ArmedGuardian { socket, patience };
+        match armed.report().await? {
+            Report::Armed => Ok(armed),
+            report => {
+                let what = format!("the guardian answered {report:?} when armed");
+                Err(Error::new(ErrorKind::Protocol, what))
+            }
+        }
     };
-    let mut command = program.command()?;
-    let (ours, its) = order::pair().map_err(|e| failed("no socket", e.into()))?;
-    rustix::io::ioctl_fionbio(&ours, true).map_err(|e| failed("no socket", e.into()))?;
+    let hint = "Nothing was paused or frozen. Does the program's main call run_if_asked first thing?";
+    armed
+        .await
+        .map_err(|error| error.with("program", name.display()).hint(hint))
+}
+
+/// Starts the process; our end of its socket.
+fn start(mut command: std::process::Command) -> Result<UnixStream> {
+    let (ours, its) = order::pair().map_err(cannot_start)?;
+    rustix::io::ioctl_fionbio(&ours, true).map_err(cannot_start)?;
     command.arg0("disksnap-guardian").env(ASKED, "1").current_dir("/");
     command
         .stdin(Stdio::from(its))
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    let name = command.get_program().to_owned();
-    let mut child = command
-        .spawn()
-        .map_err(|e| failed("the program does not run", e).with("program", name.display()))?;
+    let mut child = command.spawn().map_err(cannot_start)?;
     // The command holds the guardian's end of the socket: as long as it is open here, its death would go unseen.
     drop(command);
     let reaper = std::thread::Builder::new().name("guardian-reaper".into());
     // Without the thread the guardian stays a zombie until this process ends.
     let _ = reaper.spawn(move || child.wait());
+    UnixStream::from_std(std::os::unix::net::UnixStream::from(ours)).map_err(cannot_start)
+}
 
-    let ours = UnixStream::from_std(std::os::unix::net::UnixStream::from(ours));
-    let socket = Arc::new(ours.map_err(|e| failed("no socket", e))?);
-    lifeline.add(&socket);
-    for (end, descriptor) in connections {
-        order::send(&*socket, &Order::Connected(end), Some(descriptor.as_fd()))
-            .map_err(|e| failed("it took no descriptor", e.into()))?;
-    }
-    order::send(&*socket, &Order::Arm(plan), None).map_err(|e| failed("it took no order", e.into()))?;
-    let armed = ArmedGuardian { socket, patience };
-    match armed.report().await {
-        Ok(Report::Armed) => Ok(armed),
-        Ok(report) => Err(Error::new(
-            ErrorKind::Protocol,
-            format!("the guardian answered {report:?} when armed"),
-        )
-        .with("program", name.display())),
-        Err(error) => Err(error
-            .with("program", name.display())
-            .hint("Nothing was paused or frozen. Does the program's main call run_if_asked first thing?")),
-    }
+fn cannot_start(error: impl Into<io::Error>) -> Error {
+    Error::io("the guardian cannot be started", error.into())
 }
 
 impl ArmedGuardian {

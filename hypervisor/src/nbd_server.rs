@@ -11,7 +11,7 @@ use disksnap_core::{Command, Error, ErrorKind, Listen, NbdServer, Result, ServeN
 use serde_json::{Value, json};
 
 use crate::connector::check_socket_path;
-use crate::qmp::{Heard, Session};
+use crate::qmp::{Event, Events, Heard, Session};
 
 /// The id of the one TLS credentials object that disksnap makes in a QEMU.
 const CREDENTIALS: &str = "disksnap-nbd-tls";
@@ -204,38 +204,31 @@ impl NbdServerControl<'_> {
             Err(error) if error.kind() == ErrorKind::Refused => Some(error),
             Err(error) => return Err(error.with("export", id)),
         };
-        let gone = async {
-            loop {
-                let export = self.exports().await?.into_iter().find(|e| e["id"] == id);
-                match (export, &refused) {
-                    (None, _) => return Ok(true),
-                    (Some(export), Some(_)) if export["shutting-down"] == false => return Ok(false),
-                    _ => {}
-                }
-                let deleted = async {
-                    loop {
-                        match events.next().await {
-                            Heard::Event(e) if e.name == "BLOCK_EXPORT_DELETED" && e.data["id"] == id => {
-                                return;
-                            }
-                            Heard::Event(_) => {}
-                            Heard::Missed | Heard::Lost => return,
-                        }
-                    }
-                };
-                let _ = tokio::time::timeout(POLL, deleted).await;
+        let gone = tokio::time::timeout(self.patience, self.until_gone(id, refused, &mut events)).await;
+        let gone = gone.unwrap_or_else(|_| {
+            let why = "the export is being stopped and does not end";
+            Err(Error::new(ErrorKind::Timeout, why)
+                .leaving(disksnap_core::Effect::Unknown)
+                .hint("A client's request may be stuck in slow storage; try again."))
+        });
+        gone.map_err(|error| error.with("export", id))
+    }
+
+    /// Looks again with every sign of life until the export is gone; a refusal counts if it is there and stays.
+    async fn until_gone(&self, id: &str, mut refused: Option<Error>, events: &mut Events) -> Result<()> {
+        loop {
+            let Some(export) = self.exports().await?.into_iter().find(|e| e["id"] == id) else {
+                return Ok(());
+            };
+            if export["shutting-down"] != true
+                && let Some(refused) = refused.take()
+            {
+                return Err(refused);
             }
-        };
-        match (tokio::time::timeout(self.patience, gone).await, refused) {
-            (Ok(Ok(true)), _) => Ok(()),
-            (Ok(Ok(false)), Some(error)) | (Ok(Err(error)), _) => Err(error.with("export", id)),
-            (Ok(Ok(false)), None) | (Err(_), _) => Err(Error::new(
-                ErrorKind::Timeout,
-                "the export is being stopped and does not end",
-            )
-            .with("export", id)
-            .leaving(disksnap_core::Effect::Unknown)
-            .hint("A client's request may be stuck in slow storage; try again.")),
+            let is_it = |e: &Event| e.name == "BLOCK_EXPORT_DELETED" && e.data["id"] == id;
+            let sign = async { while matches!(events.next().await, Heard::Event(e) if !is_it(&e)) {} };
+            // An event may be missed: then the time is the sign.
+            let _ = tokio::time::timeout(POLL, sign).await;
         }
     }
 

@@ -86,6 +86,31 @@ async fn past_the_deadline_the_guardian_thaws() {
 }
 
 #[tokio::test]
+async fn what_a_client_long_gone_has_asked_for_is_thawed() {
+    need!("guest");
+    let qemu = guest();
+    let place = Place::new();
+    let control = place.control(&qemu_domain(&qemu));
+    // The guest stands still, so its agent hangs; the freeze waits in the port.
+    qemu.qmp("stop", json!({}));
+    let mut client = UnixStream::connect(qemu.agent_path()).unwrap();
+    client
+        .write_all(b"{\"execute\": \"guest-fsfreeze-freeze\"}\n")
+        .unwrap();
+    drop(client);
+    let (thawed, ()) = tokio::join!(control.thaw(), async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        qemu.qmp("cont", json!({}));
+    });
+    thawed.unwrap();
+    // Answered by the agent after all that was asked before.
+    assert!(control.freeze(DEADLINE).await.unwrap().filesystems > 0);
+    control.thaw().await.unwrap();
+    drop((control, place));
+    assert_eq!(status(&qemu), "thawed");
+}
+
+#[tokio::test]
 async fn a_guest_without_an_agent_is_unavailable_or_silent() {
     let qemu = Qemu::builder().start();
     let place = Place::new();

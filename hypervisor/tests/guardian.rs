@@ -210,6 +210,15 @@ impl Parent {
         Self(child)
     }
 
+    /// The one process that it has started.
+    fn child(&self) -> Pid {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap();
+        let children =
+            |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("children")).unwrap();
+        let all: String = tasks.map(|task| children(task.unwrap())).collect();
+        Pid::from_raw(all.trim().parse().unwrap()).unwrap()
+    }
+
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.0), signal).unwrap();
     }
@@ -229,6 +238,35 @@ fn a_killed_parent_s_guest_runs_again() {
     assert_eq!(qemu.status(), "paused");
     parent.signal(Signal::KILL);
     eventually("the guest runs again", || qemu.status() == "running");
+}
+
+/// What Ctrl-C, a closed terminal and a stopped service send to everyone around.
+#[test]
+fn the_guardian_outlives_the_signals_that_end_its_parent() {
+    let qemu = Qemu::builder().start();
+    let parent = Parent::start(&qemu, false, Duration::from_mins(10));
+    let guardian = parent.child();
+    for signal in [Signal::INT, Signal::HUP, Signal::TERM, Signal::QUIT] {
+        kill_process(guardian, signal).unwrap();
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/stat", guardian.as_raw_pid())).unwrap();
+    let session = status
+        .rsplit(')')
+        .next()
+        .unwrap()
+        .split_whitespace()
+        .nth(3)
+        .unwrap();
+    assert_eq!(
+        session,
+        guardian.as_raw_pid().to_string(),
+        "it leads a session of its own"
+    );
+    parent.signal(Signal::KILL);
+    eventually("the guest runs again", || qemu.status() == "running");
+    eventually("the guardian ends", || {
+        kill_process(guardian, Signal::CONT).is_err()
+    });
 }
 
 #[test]
