@@ -59,7 +59,8 @@ pub fn workspace_root() -> PathBuf {
 #[must_use]
 pub fn tools_dir() -> PathBuf {
     match env::var_os(TOOLS_ENV) {
-        Some(dir) if !dir.is_empty() && dir != "system" => PathBuf::from(dir),
+        // Programs are started in many directories: a relative path is meant from the root.
+        Some(dir) if !dir.is_empty() && dir != "system" => workspace_root().join(dir),
         _ => workspace_root().join(".tools"),
     }
 }

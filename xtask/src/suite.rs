@@ -7,6 +7,8 @@ use anyhow::{Context, Result, bail, ensure};
 use disksnap_test_support::require::SKIPPED_ENV;
 use disksnap_test_support::tools::workspace_root;
 
+use crate::tools;
+
 /// A provider as a vendor would write it, outside the workspace.
 const VENDOR: &str = "examples/vendor-provider/Cargo.toml";
 
@@ -114,7 +116,7 @@ pub(crate) fn lint() -> Result<()> {
 /// The benchmarks of the workspace.
 pub(crate) fn bench(args: &[String]) -> Result<()> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    cargo(&[&["bench", "-p", "disksnap-benches"], &args[..]].concat())
+    cargo(&[&["run", "--release", "-p", "disksnap-benches", "--"], &args[..]].concat())
 }
 
 /// Every fuzz target, one after the other, for so many seconds each.
@@ -155,6 +157,8 @@ fn cargo_command(args: &[&str]) -> Command {
     let own = std::env::var_os("CARGO").filter(|_| !plain);
     let mut command = Command::new(own.unwrap_or_else(|| "cargo".into()));
     command.args(args).current_dir(workspace_root());
+    // It fails only where the checkout's path has a colon; whoever misses a program then says so.
+    command.envs(tools::environment().unwrap_or_default());
     // What cargo told this program of its own package is not for others.
     for (key, _) in std::env::vars_os() {
         let name = key.to_string_lossy();

@@ -3,6 +3,7 @@
 //! Everything is made beside its place and renamed into it, under a lock, so that a run that is
 //! interrupted, or two at once, leave nothing half done.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -83,6 +84,32 @@ pub(crate) fn ensure() -> Result<()> {
 /// Gets everything anew, in the versions the mirror has now.
 pub(crate) fn renew() -> Result<()> {
     make(true)
+}
+
+/// The environment in which programs find the tools: `PATH`, and the variables by which disksnap and its
+/// tests are told of a program or file elsewhere than in the system's directories. What the caller has
+/// set stays.
+pub(crate) fn environment() -> Result<Vec<(&'static str, OsString)>> {
+    if std::env::var_os(TOOLS_ENV).is_some_and(|x| x == "system") {
+        return Ok(Vec::new());
+    }
+    let dir = tools_dir();
+    let bin = dir.join("bin");
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::iter::once(bin.clone()).chain(std::env::split_paths(&path));
+    let mut variables = vec![("PATH", std::env::join_paths(path)?)];
+    let known = [
+        ("DISKSNAP_QEMU_IMG", bin.join("qemu-img")),
+        (
+            "DISKSNAP_LIBVIRT_SCHEMAS",
+            dir.join("libvirt/root/usr/share/libvirt/schemas"),
+        ),
+    ];
+    let unset = known
+        .into_iter()
+        .filter(|(name, _)| std::env::var_os(name).is_none());
+    variables.extend(unset.map(|(name, path)| (name, path.into_os_string())));
+    Ok(variables)
 }
 
 fn check_system() -> Result<()> {
