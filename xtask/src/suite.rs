@@ -21,7 +21,12 @@ pub(crate) fn test(args: &[String]) -> Result<()> {
     }
     let chosen: Vec<&str> = args.iter().map(String::as_str).collect();
     if !chosen.is_empty() {
-        return cargo(&[runner, &["--workspace"], &chosen].concat());
+        // Without either, cargo takes the package at the root alone.
+        let named = chosen
+            .iter()
+            .any(|x| x.starts_with("-p") || x.starts_with("--package"));
+        let scope: &[&str] = if named { &[] } else { &["--workspace"] };
+        return cargo(&[runner, scope, &chosen].concat());
     }
     let skipped = workspace_root().join("target/skipped.txt");
     // What an earlier run left; not being there is as good.
