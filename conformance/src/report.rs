@@ -62,6 +62,17 @@ impl Report {
         failed.map(|r| r.case).collect()
     }
 
+    /// The totals as one line: `35 passed, 0 failed`.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let not_run = self.count(|outcome| *outcome == Outcome::NotRun);
+        let totals = format!("{} passed, {} failed", self.passed(), self.failed());
+        match not_run {
+            0 => totals,
+            n => format!("{totals}, {n} not run because the control failed"),
+        }
+    }
+
     fn count(&self, which: impl Fn(&Outcome) -> bool) -> usize {
         self.results.iter().filter(|r| which(&r.outcome)).count()
     }
@@ -88,17 +99,6 @@ impl fmt::Display for Report {
                 }
             }
         }
-        write!(
-            f,
-            "{}: {} passed, {} failed",
-            self.method,
-            self.passed(),
-            self.failed()
-        )?;
-        let not_run = self.count(|outcome| *outcome == Outcome::NotRun);
-        if not_run > 0 {
-            write!(f, ", {not_run} not run because the control failed")?;
-        }
-        writeln!(f)
+        writeln!(f, "{}: {}", self.method, self.summary())
     }
 }

@@ -423,26 +423,18 @@ fn parts(plan: &Plan) -> Result<Vec<Part>> {
 }
 
 fn fit(disk: &PlannedDisk) -> Result<&str> {
-    let target = &disk.request.disk.target;
-    match (&disk.method, &disk.probe.fit) {
-        (Some(method), Fit::Natural | Fit::Possible) => Ok(method),
-        (Some(method), Fit::Unfit(why)) => Err(Error::new(ErrorKind::Unsupported, why.clone())
-            .by(method)
-            .with("disk", target)
-            .hint("`disksnap plan` tells for each disk which method is chosen, and why.")),
-        (None, fit) => {
-            let why = if let Fit::Unfit(why) = fit {
-                why.as_str()
-            } else {
-                "no method suits it"
-            };
-            Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("no method suits this disk: {why}"),
-            )
-            .with("disk", target))
-        }
-    }
+    let error = match (&disk.method, &disk.probe.fit) {
+        (Some(method), Fit::Natural | Fit::Possible) => return Ok(method),
+        (Some(method), Fit::Unfit { kind, why }) => Error::new(*kind, why.clone()).by(method),
+        (None, Fit::Unfit { kind, why }) => Error::new(*kind, format!("no method suits this disk: {why}")),
+        (None, _) => Error::new(
+            ErrorKind::Internal,
+            "a method suits this disk, and none was chosen",
+        ),
+    };
+    Err(error
+        .with("disk", &disk.request.disk.target)
+        .hint("`disksnap plan` tells for each disk which method is chosen, and why."))
 }
 
 /// The record of a finished snapshot.

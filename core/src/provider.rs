@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Alias, Command, Disk, Host, Options, Result, SnapshotId, Source};
+use crate::{Alias, Command, Disk, ErrorKind, Host, Options, Result, SnapshotId, Source};
 
 /// A snapshot method.
 ///
@@ -151,8 +151,13 @@ pub enum Fit {
     Natural,
     /// It works when asked for.
     Possible,
-    /// It does not work with this disk as it is now, and why.
-    Unfit(String),
+    /// It does not work with this disk as it is now.
+    Unfit {
+        /// The class of what stands against it: what a create would fail with.
+        kind: ErrorKind,
+        /// Why, for people.
+        why: String,
+    },
 }
 
 /// What a provider found out about one disk.
@@ -175,10 +180,18 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// The answer for a disk that the method does not work with, and why.
+    /// The answer for a disk that the method cannot work with, and why.
     pub fn unfit(why: impl Into<String>) -> Self {
+        Self::refused(ErrorKind::Unsupported, why)
+    }
+
+    /// The answer for a disk that the method does not work with as things are now, and why.
+    pub fn refused(kind: ErrorKind, why: impl Into<String>) -> Self {
         Self {
-            fit: Fit::Unfit(why.into()),
+            fit: Fit::Unfit {
+                kind,
+                why: why.into(),
+            },
             unit: String::new(),
             capabilities: Vec::new(),
             effect: String::new(),

@@ -86,6 +86,8 @@ pub(crate) async fn resolve(
                 .map_err(|e| e.with("disk", &disk.request.disk.target))?
                 .method();
             check_options(&method, &disk.request)?;
+        } else {
+            check_any_knows(registry, &disk.request)?;
         }
     }
     let disks = ask(host, registry, chosen).await?;
@@ -253,26 +255,16 @@ fn settle(chosen: Chosen, mut candidates: Vec<(String, Probe)>) -> PlannedDisk {
     candidates.sort_by_key(|(_, probe)| match probe.fit {
         Fit::Natural => 0,
         Fit::Possible => 1,
-        Fit::Unfit(_) => 2,
+        Fit::Unfit { .. } => 2,
     });
-    if method.is_none()
-        && candidates
-            .first()
-            .is_none_or(|(_, probe)| matches!(probe.fit, Fit::Unfit(_)))
-    {
-        let why_not = candidates.iter().map(|(name, probe)| match &probe.fit {
-            Fit::Unfit(reason) => format!("{name}: {reason}"),
-            _ => name.clone(),
-        });
-        let mut reasons: Vec<String> = why_not.collect();
-        if reasons.is_empty() {
-            reasons.push("no method has the options that were given".to_owned());
-        }
+    let suits = |(_, probe): &(String, Probe)| !matches!(probe.fit, Fit::Unfit { .. });
+    if method.is_none() && !candidates.first().is_some_and(suits) {
+        let probe = none_suits(&candidates);
         return PlannedDisk {
             request,
             method: None,
             why,
-            probe: Probe::unfit(reasons.join("; ")),
+            probe,
         };
     }
     let (name, probe) = candidates.swap_remove(0);
@@ -282,4 +274,47 @@ fn settle(chosen: Chosen, mut candidates: Vec<(String, Probe)>) -> PlannedDisk {
         why,
         probe,
     }
+}
+
+/// Why no method suits a disk. What could be otherwise tomorrow counts for more than what never works.
+fn none_suits(candidates: &[(String, Probe)]) -> Probe {
+    let (mut kind, mut reasons) = (ErrorKind::Unsupported, Vec::new());
+    for (name, probe) in candidates {
+        if let Fit::Unfit { kind: its, why } = &probe.fit {
+            reasons.push(format!("{name}: {why}"));
+            if kind == ErrorKind::Unsupported {
+                kind = *its;
+            }
+        }
+    }
+    Probe::refused(kind, reasons.join("; "))
+}
+
+/// For disks of no named method: every option must be one that some method knows, and one method must know all.
+fn check_any_knows(registry: &Registry, request: &DiskRequest) -> Result<()> {
+    let methods: Vec<Method> = registry.iter().map(|(_, provider)| provider.method()).collect();
+    if methods
+        .iter()
+        .any(|method| check_options(method, request).is_ok())
+    {
+        return Ok(());
+    }
+    let known: Vec<&str> = methods
+        .iter()
+        .flat_map(|m| &m.options)
+        .map(|o| o.key.as_str())
+        .collect();
+    let error = match request.options.offender(&known) {
+        Some(key) if known.contains(&key) => {
+            Error::new(ErrorKind::Invalid, format!("the option '{key}' is given twice"))
+        }
+        Some(key) => Error::new(ErrorKind::Invalid, format!("no method has the option '{key}'"))
+            .hint(nearest("options", key, known.into_iter())),
+        None => Error::new(
+            ErrorKind::Invalid,
+            "no one method has all the options that were given",
+        )
+        .hint("Name the method; `disksnap methods METHOD` lists its options."),
+    };
+    Err(error.with("disk", &request.disk.target))
 }

@@ -149,9 +149,9 @@ async fn run(
     let left = remaining(deadline, opened);
     let mut result = paused(control, takes, pause, left, &mut report, stands).await;
     if frozen {
-        if let Err(failure) = control.thaw().await {
+        if let Err(failure) = thaw(control).await {
             *stands = true;
-            result = Err(still(result, failure.during("thaw")));
+            result = Err(still(result, failure));
         }
         report.frozen_us = micros(opened.elapsed());
     }
@@ -182,10 +182,10 @@ async fn quiesced(
     };
     // A silent agent may have frozen some, or do so yet.
     if error.effect() == Effect::Unknown
-        && let Err(failure) = control.thaw().await
+        && let Err(failure) = thaw(control).await
     {
         *stands = true;
-        return Err(error.rollback_failed(vec![failure.during("thaw")]));
+        return Err(error.rollback_failed(vec![failure]));
     }
     if quiesce == Quiesce::Require {
         return Err(error);
@@ -193,6 +193,22 @@ async fn quiesced(
     warnings.push(format!("not quiesced: {error}"));
     let reason = error.to_string();
     Ok(Consistency::Unquiesced { reason })
+}
+
+/// Resumes, and insists: perhaps only the answer was lost, or the connection, and the next one is sound.
+async fn resume(control: &dyn Control) -> Result<()> {
+    match control.resume().await {
+        Err(_) => control.resume().await.map_err(|e| e.during("resume")),
+        ok => ok,
+    }
+}
+
+/// Thaws, and insists.
+async fn thaw(control: &dyn Control) -> Result<()> {
+    match control.thaw().await {
+        Err(_) => control.thaw().await.map_err(|e| e.during("thaw")),
+        ok => ok,
+    }
 }
 
 /// The error of a window after which the guest may not have been let go.
@@ -223,11 +239,11 @@ async fn paused(
     if pause && let Err(error) = control.pause().await {
         let error = error.during("pause");
         // Perhaps it was done and only the answer was lost.
-        return Err(match control.resume().await {
+        return Err(match resume(control).await {
             Ok(()) => error,
             Err(failure) => {
                 *stands = true;
-                error.rollback_failed(vec![failure.during("resume")])
+                error.rollback_failed(vec![failure])
             }
         });
     }
@@ -244,9 +260,9 @@ async fn paused(
     };
     report.taken_us = micros(started.elapsed());
     if pause {
-        if let Err(failure) = control.resume().await {
+        if let Err(failure) = resume(control).await {
             *stands = true;
-            return Err(still(result, failure.during("resume")));
+            return Err(still(result, failure));
         }
         report.paused_us = micros(since.elapsed());
     }

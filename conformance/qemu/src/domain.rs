@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use disksnap_core::{Domain, Error, ErrorKind, Result};
-use disksnap_test_support::{DiskSpec, GuestDisk, Qemu, StorageDaemon};
+use disksnap_test_support::{DiskSpec, GuestDisk, Qemu, QemuBuilder, StorageDaemon, StorageDaemonBuilder};
 use disksnap_xml::DomainDocument;
 use serde_json::Value;
 
@@ -24,11 +24,16 @@ impl Running {
         Ok(match fixture.process {
             Process::Machine => {
                 let builder = Qemu::builder().version(fixture.version);
-                Self::Machine(specs.into_iter().fold(builder, |b, disk| b.disk(disk)).start())
+                Self::Machine(specs.into_iter().fold(builder, QemuBuilder::disk).start())
             }
             Process::StorageDaemon => {
                 let builder = StorageDaemon::builder().version(fixture.version);
-                Self::StorageDaemon(specs.into_iter().fold(builder, |b, disk| b.disk(disk)).start())
+                Self::StorageDaemon(
+                    specs
+                        .into_iter()
+                        .fold(builder, StorageDaemonBuilder::disk)
+                        .start(),
+                )
             }
         })
     }

@@ -118,6 +118,21 @@ pub fn become_guardian_when_asked() {
     );
 }
 
+/// Why this machine cannot start such a process, or `None` when it can.
+#[must_use]
+pub fn lacking(process: Process, version: QemuVersion) -> Option<String> {
+    use disksnap_test_support::require::lacking;
+    let of_process = match process {
+        Process::Machine => lacking("qemu-system-x86_64"),
+        Process::StorageDaemon => lacking("qemu-storage-daemon").or_else(|| lacking("fuse")),
+    };
+    let of_version = match version {
+        QemuVersion::V7_2 => lacking("qemu-7.2"),
+        QemuVersion::V10_0 => None,
+    };
+    of_process.or(of_version)
+}
+
 #[async_trait]
 impl Fixture for QemuFixture {
     fn provider(&self) -> Arc<dyn DiskSnapshot> {

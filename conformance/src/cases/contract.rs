@@ -86,7 +86,7 @@ pub(super) async fn probe_accepts(fixture: &Arc<dyn Fixture>) -> Verdict {
     for (probe, request) in first.iter().zip(&requests) {
         let target = &request.disk.target;
         ensure!(
-            !matches!(probe.fit, Fit::Unfit(_)),
+            !matches!(probe.fit, Fit::Unfit { .. }),
             "{target} is found {:?}",
             probe.fit
         );
@@ -115,12 +115,12 @@ pub(super) async fn probe_unfit(fixture: &Arc<dyn Fixture>) -> Verdict {
     unfit.disk = stage.setting.unfit_disk();
     requests.insert(1, unfit);
     let probes = probe(&stage, &requests).await?;
-    let fit: Vec<bool> = probes.iter().map(|p| !matches!(p.fit, Fit::Unfit(_))).collect();
+    let fit: Vec<bool> = probes.iter().map(|p| !matches!(p.fit, Fit::Unfit { .. })).collect();
     ensure!(
         fit == [true, false, true],
         "fit, unfit and fit disks are found fit: {fit:?}"
     );
-    if let Fit::Unfit(why) = &probes[1].fit {
+    if let Fit::Unfit { why, .. } = &probes[1].fit {
         ensure!(!why.trim().is_empty(), "the unfit disk is given no reason");
     }
     stage.finish().await

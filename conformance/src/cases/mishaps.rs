@@ -185,19 +185,11 @@ impl Stage {
 
     /// Fails unless a new snapshot is whole and keeps its content; deletes it.
     async fn good(&self, snapshot: &Snapshot) -> Verdict {
-        let mut contents = Vec::new();
         for disk in &snapshot.disks {
-            contents.push(self.live(&disk.target).await?);
-        }
-        for (disk, byte) in snapshot
-            .disks
-            .iter()
-            .zip(contents.iter().map(|c| c[0].wrapping_add(1)))
-        {
-            paint::scribble(self, &disk.target, byte).await?;
-        }
-        for (disk, content) in snapshot.disks.iter().zip(&contents) {
-            self.must_hold(&snapshot.name, &disk.target, content).await?;
+            let target = &disk.target;
+            let content = self.live(target).await?;
+            paint::dab(self, target, content[0].wrapping_add(1)).await?;
+            self.must_hold(&snapshot.name, target, &content).await?;
         }
         self.delete_now(&snapshot.name).await?;
         self.nothing_left("after the delete").await

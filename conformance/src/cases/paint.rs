@@ -45,3 +45,9 @@ pub(super) async fn scribble(stage: &Stage, target: &str, byte: u8) -> Verdict {
     }
     Ok(())
 }
+
+/// Writes a little: enough to change what a snapshot that does not hold would show.
+pub(super) async fn dab(stage: &Stage, target: &str, byte: u8) -> Verdict {
+    stage.write(target, 0, 512, byte).await?;
+    stage.write(target, 5 * CLUSTER - 512, 1024, byte).await
+}
