@@ -72,7 +72,7 @@ async fn past_the_deadline_the_guardian_thaws() {
     let watch = Watch {
         resume: true,
         thaw: true,
-        deadline: Duration::from_secs(3),
+        deadline: Duration::from_secs(8),
     };
     let guard = control.guard(watch).await.unwrap();
     assert!(control.freeze(DEADLINE).await.unwrap().filesystems > 0);
@@ -176,6 +176,7 @@ enum Temper {
 struct Agent {
     temper: Temper,
     awake: AtomicBool,
+    asked: AtomicBool,
     frozen: AtomicBool,
     freezes: AtomicU32,
     thaws: AtomicU32,
@@ -188,6 +189,7 @@ impl Agent {
         let agent = Arc::new(Self {
             temper,
             awake: AtomicBool::default(),
+            asked: AtomicBool::default(),
             frozen: AtomicBool::default(),
             freezes: AtomicU32::default(),
             thaws: AtomicU32::default(),
@@ -220,6 +222,7 @@ impl Agent {
         let value = match command["execute"].as_str().unwrap() {
             "guest-sync-delimited" => command["arguments"]["id"].clone(),
             "guest-fsfreeze-freeze" => {
+                self.asked.store(true, Ordering::SeqCst);
                 match self.temper {
                     Temper::Unwilling => {
                         let error = json!({"class": "GenericError", "desc": "failed to freeze /mnt"});
@@ -250,7 +253,7 @@ async fn a_late_freeze_is_thawed() {
     let place = Place::new();
     let (path, agent) = Agent::listen(Temper::Late, place.dir.path());
     let control = place.control(&domain(Path::new("/no/monitor"), Some(&path)));
-    let error = control.freeze(Duration::from_millis(300)).await.unwrap_err();
+    let error = control.freeze(Duration::from_secs(2)).await.unwrap_err();
     assert_eq!(
         (error.kind(), error.effect()),
         (ErrorKind::Timeout, Effect::RolledBack),
@@ -276,7 +279,7 @@ async fn a_thaw_waits_behind_a_freeze_that_never_came() {
     let control = connector
         .control(&domain(Path::new("/no/monitor"), Some(&path)))
         .unwrap();
-    let error = control.freeze(Duration::from_millis(300)).await.unwrap_err();
+    let error = control.freeze(Duration::from_secs(2)).await.unwrap_err();
     assert_eq!(
         (error.kind(), error.effect()),
         (ErrorKind::Timeout, Effect::Unknown),
@@ -317,7 +320,15 @@ async fn the_guardian_thaws_what_freezes_late() {
     };
     let guard = control.guard(watch).await.unwrap();
     // The one who asked for the freeze is gone before it comes about.
-    let _ = tokio::time::timeout(Duration::from_secs(1), control.freeze(DEADLINE)).await;
+    let asked = async {
+        while !agent.asked.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::select! {
+        frozen = control.freeze(DEADLINE) => panic!("{frozen:?}"),
+        () = asked => {}
+    }
     drop((guard, control, connector));
     agent.awake.store(true, Ordering::SeqCst);
     eventually("it has thawed", || agent.thaws.load(Ordering::SeqCst) > 0);

@@ -162,7 +162,7 @@ async fn a_killed_hypervisor_leaves_the_effect_unknown() {
 async fn a_hung_hypervisor_times_out_and_recovers() {
     let qemu = Qemu::builder().start();
     let session = Session::new(qemu.qmp_path(), impatient());
-    session.execute(Command::bare("query-version")).await.unwrap();
+    while session.execute(Command::bare("query-version")).await.is_err() {}
     qemu.hang();
     let error = session.execute(Command::bare("query-name")).await.unwrap_err();
     assert_eq!((error.kind(), error.effect()), (ErrorKind::Timeout, Effect::None));
@@ -192,7 +192,7 @@ async fn late_answers_go_to_nobody_else() {
         ..Timeouts::default()
     };
     let session = Session::new(qemu.qmp_path(), timeouts);
-    session.execute(Command::bare("query-version")).await.unwrap();
+    while session.execute(Command::bare("query-version")).await.is_err() {}
     qemu.hang();
     session.execute(Command::bare("query-name")).await.unwrap_err();
     qemu.unhang();
@@ -331,7 +331,7 @@ async fn what_is_unknown_does_not_end_the_session() {
         };
         write!(stream, "\r\n{answer}\r\n").unwrap();
     });
-    let session = Session::new(path, impatient());
+    let session = Session::new(path, Timeouts::default());
     let mut events = session.subscribe();
     let answer = session.execute(Command::bare("a")).await.unwrap();
     assert_eq!(answer["state"], "state-of-the-future");
@@ -456,7 +456,7 @@ async fn a_pause_that_is_not_confirmed_is_taken_back() {
     let place = Place::new();
     let connector = place.connector.clone().timeouts(impatient());
     let control = connector.control(&qemu_domain(&qemu)).unwrap();
-    control.state().await.unwrap();
+    while control.state().await.is_err() {}
     qemu.hang();
     let error = control.pause().await.unwrap_err();
     assert_eq!(
