@@ -135,7 +135,7 @@ impl PlannedView {
         let (fit, reason) = match &disk.probe.fit {
             Fit::Natural => ("natural", None),
             Fit::Possible => ("possible", None),
-            Fit::Unfit(reason) => ("unfit", Some(reason.clone())),
+            Fit::Unfit { why, .. } => ("unfit", Some(why.clone())),
         };
         let options = disk.request.options.iter();
         Self {

@@ -30,7 +30,7 @@ fn planned(disk: &PlannedDisk) -> Element {
     let (fit, reason) = match &probe.fit {
         Fit::Natural => ("natural", None),
         Fit::Possible => ("possible", None),
-        Fit::Unfit(reason) => ("unfit", Some(Element::new("reason").text(reason))),
+        Fit::Unfit { why, .. } => ("unfit", Some(Element::new("reason").text(why))),
     };
     let effect = (!probe.effect.is_empty()).then(|| Element::new("effect").text(&probe.effect));
     let options = disk.request.options.iter();

@@ -166,18 +166,20 @@ fn remembered(data: &Value) -> Result<Fleece> {
 fn probe(request: &DiskRequest, choice: Result<Choice>) -> Probe {
     let choice = match choice {
         Ok(choice) => choice,
-        Err(error) => return Probe::unfit(reason(&error)),
+        Err(error) => return Probe::refused(error.kind(), reason(&error)),
     };
-    let space = match choice.image.check_space(choice.size) {
-        Ok(warning) => warning,
-        Err(error) => return Probe::unfit(reason(&error)),
+    // These may change until it is done for good; prepare refuses them then.
+    let mut warnings: Vec<String> = match choice.image.check_space(choice.size) {
+        Ok(low) => low.into_iter().collect(),
+        Err(error) => vec![format!("would be refused: {}", reason(&error))],
     };
     if choice.image.mark.is_some() && choice.image.path.symlink_metadata().is_ok() {
         let path = choice.image.path.display();
-        return Probe::unfit(format!("{path} exists; a fleece image never overwrites a file"));
+        warnings.push(format!(
+            "would be refused: {path} exists, and is never overwritten"
+        ));
     }
     let mut capabilities = vec![Capability::Active, Capability::Export];
-    let mut warnings: Vec<String> = space.into_iter().collect();
     let spared = choice.sparing != Sparing::Nothing;
     if spared {
         capabilities.push(Capability::GuestSafe);

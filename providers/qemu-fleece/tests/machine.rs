@@ -161,7 +161,7 @@ async fn a_foreign_job_is_refused_by_name() {
     );
     for way in ["", "job", "classic"] {
         let error = rig.create("x", &["vda"], way).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert_eq!(error.kind(), ErrorKind::Busy);
         assert!(error.to_string().contains("users-mirror"), "{error}");
     }
     rig.create("other", &["vdb"], "").await.unwrap();

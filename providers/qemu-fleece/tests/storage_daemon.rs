@@ -273,10 +273,7 @@ async fn a_fleece_path_that_exists_is_never_overwritten() {
     std::fs::write(&precious, "data").unwrap();
     let request = with_options("x", "vda", &[("fleece.file", precious.to_str().unwrap())]);
     let error = rig.dispatcher.create(&rig.domain, &request).await.unwrap_err();
-    assert!(
-        matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::Unsupported),
-        "{error:?}"
-    );
+    assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{error:?}");
     assert_eq!(std::fs::read_to_string(&precious).unwrap(), "data");
     assert_eq!(
         std::fs::read_dir(rig.dir.path()).unwrap().count(),
