@@ -121,7 +121,13 @@ impl NbdServerControl<'_> {
         }
     }
 
+    /// Makes the credentials object. Without `dh-params.pem` in the directory QEMU computes its own parameters, and its
+    /// main loop stands still for up to a second or two.
     async fn add_credentials(&self, tls: &Tls) -> Result<()> {
+        if !tls.credentials.join("dh-params.pem").exists() {
+            let directory = tls.credentials.display();
+            tracing::info!(%directory, "no dh-params.pem: QEMU computes parameters, and the guest may stall meanwhile");
+        }
         let make = || {
             let dir = tls.credentials.display().to_string();
             let arguments = json!({"qom-type": "tls-creds-x509", "id": CREDENTIALS, "dir": dir,
