@@ -115,7 +115,10 @@ pub(super) async fn probe_unfit(fixture: &Arc<dyn Fixture>) -> Verdict {
     unfit.disk = stage.setting.unfit_disk();
     requests.insert(1, unfit);
     let probes = probe(&stage, &requests).await?;
-    let fit: Vec<bool> = probes.iter().map(|p| !matches!(p.fit, Fit::Unfit { .. })).collect();
+    let fit: Vec<bool> = probes
+        .iter()
+        .map(|p| !matches!(p.fit, Fit::Unfit { .. }))
+        .collect();
     ensure!(
         fit == [true, false, true],
         "fit, unfit and fit disks are found fit: {fit:?}"
