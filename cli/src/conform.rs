@@ -1,11 +1,210 @@
 //! `disksnap conform`: a method's provider against the conformance suite.
 
-use disksnap::{Error, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use disksnap::{Capability, DiskSnapshot, Error, ErrorKind};
+use disksnap_conformance::{CaseResult, Fixture, Outcome as Case, RawFiles, Report, run_watched};
+use disksnap_conformance_qemu::{Process, QemuFixture, QemuVersion, lacking};
+use serde_json::{Value, json};
+
+use crate::args::Form;
 use crate::context::Context;
 use crate::failure::Outcome;
+use crate::output::print;
 
-pub(crate) async fn run(_: &Context, method: &str) -> Outcome {
+/// One run of the suite: a method in one kind of place.
+struct Run {
+    place: String,
+    /// Or why this machine cannot do it.
+    fixture: Result<Arc<dyn Fixture>, String>,
+}
+
+/// Directories that are removed at the end.
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    /// Where it fails a directory of empty directories stays behind in memory.
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+pub(crate) async fn run(context: &Context, method: &str) -> Outcome {
     disksnap::methods()?.get(method)?;
-    Err(Error::new(ErrorKind::Unsupported, "this build has no conformance suite").into())
+    let scratch = scratch()?;
+    let runs = match method {
+        "memory" => memory(&scratch.0),
+        "qemu-fleece" => qemu_fleece(),
+        _ => return Err(no_fixture(method).into()),
+    };
+    let text = context.out.form == Form::Text;
+    let (mut reports, mut skipped) = (Vec::new(), 0);
+    for Run { place, fixture } in runs {
+        let fixture = match fixture {
+            Ok(fixture) => fixture,
+            Err(why) => {
+                skipped += 1;
+                context.out.warn(&format!("{method}, {place}: left out, {why}"));
+                continue;
+            }
+        };
+        if text {
+            print(format!("{method}, {place}\n").as_bytes())?;
+        }
+        let mut printed = Ok(());
+        let told = |result: &CaseResult| {
+            if text && printed.is_ok() {
+                printed = print(line(result).as_bytes());
+            }
+        };
+        let report = run_watched(fixture, None, told).await;
+        printed?;
+        if text {
+            print(format!("{}\n\n", report.summary()).as_bytes())?;
+        }
+        reports.push((place, report));
+    }
+    conclude(context, method, &reports, skipped)
+}
+
+fn conclude(context: &Context, method: &str, reports: &[(String, Report)], skipped: usize) -> Outcome {
+    let sum = |count: fn(&Report) -> usize| reports.iter().map(|(_, report)| count(report)).sum::<usize>();
+    let (passed, failed) = (sum(Report::passed), sum(Report::failed));
+    let total = format!("{passed} passed, {failed} failed");
+    if context.out.form == Form::Text {
+        print(format!("{total}\n").as_bytes())?;
+    } else {
+        let runs: Vec<Value> = reports
+            .iter()
+            .map(|(place, report)| json(place, report))
+            .collect();
+        let all =
+            json!({ "method": method, "passed": passed, "failed": failed, "runs": runs, "leftOut": skipped });
+        print(format!("{all:#}\n").as_bytes())?;
+    }
+    if !reports.is_empty() && reports.iter().all(|(_, report)| report.conforms()) {
+        return Ok(());
+    }
+    let why = if reports.is_empty() {
+        "nothing could be tried on this machine".to_owned()
+    } else {
+        format!("the provider does not keep its contract: {total}")
+    };
+    Err(Error::new(ErrorKind::Internal, why)
+        .by(method)
+        .hint("docs/provider-guide.md tells what each case wants of a provider.")
+        .into())
+}
+
+fn line(result: &CaseResult) -> String {
+    let (word, why) = match &result.outcome {
+        Case::Passed => ("ok", String::new()),
+        Case::NotRun => ("not run", String::new()),
+        Case::Failed(why) => ("FAILED", why.replace('\n', "\n                         ")),
+    };
+    format!("  {:22} {word:7} {why}", result.case)
+        .trim_end()
+        .to_owned()
+        + "\n"
+}
+
+fn json(place: &str, report: &Report) -> Value {
+    let case = |result: &CaseResult| match &result.outcome {
+        Case::Passed => json!({ "case": result.case, "outcome": "passed" }),
+        Case::NotRun => json!({ "case": result.case, "outcome": "not-run" }),
+        Case::Failed(why) => json!({ "case": result.case, "outcome": "failed", "why": why }),
+    };
+    let cases: Vec<Value> = report.results.iter().map(case).collect();
+    json!({ "place": place, "passed": report.passed(), "failed": report.failed(), "cases": cases })
+}
+
+fn no_fixture(method: &str) -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        format!("this command cannot make disks for the method '{method}'"),
+    )
+    .hint("Run the tests of the crate that brings it; docs/provider-guide.md tells how a provider brings its own fixture.")
+}
+
+/// A new instance at each call, by the registration that the method has in this program.
+fn linked(method: &'static str) -> impl Fn() -> Arc<dyn DiskSnapshot> + Send + Sync + 'static {
+    move || {
+        let registry = disksnap::methods().unwrap_or_default();
+        // It was looked up before the first case ran.
+        let found = registry.get(method).map(Arc::clone);
+        found.unwrap_or_else(|e| unreachable!("{e}"))
+    }
+}
+
+/// Memory holds the images, in a directory of our own.
+fn scratch() -> Result<Scratch, Error> {
+    let dir = Path::new("/dev/shm").join(format!("disksnap-conform-{}", std::process::id()));
+    std::fs::create_dir(&dir).map_err(|e| Error::io(format!("cannot create {}", dir.display()), e))?;
+    Ok(Scratch(dir))
+}
+
+fn memory(scratch: &Path) -> Vec<Run> {
+    let capabilities = [
+        Capability::Active,
+        Capability::Inactive,
+        Capability::DirectRead,
+        Capability::GuestSafe,
+    ];
+    let off = RawFiles::new(scratch, capabilities, linked("memory"));
+    let running = QemuFixture::new(Process::Machine, capabilities, linked("memory")).raw_images_in(scratch);
+    vec![
+        Run {
+            place: "the domain off".to_owned(),
+            fixture: Ok(Arc::new(off)),
+        },
+        qemu_run(
+            "the domain running",
+            running,
+            Process::Machine,
+            QemuVersion::V10_0,
+        ),
+    ]
+}
+
+/// Every way of every QEMU that offers it, written down so that none goes missing unseen.
+fn qemu_fleece() -> Vec<Run> {
+    use Process::{Machine, StorageDaemon};
+    use QemuVersion::{V7_2, V10_0};
+    let all = [
+        (Machine, V10_0, "filter"),
+        (Machine, V10_0, "job"),
+        (Machine, V10_0, "classic"),
+        (Machine, V7_2, "classic"),
+        (StorageDaemon, V10_0, "filter"),
+        (StorageDaemon, V10_0, "job"),
+        (StorageDaemon, V10_0, "classic"),
+        (StorageDaemon, V7_2, "classic"),
+    ];
+    let run = |(process, version, way): (Process, QemuVersion, &str)| {
+        let mut capabilities = vec![Capability::Active, Capability::Export];
+        if way == "filter" {
+            capabilities.push(Capability::GuestSafe);
+        }
+        let fixture = QemuFixture::new(process, capabilities, linked("qemu-fleece"))
+            .version(version)
+            .option("fleece.way", way);
+        let holder = match process {
+            Machine => "a machine",
+            StorageDaemon => "a storage daemon",
+        };
+        let place = format!("way {way}, {holder} of QEMU {}", version.as_str());
+        qemu_run(&place, fixture, process, version)
+    };
+    all.into_iter().map(run).collect()
+}
+
+fn qemu_run(place: &str, fixture: QemuFixture, process: Process, version: QemuVersion) -> Run {
+    Run {
+        place: place.to_owned(),
+        fixture: match lacking(process, version) {
+            None => Ok(Arc::new(fixture)),
+            Some(why) => Err(why),
+        },
+    }
 }
