@@ -8,6 +8,8 @@ mod agent;
 mod connector;
 mod control;
 mod errors;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod graph;
 mod guard;
 pub mod guardian;

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use disksnap_core::{Command, Error, ErrorKind, Result};
 use serde_json::{Map, Value};
-use tokio::io::{AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OnceCell, broadcast, mpsc, oneshot};
@@ -411,8 +411,8 @@ fn no_greeting(path: &Path, peer: Peer, waited: Duration) -> Error {
 }
 
 /// The next JSON value; empty lines are skipped.
-async fn next_message(
-    reader: &mut BufReader<OwnedReadHalf>,
+pub(crate) async fn next_message<R: AsyncBufRead + Unpin>(
+    reader: &mut R,
     buffer: &mut Vec<u8>,
 ) -> std::result::Result<Value, Lost> {
     loop {

@@ -29,7 +29,7 @@ impl Graph {
         Self::parse(&nodes, &devices, &jobs, &exports, edges.as_ref())
     }
 
-    pub(super) fn parse(
+    pub(crate) fn parse(
         nodes: &Value,
         devices: &Value,
         jobs: &Value,
