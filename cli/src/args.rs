@@ -194,7 +194,7 @@ pub(crate) struct Create {
     /// Whether the guest's file systems are frozen around the instant
     #[arg(long, value_enum, value_name = "WHETHER")]
     pub(crate) quiesce: Option<Freeze>,
-    /// How long the guest may stand still, at most
+    /// How long the guest may stand still, at most; 8 if nothing is said
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     pub(crate) deadline: Option<Duration>,
 }

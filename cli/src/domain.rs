@@ -11,7 +11,7 @@ use crate::context::Context;
 use crate::export_view::{ServingView, names};
 use crate::failure::Outcome;
 use crate::output::{Text, table};
-use crate::snapshot_view::Brief;
+use crate::snapshot_view::{Brief, views};
 use crate::source_view::SourceView;
 
 pub(crate) async fn run(context: &Context, command: DomainCommand) -> Outcome {
@@ -95,9 +95,9 @@ fn active_document(
     serving: &Serving,
     snapshots: &[Inspected],
 ) -> Result<DomainDocument> {
-    let document = document.with_exports(serving.server.as_ref(), &serving.exports)?;
-    let _ = snapshots;
-    Ok(document)
+    document
+        .with_exports(serving.server.as_ref(), &serving.exports)?
+        .with_snapshots(&views(snapshots))
 }
 
 fn disks(domain: &Domain) -> Vec<DiskView> {

@@ -12,7 +12,7 @@ use crate::failure::{Failure, Outcome};
 use crate::output::Text;
 use crate::plan;
 use crate::signals::Stop;
-use crate::snapshot_view::{List, Shown};
+use crate::snapshot_view::{List, Shown, views};
 
 pub(crate) async fn run(context: &Context, command: SnapshotCommand) -> Outcome {
     match command {
@@ -78,16 +78,9 @@ async fn backup_sources(target: &Target, snapshot: &Snapshot) -> Result<BTreeMap
 async fn list(context: &Context) -> Outcome {
     let target = context.target().await?;
     let all = target.disksnap.dispatcher().list(&target.domain).await?;
-    context.out.show(&List::new(&all), || {
-        let views: Vec<SnapshotView<'_>> = all
-            .iter()
-            .map(|found| SnapshotView {
-                health: &found.health,
-                ..SnapshotView::new(&found.snapshot)
-            })
-            .collect();
-        xml::snapshots_document(&views)
-    })
+    context
+        .out
+        .show(&List::new(&all), || xml::snapshots_document(&views(&all)))
 }
 
 /// Deletes as many as can be deleted; what cannot be is told at the end.

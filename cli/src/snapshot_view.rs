@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
+use disksnap::xml::SnapshotView;
 use disksnap::{
     Access, Consistency, DiskSnapshotRecord, DomainDocument, Health, Inspected, Result, Source, WindowReport,
     xml,
@@ -106,6 +107,16 @@ fn state(health: &Health) -> (&'static str, Option<String>) {
 /// UTC, as RFC 3339 has it.
 fn time(time: SystemTime) -> String {
     humantime::format_rfc3339_seconds(time).to_string()
+}
+
+/// Snapshots as XML tells them.
+pub(crate) fn views(all: &[Inspected]) -> Vec<SnapshotView<'_>> {
+    all.iter()
+        .map(|found| SnapshotView {
+            health: &found.health,
+            ..SnapshotView::new(&found.snapshot)
+        })
+        .collect()
 }
 
 impl Brief {

@@ -1,0 +1,10 @@
+//! The command as people use it, on real storage daemons and real QEMUs.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod bad_input;
+mod exports;
+mod help;
+mod reading;
+mod signals;
+mod site;
+mod snapshots;
