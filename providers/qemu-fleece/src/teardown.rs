@@ -15,24 +15,31 @@ pub(crate) async fn take_apart(host: &dyn Host, all: &[Names]) -> Result<()> {
     if host.state().await? == RunState::Off {
         return Ok(());
     }
+    // Reading the graph costs more than all the rest where there are many disks: once here, and once more
+    // where something was taken out of it.
     let graph = Graph::read(host).await?;
-    end_exports(host, &graph, all).await?;
+    let is_there = |names: &Names| !names_of(&graph, names, |_| true).is_empty();
+    if all.iter().any(is_there) {
+        take_nodes_apart(host, &graph, all).await?;
+    } else {
+        end_jobs(host, all).await?;
+    }
+    remove_secrets(host, all).await
+}
+
+async fn take_nodes_apart(host: &dyn Host, graph: &Graph, all: &[Names]) -> Result<()> {
+    end_exports(host, graph, all).await?;
     // What reads through a filter goes first: the job's filter cannot go while it is used.
-    let readers = |names: &Names| names_of(&graph, names, |node| reads_through(node, names));
+    let readers = |names: &Names| names_of(graph, names, |node| reads_through(node, names));
     remove(host, all.iter().flat_map(readers).collect()).await?;
     end_jobs(host, all).await?;
-    for names in all {
-        unseat(host, names).await?;
-    }
+    unseat(host, graph, all).await?;
+    // With a filter of our own goes all that was made in one command with it.
+    let seated = all.iter().filter(|names| graph.node(&names.wrapper()).is_some());
+    remove(host, seated.map(Names::filter).collect()).await?;
     let graph = Graph::read(host).await?;
-    remove(
-        host,
-        all.iter()
-            .flat_map(|names| by_dependency(&graph, names))
-            .collect(),
-    )
-    .await?;
-    remove_secrets(host, all).await
+    let rest = |names| by_dependency(&graph, names);
+    remove(host, all.iter().flat_map(rest).collect()).await
 }
 
 /// Exports that a killed run left on nodes that are about to go.
@@ -81,21 +88,37 @@ fn reads_through(node: &Node, names: &Names) -> bool {
     node.driver == "snapshot-access" || node.name.starts_with(&names.prefix_of_probes())
 }
 
-/// Puts whatever is on top of the filter onto what is below it.
-async fn unseat(host: &dyn Host, names: &Names) -> Result<()> {
-    let (filter, graph) = (names.filter(), Graph::read(host).await?);
-    let Some(below) = graph.node(&names.wrapper()).and_then(Node::primary) else {
+/// Puts whatever is on top of the filters onto what is below them; the readers are gone already.
+async fn unseat(host: &dyn Host, graph: &Graph, all: &[Names]) -> Result<()> {
+    let mut commands = Vec::new();
+    for names in all {
+        commands.extend(unseating(graph, names)?);
+    }
+    if commands.is_empty() {
         return Ok(());
+    }
+    host.monitor_each(commands)
+        .await?
+        .into_iter()
+        .try_for_each(|answer| answer.map(drop))
+}
+
+fn unseating(graph: &Graph, names: &Names) -> Result<Vec<Command>> {
+    let (filter, mut commands) = (names.filter(), Vec::new());
+    let Some(below) = graph.node(&names.wrapper()).and_then(Node::primary) else {
+        return Ok(commands);
     };
+    let above = |node: Option<&str>| node == Some(filter.as_str());
     for device in graph
         .devices
         .iter()
-        .filter(|device| device.node.as_deref() == Some(&filter))
+        .filter(|device| above(device.node.as_deref()))
     {
         let back = json!({ "path": device.qom_path, "property": "drive", "value": below });
-        host.monitor(Command::new("qom-set", back)).await?;
+        commands.push(Command::new("qom-set", back));
     }
-    for (parent, role) in graph.parents(&filter) {
+    let own = |node: &Node| node.name.starts_with(&names.prefix()) && reads_through(node, names);
+    for (parent, role) in graph.parents(&filter).filter(|(parent, _)| !own(parent)) {
         if parent.driver != "raw" || role != "file" {
             return Err(Error::new(
                 ErrorKind::Busy,
@@ -108,10 +131,9 @@ async fn unseat(host: &dyn Host, names: &Names) -> Result<()> {
         }
         let mut options = reopen_options(parent);
         options["file"] = json!(below);
-        host.monitor(Command::new("blockdev-reopen", json!({ "options": [options] })))
-            .await?;
+        commands.push(Command::new("blockdev-reopen", json!({ "options": [options] })));
     }
-    Ok(())
+    Ok(commands)
 }
 
 /// The fleece's own nodes, each before those it is built on.
