@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use futures_util::future::join_all;
 use serde_json::{Map, Value};
 
 use crate::{
@@ -249,15 +250,7 @@ async fn paused(
     }
     let started = Instant::now();
     let at = SystemTime::now();
-    // A take that hangs must not keep the guest: the time left bounds it, the guardian bounds us.
-    let result = match tokio::time::timeout(left, take_all(control, takes)).await {
-        Ok(result) => result,
-        Err(_) => Err(Error::new(
-            ErrorKind::Timeout,
-            "the snapshots were not taken before the deadline",
-        )
-        .during("take")),
-    };
+    let result = take_or_undo(control, takes, left).await;
     report.taken_us = micros(started.elapsed());
     if pause {
         if let Err(failure) = resume(control).await {
@@ -269,36 +262,37 @@ async fn paused(
     result.map(|taken| (taken, at))
 }
 
-/// Sends all plans; on an error takes back what was taken, newest first.
-async fn take_all(control: &dyn Control, takes: &[Take<'_>]) -> Result<Vec<Taken>> {
+/// Takes all in the time that is left; on an error takes back what was taken, newest first.
+///
+/// A take that hangs must not keep the guest: the time left bounds it, as the guardian bounds us.
+async fn take_or_undo(control: &dyn Control, takes: &[Take<'_>], left: Duration) -> Result<Vec<Taken>> {
     let mut undo = Vec::new();
-    match attempt(control, takes, &mut undo).await {
-        Ok(taken) => Ok(taken),
-        Err(error) => {
-            let mut failures = Vec::new();
-            for command in undo.into_iter().rev() {
-                if let Err(failure) = control.monitor(command).await {
-                    failures.push(failure.during("undo"));
-                }
-            }
-            Err(error.during("take").rollback_failed(failures))
+    let error = match tokio::time::timeout(left, take_all(control, takes, &mut undo)).await {
+        Ok(Ok(taken)) => return Ok(taken),
+        Ok(Err(error)) => error,
+        Err(_) => Error::new(
+            ErrorKind::Timeout,
+            "the snapshots were not taken before the deadline",
+        ),
+    };
+    undo.reverse();
+    let mut failures = Vec::new();
+    if !undo.is_empty() {
+        match control.monitor_each(undo).await {
+            Ok(answers) => failures.extend(answers.into_iter().filter_map(Result::err)),
+            Err(lost) => failures.push(lost),
         }
     }
+    let failures = failures
+        .into_iter()
+        .map(|failure| failure.during("undo"))
+        .collect();
+    Err(error.during("take").rollback_failed(failures))
 }
 
-async fn attempt(control: &dyn Control, takes: &[Take<'_>], undo: &mut Vec<Command>) -> Result<Vec<Taken>> {
+async fn take_all(control: &dyn Control, takes: &[Take<'_>], undo: &mut Vec<Command>) -> Result<Vec<Taken>> {
     // The paused steps first: they are the ones that are refused most easily, and cost least to undo.
-    for take in takes {
-        if let TakePlan::Paused(steps) = &take.plan {
-            for Step { command, undo: back } in steps {
-                control
-                    .monitor(command.clone())
-                    .await
-                    .map_err(|e| e.by(take.provider.method().name))?;
-                undo.extend(back.clone());
-            }
-        }
-    }
+    steps(control, takes, undo).await?;
     for (execute, (list, items, back)) in batches(takes) {
         let arguments = Map::from_iter([(list, Value::Array(items))]);
         control
@@ -307,6 +301,32 @@ async fn attempt(control: &dyn Control, takes: &[Take<'_>], undo: &mut Vec<Comma
         undo.extend(back);
     }
     host_takes(control, takes).await
+}
+
+/// All paused steps, sent back to back: one after the other, the guest would wait for each answer.
+async fn steps(control: &dyn Control, takes: &[Take<'_>], undo: &mut Vec<Command>) -> Result<()> {
+    let mut steps = Vec::new();
+    for take in takes {
+        if let TakePlan::Paused(its) = &take.plan {
+            steps.extend(its.iter().map(|step| (take.provider, step)));
+        }
+    }
+    if steps.is_empty() {
+        return Ok(());
+    }
+    let answers = control
+        .monitor_each(steps.iter().map(|(_, step)| step.command.clone()).collect())
+        .await?;
+    let mut refused = None;
+    for ((provider, Step { undo: back, .. }), answer) in steps.into_iter().zip(answers) {
+        match answer {
+            Ok(_) => undo.extend(back.clone()),
+            Err(error) => {
+                refused.get_or_insert_with(|| error.by(provider.method().name));
+            }
+        }
+    }
+    refused.map_or(Ok(()), Err)
 }
 
 /// The shares of all plans in each all-or-nothing command, merged.
@@ -330,18 +350,22 @@ fn batches(takes: &[Take<'_>]) -> BTreeMap<String, (String, Vec<Value>, Vec<Comm
     batches
 }
 
-/// The providers' own takes. Units come out in the order they went in; the others took nothing to remember.
+/// The providers' own takes, side by side. Units come out in the order they went in; those that core took
+/// itself left nothing to remember.
 async fn host_takes(control: &dyn Control, takes: &[Take<'_>]) -> Result<Vec<Taken>> {
-    let mut taken = Vec::with_capacity(takes.len());
-    for take in takes {
-        taken.push(match take.plan {
-            TakePlan::Host => take
-                .provider
-                .take(control, take.prepared)
+    let take = |take: &Take<'_>| {
+        let (provider, prepared) = (Arc::clone(take.provider), take.prepared.clone());
+        let own = take.plan == TakePlan::Host;
+        async move {
+            if !own {
+                return Ok(Taken::default());
+            }
+            provider
+                .take(control, &prepared)
                 .await
-                .map_err(|e| e.by(take.provider.method().name))?,
-            _ => Taken::default(),
-        });
-    }
-    Ok(taken)
+                .map_err(|e| e.by(provider.method().name))
+        }
+    };
+    // All are waited for, also after one has failed: none may go on when the guest does.
+    join_all(takes.iter().map(take)).await.into_iter().collect()
 }

@@ -1,0 +1,195 @@
+//! A method that writes down what it is asked for, and does as it is told.
+
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use disksnap_core::{
+    Access, Batch, Capability, Command, DiskRequest, DiskResult, DiskSnapshot, ErrorKind, Fit, Health, Host,
+    Method, OptionDoc, Prepared, Probe, Result, SnapshotId, Step, TakePlan, Taken, Unit,
+};
+use serde_json::{Value, json};
+
+use super::Log;
+
+/// What fixes the instant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Plan {
+    Host,
+    /// One command for each disk, with an undo.
+    Paused,
+    /// One item for each disk in one command, with an undo.
+    Atomic,
+}
+
+#[derive(Debug)]
+pub(crate) struct FakeMethod {
+    name: &'static str,
+    plan: Plan,
+    fit: Fit,
+    hangs: bool,
+    health: Arc<Mutex<Health>>,
+    log: Arc<Log>,
+}
+
+impl FakeMethod {
+    /// A method that works when asked for; has the options `size` and `colour`.
+    pub(crate) fn new(name: &'static str, plan: Plan) -> Self {
+        Self {
+            name,
+            plan,
+            fit: Fit::Possible,
+            hangs: false,
+            health: Arc::new(Mutex::new(Health::Active)),
+            log: Arc::default(),
+        }
+    }
+
+    pub(crate) fn natural(mut self) -> Self {
+        self.fit = Fit::Natural;
+        self
+    }
+
+    pub(crate) fn unfit(mut self) -> Self {
+        self.fit = Fit::Unfit {
+            kind: ErrorKind::Unsupported,
+            why: "it does not suit".to_owned(),
+        };
+        self
+    }
+
+    /// Its take never ends.
+    pub(crate) fn hanging(mut self) -> Self {
+        self.hangs = true;
+        self
+    }
+
+    /// All snapshots are in this health.
+    pub(crate) fn health(&self) -> Arc<Mutex<Health>> {
+        Arc::clone(&self.health)
+    }
+
+    pub(crate) fn writing_to(mut self, log: &Arc<Log>) -> Self {
+        self.log = Arc::clone(log);
+        self
+    }
+
+    fn note(&self, event: &str) -> Result<()> {
+        self.log.note(format!("{}.{event}", self.name))
+    }
+}
+
+#[async_trait]
+impl DiskSnapshot for FakeMethod {
+    fn method(&self) -> Method {
+        let option = |key: &str| OptionDoc {
+            key: key.to_owned(),
+            help: "for tests".to_owned(),
+        };
+        Method {
+            name: self.name.to_owned(),
+            summary: "for tests".to_owned(),
+            options: vec![option("size"), option("colour")],
+            capabilities: vec![Capability::Active, Capability::Inactive, Capability::Export],
+        }
+    }
+
+    async fn probe(&self, _: &dyn Host, disks: &[DiskRequest]) -> Result<Vec<Probe>> {
+        let probe = |request: &DiskRequest| Probe {
+            fit: self.fit.clone(),
+            unit: request.disk.target.clone(),
+            capabilities: self.method().capabilities,
+            effect: "nothing".to_owned(),
+            details: [].into(),
+            warnings: Vec::new(),
+        };
+        Ok(disks.iter().map(probe).collect())
+    }
+
+    async fn prepare(&self, _: &dyn Host, _: SnapshotId, disks: &[DiskRequest]) -> Result<Vec<Prepared>> {
+        self.note("prepare")?;
+        let prepared = |request: &DiskRequest| Prepared {
+            unit: request.disk.target.clone(),
+            targets: vec![request.disk.target.clone()],
+            data: json!({ "alias": request.alias }),
+            warnings: Vec::new(),
+        };
+        Ok(disks.iter().map(prepared).collect())
+    }
+
+    fn take_plan(&self, prepared: &Prepared) -> Result<TakePlan> {
+        let (target, method) = (&prepared.unit, self.name);
+        Ok(match self.plan {
+            Plan::Host => TakePlan::Host,
+            Plan::Paused => TakePlan::Paused(vec![Step {
+                command: Command::new("step", json!(format!("{method} {target}"))),
+                undo: Some(Command::new("unstep", json!(format!("{method} {target}")))),
+            }]),
+            Plan::Atomic => TakePlan::Atomic(Batch {
+                execute: "transaction".to_owned(),
+                list: "actions".to_owned(),
+                items: vec![json!(format!("{method} {target}"))],
+                undo: vec![Command::new("cancel", json!(format!("{method} {target}")))],
+            }),
+        })
+    }
+
+    async fn take(&self, _: &dyn Host, _: &Prepared) -> Result<Taken> {
+        self.note("take")?;
+        if self.hangs {
+            std::future::pending::<()>().await;
+        }
+        Ok(Taken {
+            data: json!(self.name),
+        })
+    }
+
+    async fn complete(
+        &self,
+        _: &dyn Host,
+        _: SnapshotId,
+        prepared: &Prepared,
+        taken: &Taken,
+    ) -> Result<Unit> {
+        self.note("complete")?;
+        let expected = if self.plan == Plan::Host {
+            json!(self.name)
+        } else {
+            Value::Null
+        };
+        assert_eq!(taken.data, expected, "each unit gets back what its own take left");
+        let alias = prepared.data["alias"].as_str().unwrap();
+        Ok(Unit {
+            unit: prepared.unit.clone(),
+            disks: vec![DiskResult {
+                target: prepared.unit.clone(),
+                modified: None,
+                access: Access::Node(format!("node-{alias}")),
+                size: Some(1 << 20),
+                details: [].into(),
+            }],
+            data: prepared.data.clone(),
+        })
+    }
+
+    async fn abort(
+        &self,
+        _: &dyn Host,
+        _: SnapshotId,
+        _: &[DiskRequest],
+        prepared: Option<&[Prepared]>,
+    ) -> Result<()> {
+        self.note(if prepared.is_some() {
+            "abort prepared"
+        } else {
+            "abort"
+        })
+    }
+
+    async fn inspect(&self, _: &dyn Host, _: SnapshotId, _: &Unit) -> Result<Health> {
+        Ok(self.health.lock().unwrap().clone())
+    }
+
+    async fn delete(&self, _: &dyn Host, _: SnapshotId, _: &Unit) -> Result<()> {
+        self.note("delete")
+    }
+}
