@@ -8,7 +8,7 @@
 //! - [`StorageDaemon`]: block nodes and jobs with no guest; the test is the guest
 //! - [`Qemu`]: a whole machine, idle or with the test guest ([`GuestSetup`])
 //! - [`GuestDisk`], [`Writer`]: the guest's side of the disks
-//! - [`small_fs()`]: a file system that fills up
+//! - [`small_fs()`]: a file system that fills up; [`loop_fs()`]: btrfs or XFS
 //! - [`pattern`]: bytes, digests, repeatable random numbers
 
 #![allow(
@@ -19,6 +19,7 @@
 mod disk;
 mod domain_xml;
 mod guest;
+mod loop_fs;
 pub mod pattern;
 mod process;
 mod qemu;
@@ -31,6 +32,7 @@ mod writer;
 
 pub use disk::{Bus, DiskSpec, Format, GuestDisk};
 pub use guest::GuestSetup;
+pub use loop_fs::{LoopFs, LoopFsKind, loop_fs};
 pub use pattern::{GIB, KIB, MIB};
 pub use qemu::{Qemu, QemuBuilder};
 pub use qmp::Monitor;

@@ -12,14 +12,17 @@ pub const SKIPPED_ENV: &str = "DISKSNAP_SKIPPED";
 
 /// Why this machine lacks a capability, or `None` when it has it.
 ///
-/// Known are `fuse` (a storage daemon's disks are written through a FUSE export) and `small-fs`
-/// ([`crate::small_fs`]); `guest` (a kernel and initrd to boot), `qemu-7.2` and the names of programs,
-/// which only `DISKSNAP_TOOLS=system` can lack: otherwise they panic, since `./x tools` gets them.
+/// Known are `fuse` (a storage daemon's disks are written through a FUSE export), `small-fs`
+/// ([`crate::small_fs`]), `btrfs` and `xfs` ([`crate::loop_fs`]); `guest` (a kernel and initrd to boot),
+/// `qemu-7.2` and the names of programs, which only `DISKSNAP_TOOLS=system` can lack: otherwise they
+/// panic, since `./x tools` gets them.
 #[must_use]
 pub fn lacking(capability: &str) -> Option<String> {
     match capability {
         "fuse" => lacking_fuse(),
         "small-fs" => crate::small_fs::lacking(),
+        "btrfs" => crate::loop_fs::lacking(crate::LoopFsKind::Btrfs),
+        "xfs" => crate::loop_fs::lacking(crate::LoopFsKind::Xfs),
         "guest" => {
             crate::tools::are_systems().then(|| "DISKSNAP_TOOLS=system brings no test guest".to_owned())
         }

@@ -30,7 +30,7 @@ struct Tree {
     programs: &'static [&'static str],
 }
 
-const TREES: [Tree; 3] = [
+const TREES: [Tree; 4] = [
     Tree {
         name: "qemu-10.0",
         bin: "bin",
@@ -70,6 +70,14 @@ const TREES: [Tree; 3] = [
         packages: &["libvirt0"],
         alone: true,
         programs: &[],
+    },
+    Tree {
+        name: "file-systems",
+        bin: "bin",
+        suite: None,
+        packages: &["btrfs-progs", "xfsprogs"],
+        alone: false,
+        programs: &["btrfs", "mkfs.btrfs", "mkfs.xfs"],
     },
 ];
 
@@ -226,26 +234,29 @@ impl Tree {
         if self.alone {
             packages.retain(|x| self.packages.contains(&x.name.as_str()));
         }
-        apt.unpack(&packages, Libc::System, &new.join("root"))?;
+        let unpacked = new.join("root");
+        apt.unpack(&packages, Libc::System, &unpacked)?;
         write_versions(&new, &packages)?;
         for program in self.programs {
-            let file = new.join("root/usr/bin").join(program);
-            ensure!(file.exists(), "the packages have no {program}");
+            program_dir(&unpacked, program)?;
         }
         // The wrappers come before the stamp: what is stamped is complete.
         if self.bin.starts_with(self.name) {
-            self.write_wrappers(&new.join("bin"), "../root")?;
+            self.write_wrappers(&new.join("bin"), &unpacked, "../root")?;
         } else {
-            self.write_wrappers(&dir.join(self.bin), &format!("../{}/root", self.name))?;
+            let root = format!("../{}/root", self.name);
+            self.write_wrappers(&dir.join(self.bin), &unpacked, &root)?;
         }
         install(&new, &place, &self.stamp())
     }
 
-    fn write_wrappers(&self, bin: &Path, root: &str) -> Result<()> {
+    /// `root` is where the wrappers find what is `unpacked`, from their own directory.
+    fn write_wrappers(&self, bin: &Path, unpacked: &Path, root: &str) -> Result<()> {
         fs::create_dir_all(bin)?;
         for program in self.programs {
             let new = bin.join(format!(".{program}"));
-            fs::write(&new, wrapper(program, root))?;
+            let dir = program_dir(unpacked, program)?;
+            fs::write(&new, wrapper(dir, program, root))?;
             fs::set_permissions(&new, fs::Permissions::from_mode(0o755))?;
             fs::rename(&new, bin.join(program))?;
         }
@@ -253,8 +264,15 @@ impl Tree {
     }
 }
 
+/// Where in an unpacked tree a program is.
+fn program_dir(root: &Path, program: &str) -> Result<&'static str> {
+    let dirs = ["usr/bin", "usr/sbin", "bin", "sbin"];
+    let found = dirs.into_iter().find(|dir| root.join(dir).join(program).exists());
+    found.with_context(|| format!("the packages have no {program}"))
+}
+
 /// Finds the tree from its own place, so that the directory can be moved or mounted elsewhere.
-fn wrapper(program: &str, root: &str) -> String {
+fn wrapper(dir: &str, program: &str, root: &str) -> String {
     let firmware = match program {
         "qemu-system-x86_64" => {
             " -L \"$r/usr/share/qemu\" -L \"$r/usr/share/seabios\" -L \"$r/usr/lib/ipxe/qemu\""
@@ -265,7 +283,7 @@ fn wrapper(program: &str, root: &str) -> String {
         "#!/bin/sh\nr=${{0%/*}}/{root}\nl=lib/x86_64-linux-gnu\n\
          export LD_LIBRARY_PATH=\"$r/usr/$l:$r/$l${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}\"\n\
          export QEMU_MODULE_DIR=\"$r/usr/$l/qemu\"\n\
-         exec \"$r/usr/bin/{program}\"{firmware} \"$@\"\n"
+         exec \"$r/{dir}/{program}\"{firmware} \"$@\"\n"
     )
 }
 

@@ -1,0 +1,200 @@
+//! The method `reflink`: snapshots of image files by cloning them where the file system lets files share
+//! their extents (FICLONE, `ioctl_ficlone(2)`): XFS and btrfs.
+//!
+//! A clone is made in one system call and takes no room at first; whatever the guest then overwrites
+//! takes new room. Here: the contract. Where a clone goes is in `place`, the clone itself in `clone`.
+
+mod clone;
+mod place;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use disksnap_core::{
+    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Method,
+    OptionDoc, Prepared, Probe, Result, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
+};
+use disksnap_image_file::{ImageFile, path_of};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, from_value, to_value};
+
+use crate::clone::{Clone as ImageClone, Made};
+use crate::place::CLONE_DIR;
+
+disksnap_core::register!(|| Arc::new(Reflink));
+
+/// The provider.
+#[derive(Debug, Clone, Copy)]
+pub struct Reflink;
+
+#[async_trait]
+impl DiskSnapshot for Reflink {
+    fn method(&self) -> Method {
+        let help = "the directory for the clone, on the image's file system; beside the image when not given";
+        Method {
+            name: "reflink".to_owned(),
+            summary: "clones an image file that shares its extents with the clone (XFS, btrfs)".to_owned(),
+            options: vec![OptionDoc {
+                key: CLONE_DIR.to_owned(),
+                help: help.to_owned(),
+            }],
+            capabilities: capabilities(),
+        }
+    }
+
+    async fn probe(&self, host: &dyn Host, disks: &[DiskRequest]) -> Result<Vec<Probe>> {
+        let (state, disks) = (host.state().await?, disks.to_vec());
+        let probed = move || Ok(disks.iter().map(|request| probe_one(&state, request)).collect());
+        blocking(probed).await
+    }
+
+    /// Makes the empty clone, and writes the image's dirty data back: a take that had to do it would keep
+    /// the guest waiting.
+    async fn prepare(&self, _: &dyn Host, id: SnapshotId, disks: &[DiskRequest]) -> Result<Vec<Prepared>> {
+        let disks = disks.to_vec();
+        let prepared = move || {
+            let one = |request| prepare_one(id, request);
+            disks.iter().map(one).collect()
+        };
+        blocking(prepared).await
+    }
+
+    fn take_plan(&self, _: &Prepared) -> Result<TakePlan> {
+        Ok(TakePlan::Host)
+    }
+
+    async fn take(&self, _: &dyn Host, prepared: &Prepared) -> Result<Taken> {
+        let clone: ImageClone = remembered(&prepared.data)?;
+        blocking(move || clone.take()).await?;
+        Ok(Taken::default())
+    }
+
+    async fn complete(&self, _: &dyn Host, _: SnapshotId, prepared: &Prepared, _: &Taken) -> Result<Unit> {
+        let clone: ImageClone = remembered(&prepared.data)?;
+        let made = blocking(move || clone.complete()).await?;
+        let access = Access::Source {
+            source: Source::File {
+                file: made.file.clone(),
+            },
+            format: made.format.clone(),
+        };
+        let disks = prepared.targets.iter().map(|target| DiskResult {
+            target: target.clone(),
+            modified: None,
+            access: access.clone(),
+            size: Some(made.size),
+            details: [("clone.file".to_owned(), made.file.display().to_string())].into(),
+        });
+        Ok(Unit {
+            unit: prepared.unit.clone(),
+            disks: disks.collect(),
+            data: record(&made)?,
+        })
+    }
+
+    async fn abort(
+        &self,
+        _: &dyn Host,
+        id: SnapshotId,
+        disks: &[DiskRequest],
+        prepared: Option<&[Prepared]>,
+    ) -> Result<()> {
+        // The record knows the place even where a directory has become another since.
+        for unit in prepared.unwrap_or_default() {
+            clone::remove(&remembered::<ImageClone>(&unit.data)?.file)?;
+        }
+        for request in disks {
+            if let Ok(Ok(file)) = path_of(&request.disk).map(|image| place::clone_path(id, request, image)) {
+                clone::remove(&file)?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn inspect(&self, _: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<Health> {
+        let made: Made = remembered(&unit.data)?;
+        Ok(made.health())
+    }
+
+    async fn delete(&self, _: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
+        clone::remove(&remembered::<Made>(&unit.data)?.file)
+    }
+}
+
+/// Not `GuestSafe`: what the guest overwrites takes new room, and without room its write fails.
+fn capabilities() -> Vec<Capability> {
+    vec![Capability::Active, Capability::Inactive, Capability::DirectRead]
+}
+
+fn probe_one(state: &RunState, request: &DiskRequest) -> Probe {
+    if *state == RunState::Storage {
+        return Probe::unfit("a storage daemon holds the image, and cannot be paused while it is cloned");
+    }
+    let examined = examine(request);
+    let image = match examined {
+        Ok(image) => image,
+        Err(why) => return Probe::unfit(why),
+    };
+    let mut warnings = place::short_of_room(request, &image)
+        .into_iter()
+        .collect::<Vec<_>>();
+    warnings.extend(image.lazy_warning().filter(|_| state.is_active()));
+    Probe {
+        fit: Fit::Possible,
+        unit: unit_of(&image),
+        capabilities: capabilities(),
+        effect:
+            "The image is cloned; the domain keeps its disk. What the guest overwrites from then on takes \
+                 new room."
+                .to_owned(),
+        details: [("image".to_owned(), image.path.display().to_string())].into(),
+        warnings,
+    }
+}
+
+/// The image, if it can be cloned to where the request wants it; else why not. Changes nothing.
+fn examine(request: &DiskRequest) -> std::result::Result<ImageFile, String> {
+    let image = ImageFile::of(&request.disk)?;
+    image.stands_alone(&request.disk)?;
+    disksnap_image_file::target_in_names(&request.disk)?;
+    place::can_hold_clone(request, &image)?;
+    Ok(image)
+}
+
+fn prepare_one(id: SnapshotId, request: &DiskRequest) -> Result<Prepared> {
+    let target = &request.disk.target;
+    let refused = |why| Error::new(ErrorKind::Unsupported, why).with("disk", target);
+    let image = examine(request).map_err(refused)?;
+    let clone = ImageClone {
+        file: place::clone_path(id, request, &image.path).map_err(refused)?,
+        image: image.path.clone(),
+        format: image.format().to_owned(),
+    };
+    clone.prepare(&image).map_err(|e| e.with("disk", target))?;
+    Ok(Prepared {
+        unit: unit_of(&image),
+        targets: vec![target.clone()],
+        data: record(&clone)?,
+        warnings: Vec::new(),
+    })
+}
+
+fn unit_of(image: &ImageFile) -> String {
+    image.path.display().to_string()
+}
+
+/// Runs what blocks where it does not keep others waiting.
+async fn blocking<T: Send + 'static>(act: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let done = tokio::task::spawn_blocking(act).await;
+    done.map_err(|e| Error::new(ErrorKind::Internal, "the task died").because(e))?
+}
+
+fn record(made: &impl Serialize) -> Result<Value> {
+    to_value(made).map_err(|e| Error::new(ErrorKind::Internal, "a clone cannot be recorded").because(e))
+}
+
+fn remembered<T: DeserializeOwned>(data: &Value) -> Result<T> {
+    from_value(data.clone())
+        .map_err(|e| Error::new(ErrorKind::Internal, "the record of a clone is damaged").because(e))
+}
