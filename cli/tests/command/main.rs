@@ -4,6 +4,7 @@
 mod bad_input;
 mod exports;
 mod help;
+mod kills;
 mod reading;
 mod signals;
 mod site;

@@ -22,17 +22,24 @@ pub(crate) async fn take_apart(host: &dyn Host, all: &[Names]) -> Result<()> {
     if all.iter().any(is_there) {
         take_nodes_apart(host, &graph, all).await?;
     } else {
-        end_jobs(host, all).await?;
+        end_jobs(host, all, Names::prefix).await?;
     }
     remove_secrets(host, all).await
 }
 
 async fn take_nodes_apart(host: &dyn Host, graph: &Graph, all: &[Names]) -> Result<()> {
     end_exports(host, graph, all).await?;
-    // What reads through a filter goes first: the job's filter cannot go while it is used.
-    let readers = |names: &Names| names_of(graph, names, |node| reads_through(node, names));
-    remove(host, all.iter().flat_map(readers).collect()).await?;
-    end_jobs(host, all).await?;
+    // What a killed inspection left reads the snapshot; and what reads a filter must go before its job can.
+    end_jobs(host, all, Names::prefix_of_probes).await?;
+    remove(
+        host,
+        among(graph, all, |node, names| {
+            node.name.starts_with(&names.prefix_of_probes())
+        }),
+    )
+    .await?;
+    remove(host, among(graph, all, |node, names| node.name == names.access())).await?;
+    end_jobs(host, all, Names::prefix).await?;
     unseat(host, graph, all).await?;
     // With a filter of our own goes all that was made in one command with it.
     let seated = all.iter().filter(|names| graph.node(&names.wrapper()).is_some());
@@ -74,18 +81,19 @@ async fn wait_unexported(host: &dyn Host, id: &str) -> Result<()> {
 /// About ten seconds of asking.
 const EXPORT_POLLS: u32 = 5_000;
 
-/// Inspections end with their nodes, so their jobs count too.
-async fn end_jobs(host: &dyn Host, all: &[Names]) -> Result<()> {
+/// Ends the jobs whose ids begin with what `prefix` says of a fleece.
+async fn end_jobs(host: &dyn Host, all: &[Names], prefix: fn(&Names) -> String) -> Result<()> {
     for job in jobs::all(host).await? {
-        if all.iter().any(|names| job.id.starts_with(&names.prefix())) {
+        if all.iter().any(|names| job.id.starts_with(&prefix(names))) {
             jobs::end(host, &job).await?;
         }
     }
     Ok(())
 }
 
-fn reads_through(node: &Node, names: &Names) -> bool {
-    node.driver == "snapshot-access" || node.name.starts_with(&names.prefix_of_probes())
+fn among(graph: &Graph, all: &[Names], which: impl Fn(&Node, &Names) -> bool) -> Vec<String> {
+    let of = |names| names_of(graph, names, |node| which(node, names));
+    all.iter().flat_map(of).collect()
 }
 
 /// Puts whatever is on top of the filters onto what is below them; the readers are gone already.
@@ -117,7 +125,7 @@ fn unseating(graph: &Graph, names: &Names) -> Result<Vec<Command>> {
         let back = json!({ "path": device.qom_path, "property": "drive", "value": below });
         commands.push(Command::new("qom-set", back));
     }
-    let own = |node: &Node| node.name.starts_with(&names.prefix()) && reads_through(node, names);
+    let own = |node: &Node| node.name == names.access();
     for (parent, role) in graph.parents(&filter).filter(|(parent, _)| !own(parent)) {
         if parent.driver != "raw" || role != "file" {
             return Err(Error::new(

@@ -1,0 +1,185 @@
+//! The command, killed at any moment: the guest runs on, its writes are whole, and nothing stays behind.
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use disksnap_test_support::{DiskSpec, MIB, Qemu, Writer, pattern};
+use serde_json::json;
+
+use crate::site::{Site, arg};
+
+const TARGETS: [&str; 3] = ["vda", "vdb", "sda"];
+
+fn machine() -> Qemu {
+    Qemu::builder()
+        .disk(DiskSpec::new("vda", 8 * MIB).qcow2())
+        .disk(DiskSpec::new("vdb", 8 * MIB))
+        .disk(DiskSpec::new("sda", 8 * MIB).qcow2().scsi())
+        .start()
+}
+
+/// Starts the command and kills it after `delay`; whether it was still at work.
+fn kill_after(site: &Site, delay: Duration, arguments: &[&str]) -> bool {
+    let mut child = site
+        .command(arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(delay);
+    let ended = child.try_wait().unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    ended.is_none()
+}
+
+/// The guest runs, at the latest once the guardian has acted.
+fn wait_running(qemu: &Qemu) {
+    let since = Instant::now();
+    while qemu.status() != "running" {
+        assert!(
+            since.elapsed() < Duration::from_secs(20),
+            "the guest stays {}",
+            qemu.status()
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// What there is of ours in QEMU and in the state directory.
+fn leftovers(site: &Site, qemu: &Qemu) -> Vec<String> {
+    let mut left: Vec<String> = site
+        .images()
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
+    let ask = [
+        ("query-named-block-nodes", "node-name"),
+        ("query-jobs", "id"),
+        ("query-block-exports", "id"),
+    ];
+    for (command, key) in ask {
+        let answer = qemu.qmp(command, json!({}));
+        let names = answer
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(|item| item[key].as_str());
+        left.extend(names.filter(|name| name.starts_with("ds-")).map(str::to_owned));
+    }
+    left
+}
+
+/// How long the command takes when nobody kills it, so that the kills fall into it and not behind it.
+fn duration_of(run: impl FnOnce()) -> Duration {
+    let since = Instant::now();
+    run();
+    since.elapsed()
+}
+
+#[test]
+fn a_create_killed_at_any_moment_leaves_a_running_guest_and_the_next_one_works() {
+    let (qemu, site) = (machine(), Site::new());
+    let domain = arg(&qemu.domain_xml_file());
+    let create = |name: &str| site.ok(&["-d", &domain, "snapshot", "create", "--name", name]);
+    let delete = |name: &str| site.ok(&["-d", &domain, "snapshot", "delete", name]);
+    let whole = duration_of(|| drop(create("first")));
+    delete("first");
+    let writer = Writer::start(TARGETS.map(|target| qemu.disk(target)).to_vec(), 8 * MIB, 11);
+    let (rounds, mut killed) = (24, 0);
+    for round in 0..rounds {
+        let delay = whole * round / rounds;
+        killed += u32::from(kill_after(
+            &site,
+            delay,
+            &["-d", &domain, "snapshot", "create", "--name", "killed"],
+        ));
+        wait_running(&qemu);
+        writer.wait(2);
+        site.ok(&["recover"]);
+        if round % 3 == 0 {
+            site.ok(&["recover"]);
+        }
+        // It may have come to its end before the kill; then it is there, and whole.
+        let there = site.json(&["-d", &domain, "snapshot", "list"]);
+        for snapshot in there["snapshots"].as_array().unwrap() {
+            assert_eq!(
+                (&snapshot["name"], &snapshot["state"]),
+                (&json!("killed"), &json!("active"))
+            );
+            delete("killed");
+        }
+        assert_eq!(
+            leftovers(&site, &qemu),
+            Vec::<String>::new(),
+            "killed after {delay:?}"
+        );
+        create("next");
+        delete("next");
+        writer.wait(2);
+    }
+    assert!(
+        killed > rounds / 2,
+        "only {killed} of {rounds} were killed at work: the test proves little"
+    );
+    writer.stop();
+    assert_eq!(leftovers(&site, &qemu), Vec::<String>::new());
+}
+
+#[test]
+fn a_delete_killed_at_any_moment_is_finished_by_the_next_command() {
+    let (qemu, site) = (machine(), Site::new());
+    let domain = arg(&qemu.domain_xml_file());
+    let create = || site.ok(&["-d", &domain, "snapshot", "create", "--name", "one"]);
+    create();
+    site.ok(&["-d", &domain, "export", "start", "one"]);
+    let whole = duration_of(|| drop(site.ok(&["-d", &domain, "snapshot", "delete", "one"])));
+    let rounds = 16;
+    for round in 0..rounds {
+        create();
+        site.ok(&["-d", &domain, "export", "start", "one"]);
+        qemu.disk("vda").fill(0, MIB, 7);
+        kill_after(
+            &site,
+            whole * round / rounds,
+            &["-d", &domain, "snapshot", "delete", "one"],
+        );
+        wait_running(&qemu);
+        qemu.disk("vda").fill(MIB, MIB, 8);
+        site.ok(&["recover"]);
+        site.ok(&["-d", &domain, "snapshot", "delete", "one"]);
+        assert_eq!(leftovers(&site, &qemu), Vec::<String>::new());
+        let content = qemu.disk("vda").read(0, 2 * MIB);
+        let expected = [vec![7; content.len() / 2], vec![8; content.len() / 2]].concat();
+        assert_eq!(
+            pattern::digest(&content),
+            pattern::digest(&expected),
+            "the guest's writes are whole"
+        );
+    }
+}
+
+#[test]
+fn a_killed_reader_takes_its_export_with_it() {
+    let (qemu, site) = (machine(), Site::new());
+    let domain = arg(&qemu.domain_xml_file());
+    site.ok(&["-d", &domain, "snapshot", "create", "--name", "one"]);
+    let to = arg(&site.path("copy.raw"));
+    let read = ["-d", &domain, "read", "one", "vda", "--to", &to];
+    let whole = duration_of(|| drop(site.ok(&read)));
+    std::fs::remove_file(&to).unwrap();
+    for round in 0..8 {
+        kill_after(&site, whole * round / 8, &read);
+        site.ok(&["recover"]);
+        assert_eq!(
+            qemu.qmp("query-block-exports", json!({})),
+            json!([]),
+            "round {round}"
+        );
+        let _ = std::fs::remove_file(&to);
+        site.ok(&read);
+        std::fs::remove_file(&to).unwrap();
+    }
+    site.ok(&["-d", &domain, "snapshot", "delete", "one"]);
+    assert_eq!(leftovers(&site, &qemu), Vec::<String>::new());
+}
