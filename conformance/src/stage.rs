@@ -270,7 +270,7 @@ impl Stage {
 
     pub(crate) async fn nothing_left(&self, when: impl fmt::Display) -> Verdict {
         let things = self.things().await?;
-        ensure!(things.is_empty(), "left {when}: {}", things.join(", "));
+        ensure!(things.is_empty(), "left behind ({when}): {}", things.join(", "));
         Ok(())
     }
 
