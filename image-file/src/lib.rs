@@ -2,8 +2,9 @@
 //! hypervisor.
 //!
 //! [`ImageFile::of`] looks at the file; [`ImageFile::stands_alone`] says whether the one file is all of
-//! the disk.
+//! the disk. [`file_system`], [`mount_options`] and [`room`] tell of the place it is in.
 
+mod place;
 mod qcow2;
 
 use std::fs::{File, Metadata};
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use disksnap_core::{BackingStore, Disk, Source};
 
+pub use place::{file_system, mount_options, room};
 pub use qcow2::Qcow2;
 
 /// An image file, open for reading.

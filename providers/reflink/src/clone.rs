@@ -6,12 +6,10 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use disksnap_core::{Error, ErrorKind, Health, Result};
-use disksnap_image_file::{ImageFile, Qcow2};
+use disksnap_image_file::{ImageFile, Qcow2, room};
 use rustix::fs::{IFlags, OFlags, ioctl_ficlone, ioctl_getflags, ioctl_setflags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-
-use crate::place::room;
 
 /// What is remembered of a clone to be made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,7 +59,7 @@ impl Clone {
     fn has_room(&self, image: &ImageFile) -> Result<()> {
         let needed = (1 << 20) + image.allocated() / 1024;
         let dir = self.file.parent().unwrap_or(Path::new("/"));
-        let room = room(dir).map_err(|e| Error::io(format!("cannot look at {}", dir.display()), e.into()))?;
+        let room = room(dir).map_err(|e| Error::io(format!("cannot look at {}", dir.display()), e))?;
         if room >= needed {
             return Ok(());
         }

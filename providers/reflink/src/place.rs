@@ -5,8 +5,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use disksnap_core::{DiskRequest, SnapshotId};
-use disksnap_image_file::{ImageFile, target_in_names};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, ioctl_ficlone, open, statvfs, statx};
+use disksnap_image_file::{ImageFile, file_system, room, target_in_names};
+use rustix::fs::{Mode, OFlags, ioctl_ficlone, open};
 use rustix::io::Errno;
 
 /// The option that says in which directory the clone goes.
@@ -70,32 +70,6 @@ pub(crate) fn can_hold_clone(request: &DiskRequest, image: &ImageFile) -> Result
         )),
         Err(error) => Err(there("make files in", &error)),
     }
-}
-
-/// What tells one file system from another, whatever subvolume of it a path is in, and however often it
-/// is mounted: the device of its mount. (What stat says is a device of the subvolume.)
-fn file_system(path: &Path) -> Result<String, Errno> {
-    let found = statx(
-        CWD,
-        path,
-        AtFlags::empty(),
-        StatxFlags::BASIC_STATS | StatxFlags::MNT_ID,
-    )?;
-    let (mount, stat_device) = (
-        found.stx_mnt_id.to_string(),
-        (found.stx_dev_major, found.stx_dev_minor),
-    );
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let of_mount = mounts.lines().find_map(|line| {
-        let mut words = line.split(' ');
-        (words.next()? == mount).then(|| words.nth(1).map(str::to_owned))?
-    });
-    Ok(of_mount.unwrap_or_else(|| format!("{}:{}", stat_device.0, stat_device.1)))
-}
-
-/// Room in bytes where the clone goes.
-pub(crate) fn room(path: &Path) -> Result<u64, Errno> {
-    statvfs(path).map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize))
 }
 
 /// A warning where the guest could run out of room by overwriting its disk.
