@@ -1,0 +1,112 @@
+//! What this program does when it starts itself: one act in a process of its own, whose time or memory is measured.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use disksnap_core::SnapshotName;
+use disksnap_nbd::{BASE_ALLOCATION, BulkOptions, BulkReader, Chunk, Client, ConnectOptions, Uri};
+use tokio::runtime::Runtime;
+
+use crate::scene::{Scene, request};
+
+/// `READ URI [FILE]`: the whole export, to a file or to nowhere.
+pub(crate) const READ: &str = "child-read";
+/// `EXTENTS URI`: only which parts are zero.
+pub(crate) const EXTENTS: &str = "child-extents";
+/// `ACT STATE-DIRECTORY DOMAIN.XML VERB`: one act of the dispatcher.
+pub(crate) const ACT: &str = "child-act";
+
+/// How many connections a read uses, as `disksnap read` does.
+const CONNECTIONS: usize = 4;
+/// The name of the snapshot that acts are about.
+pub(crate) const NAME: &str = "measured";
+
+/// Does what the arguments say, if they are for a child, and prints the most memory that it took, in KiB.
+pub(crate) fn run_if_asked(arguments: &[String]) -> Result<bool> {
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words[..] {
+        [READ, uri] => read(uri, None)?,
+        [READ, uri, file] => read(uri, Some(Path::new(file)))?,
+        [EXTENTS, uri] => Runtime::new()?.block_on(extents(uri))?,
+        [ACT, state, domain, verb] => act(Path::new(state), Path::new(domain), verb)?,
+        _ => return Ok(false),
+    }
+    println!("{}", most_memory()?);
+    Ok(true)
+}
+
+/// Runs a child and returns the most memory that it took, in KiB.
+pub(crate) fn memory_of(arguments: &[&str]) -> Result<f64> {
+    let output = Command::new(std::env::current_exe()?).args(arguments).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{arguments:?}: {said}");
+    Ok(String::from_utf8_lossy(&output.stdout).trim().parse()?)
+}
+
+/// `VmHWM` of proc(5).
+fn most_memory() -> Result<u64> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    Ok(kib.context("/proc/self/status does not tell VmHWM")?.parse()?)
+}
+
+async fn connect(uri: &str, connections: usize) -> Result<Vec<Client>> {
+    let options = ConnectOptions {
+        meta_contexts: vec![BASE_ALLOCATION.to_owned()],
+        ..ConnectOptions::default()
+    };
+    let uri: Uri = uri.parse()?;
+    Ok(Client::connect_many(&uri, &options, connections).await?)
+}
+
+fn read(uri: &str, file: Option<&Path>) -> Result<()> {
+    Runtime::new()?.block_on(async {
+        let clients = connect(uri, CONNECTIONS).await?;
+        let size = clients[0].size();
+        let file = file.map(File::create).transpose()?;
+        if let Some(file) = &file {
+            file.set_len(size)?;
+        }
+        let mut reader = BulkReader::new(clients, 0..size, &BulkOptions::default())?;
+        while let Some(chunk) = reader.next().await? {
+            if let (Chunk::Data { offset, data }, Some(file)) = (chunk, &file) {
+                file.write_all_at(&data, offset)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+async fn extents(uri: &str) -> Result<()> {
+    let clients = connect(uri, 1).await?;
+    let mut extents = clients[0].extents(BASE_ALLOCATION, 0..clients[0].size())?;
+    let mut data = 0;
+    while let Some(extent) = extents.next().await? {
+        data += if extent.is_zero() { 0 } else { extent.length };
+    }
+    ensure!(data > 0, "the disk has data");
+    Ok(())
+}
+
+fn act(state: &Path, domain: &Path, verb: &str) -> Result<()> {
+    let scene = Scene::new(&fs::read_to_string(PathBuf::from(domain))?, state)?;
+    let name: SnapshotName = NAME.parse()?;
+    match verb {
+        "create" => {
+            let mut request = request(&["vda".to_owned()], "filter");
+            request.name = Some(name);
+            scene.create(&request).map(drop)
+        }
+        "list" => {
+            let list = scene.runtime.block_on(scene.dispatcher.list(&scene.domain))?;
+            ensure!(list.len() == 1, "there are {} snapshots", list.len());
+            Ok(())
+        }
+        "delete" => scene.delete(&name),
+        _ => bail!("there is no act {verb:?}"),
+    }
+}

@@ -1,1 +1,0 @@
-//! disksnap's benchmarks: ratios within one run.

@@ -1,0 +1,54 @@
+//! disksnap's benchmarks against real QEMUs: `./x bench` runs all, `./x bench NAME…` some of them.
+//!
+//! Every figure is a ratio within one run, so that it means the same on another machine. Nothing here
+//! fails because it was slow.
+
+#![allow(clippy::print_stdout, reason = "a program for people, who read it")]
+
+mod bare;
+mod child;
+mod memory;
+mod race;
+mod read;
+mod report;
+mod scene;
+mod snapshot;
+mod stopwatch;
+mod writes;
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+
+/// A part: its name, and what runs it with a directory for all its files.
+type Part = (&'static str, fn(&Path) -> Result<()>);
+
+const PARTS: [Part; 4] = [
+    ("snapshot", snapshot::run),
+    ("writes", writes::run),
+    ("read", read::run),
+    ("memory", memory::run),
+];
+
+fn main() -> Result<()> {
+    disksnap_hypervisor::guardian::run_if_asked();
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    if child::run_if_asked(&wanted)? {
+        return Ok(());
+    }
+    let names = PARTS.map(|(name, _)| name);
+    if let Some(unknown) = wanted.iter().find(|name| !names.contains(&name.as_str())) {
+        bail!(
+            "there is no benchmark {unknown:?}; there are {}",
+            names.join(", ")
+        );
+    }
+    let scratch = tempfile::Builder::new().prefix("dsnap-bench-").tempdir()?;
+    report::print_machine(scratch.path());
+    for (name, run) in PARTS {
+        if wanted.is_empty() || wanted.iter().any(|w| w == name) {
+            run(scratch.path())?;
+        }
+    }
+    Ok(())
+}
