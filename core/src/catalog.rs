@@ -108,6 +108,14 @@ pub enum Act {
         /// The exports.
         exports: Vec<Export>,
     },
+    /// A reader reads through an export of its own. In force for as long as the lease lives; then the export
+    /// is to be stopped.
+    Read {
+        /// The reader's lease.
+        lease: Uuid,
+        /// The export.
+        export: Alias,
+    },
     /// Exports are being stopped, and the server with them if none is left.
     Unserve {
         /// The exports.

@@ -17,6 +17,7 @@ mod export;
 mod host;
 mod names;
 mod provider;
+mod reading;
 mod recover;
 mod registry;
 mod request;
@@ -42,11 +43,12 @@ pub use provider::{
     Prepared, Probe, Step, TakePlan, Taken, Unit,
 };
 
+pub use reading::Opened;
 pub use recover::{Recovered, RecoveredHow};
 pub use registry::{Registration, Registry};
 pub use request::{DiskChoice, Disks, Quiesce, SnapshotRequest};
 pub use resolve::{Plan, PlannedDisk, Skipped, Why};
-pub use serve::{Opened, Serving, StopExports};
+pub use serve::{Serving, StopExports};
 pub use snapshot::{Consistency, DiskSnapshotRecord, Snapshot, UnitRecord, WindowReport};
 pub use source::{BackingStore, NetworkHost, Source};
 

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::dispatcher::Held;
-use crate::{Act, Change, Dispatcher, DomainId, Error, Intent, Result, SnapshotId};
+use crate::{Act, Dispatcher, Domain, DomainId, Error, Intent, Result, SnapshotId};
 
 /// What was done about one thing that a killed run left.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -30,9 +30,10 @@ pub enum RecoveredHow {
 
 impl Dispatcher {
     /// Finishes or undoes what killed runs left, of one domain or of all. Safe at any time, and twice:
-    /// an act that still runs keeps its domain locked.
+    /// an act that still runs keeps its domain locked, and a reader that still reads is left alone. What
+    /// cannot be settled is told, and stays for the next try.
     pub async fn recover(&self, domain: Option<&DomainId>) -> Result<Vec<Recovered>> {
-        let mut domains: Vec<crate::Domain> = Vec::new();
+        let mut domains: Vec<Domain> = Vec::new();
         for intent in self.catalog.intents(domain).await? {
             if !domains.iter().any(|d| d.id.uuid == intent.domain.id.uuid) {
                 domains.push(intent.domain);
@@ -40,28 +41,52 @@ impl Dispatcher {
         }
         let mut all = Vec::new();
         for domain in domains {
-            let lock = self.catalog.lock(&domain.id).await?;
-            let control = self.connector.control(&domain).await?;
-            let held = Held::new(control, lock);
-            // Asked again under the lock: what was under way a moment ago has perhaps ended by itself.
-            for intent in self.catalog.intents(Some(&domain.id)).await? {
-                all.push(self.settle_one(&held, &intent).await);
+            match self.recover_one(&domain).await {
+                Ok(recovered) => all.extend(recovered),
+                Err(error) => all.push(Recovered {
+                    domain: domain.id,
+                    what: "whatever was under way".to_owned(),
+                    how: RecoveredHow::Left(error.to_string()),
+                }),
             }
-            self.end_dead_leases(&held, &domain.id).await?;
+        }
+        Ok(all)
+    }
+
+    async fn recover_one(&self, domain: &Domain) -> Result<Vec<Recovered>> {
+        let lock = self.catalog.lock(&domain.id).await?;
+        let control = self.connector.control(domain).await?;
+        let held = Held::new(control, lock);
+        let mut all = Vec::new();
+        // Asked again under the lock: what was under way a moment ago has perhaps ended by itself.
+        for intent in self.leftovers(&domain.id).await? {
+            all.push(self.settle_one(&held, &intent).await);
         }
         Ok(all)
     }
 
     /// Before a new act on a domain: settles what a killed one left, or refuses.
     pub(crate) async fn settle_leftovers(&self, held: &Held, domain: &DomainId) -> Result<()> {
-        for intent in self.catalog.intents(Some(domain)).await? {
+        for intent in self.leftovers(domain).await? {
             self.act_on(held, &intent).await.map_err(|error| {
                 error
                     .with("domain", domain)
                     .hint("A killed run left something that could not be settled: see `disksnap recover`.")
             })?;
         }
-        self.end_dead_leases(held, domain).await
+        Ok(())
+    }
+
+    /// The intents of a locked domain but for those of readers that still read.
+    async fn leftovers(&self, domain: &DomainId) -> Result<Vec<Intent>> {
+        let mut left = Vec::new();
+        for intent in self.catalog.intents(Some(domain)).await? {
+            match &intent.act {
+                Act::Read { lease, .. } if self.catalog.lease_lives(*lease).await? => {}
+                _ => left.push(intent),
+            }
+        }
+        Ok(left)
     }
 
     async fn settle_one(&self, held: &Held, intent: &Intent) -> Recovered {
@@ -96,6 +121,11 @@ impl Dispatcher {
                 self.finish_unserve(held, intent, exports).await?;
                 Ok(RecoveredHow::Finished)
             }
+            Act::Read { export, .. } => {
+                self.finish_unserve(held, intent, std::slice::from_ref(export))
+                    .await?;
+                Ok(RecoveredHow::Undone)
+            }
         }
     }
 
@@ -105,25 +135,6 @@ impl Dispatcher {
             Some(snapshot) => self.finish_delete(held, intent, snapshot).await,
             None => self.catalog.settle(intent.id, &intent.domain.id, &[]).await,
         }
-    }
-
-    /// Stops the exports that were made for readers which have died.
-    async fn end_dead_leases(&self, held: &Held, domain: &DomainId) -> Result<()> {
-        let mut dead = Vec::new();
-        for export in self.catalog.exports(domain).await? {
-            if let Some(lease) = export.lease
-                && !self.catalog.lease_lives(lease).await?
-            {
-                dead.push(export.alias);
-            }
-        }
-        if dead.is_empty() {
-            return Ok(());
-        }
-        let (_, changes): (_, Vec<Change>) = self
-            .unserve(&*held.control, domain, |export| dead.contains(&export.alias))
-            .await?;
-        self.catalog.settle(uuid::Uuid::nil(), domain, &changes).await
     }
 }
 
@@ -138,5 +149,6 @@ fn describe(act: &Act) -> String {
         Act::Delete { snapshot } => format!("delete of snapshot {snapshot}"),
         Act::Serve { exports, .. } => format!("start of {} exports", exports.len()),
         Act::Unserve { exports } => format!("stop of {} exports", exports.len()),
+        Act::Read { export, .. } => format!("reading through the export '{export}'"),
     }
 }

@@ -8,9 +8,9 @@ use uuid::Uuid;
 use crate::dispatcher::Held;
 use crate::names::nearest;
 use crate::{
-    Access, Act, Alias, Change, Control, Dispatcher, Domain, DomainId, DomainLock, Effect, Error, ErrorKind,
-    Export, ExportDisk, ExportRequest, Health, Intent, Listen, NbdServer, NetworkHost, Result, ServeNode,
-    Snapshot, SnapshotId, SnapshotName, Source, Tls,
+    Access, Act, Alias, Change, Control, Dispatcher, Domain, DomainId, Effect, Error, ErrorKind, Export,
+    ExportDisk, ExportRequest, Health, Intent, Listen, NbdServer, NetworkHost, Result, ServeNode, Snapshot,
+    SnapshotId, SnapshotName, Source, Tls,
 };
 
 /// Which exports to stop.
@@ -31,19 +31,6 @@ pub struct Serving {
     pub server: Option<NbdServer>,
     /// The exports that were asked for, by alias.
     pub exports: Vec<Export>,
-}
-
-/// A snapshot's disk, held open for one reader; stops serving when it is closed, at the latest with the process.
-#[derive(Debug)]
-pub struct Opened {
-    /// Where its bytes are.
-    pub source: Source,
-    /// The image format at that place.
-    pub format: String,
-    /// TLS, when the server speaks it.
-    pub tls: Option<Tls>,
-    served: Option<Export>,
-    _lease: Option<Box<dyn DomainLock>>,
 }
 
 impl Dispatcher {
@@ -152,69 +139,6 @@ impl Dispatcher {
             .await
     }
 
-    /// Opens one disk of a snapshot for reading: as it is where any program can open it, else through an
-    /// export of its own that ends with [`Dispatcher::close`], or with this process.
-    pub async fn open(&self, domain: &Domain, name: &SnapshotName, target: &str) -> Result<Opened> {
-        let held = self.hold(domain).await.map_err(|e| e.during("read"))?;
-        let act = async {
-            let snapshot = self.find(domain, name).await?;
-            let disk = disk_of(&snapshot, target)?;
-            self.refuse_unless_healthy(&*held.control, &snapshot, disk)
-                .await?;
-            if let Access::Source { source, format } = &disk.access {
-                let (source, format) = (source.clone(), format.clone());
-                return Ok(Opened {
-                    source,
-                    format,
-                    tls: None,
-                    served: None,
-                    _lease: None,
-                });
-            }
-            let (lease, guard) = self.catalog.lease().await?;
-            let disks = vec![ExportDisk {
-                alias: disk.alias.clone(),
-                name: None,
-            }];
-            let request = ExportRequest {
-                listen: None,
-                tls: None,
-                allow_remote: false,
-                disks,
-            };
-            let export = self.start_held(&held, domain, &request, Some(lease)).await?.pop();
-            let (server, _) = self.truly_served(&*held.control, &domain.id).await?;
-            let (Some(export), Some(server)) = (export, server) else {
-                return Err(Error::new(
-                    ErrorKind::Internal,
-                    "the export that was just started is gone",
-                ));
-            };
-            let source = network_source(&server, &export.node.name);
-            let tls = server.tls;
-            Ok(Opened {
-                source,
-                format: "raw".to_owned(),
-                tls,
-                served: Some(export),
-                _lease: Some(guard),
-            })
-        };
-        act.await
-            .map_err(|e: Error| e.during("read").with("domain", &domain.id).with("snapshot", name))
-    }
-
-    /// Ends what [`Dispatcher::open`] began.
-    pub async fn close(&self, domain: &Domain, opened: Opened) -> Result<()> {
-        match &opened.served {
-            None => Ok(()),
-            Some(export) => {
-                let which = StopExports::Aliases(vec![export.alias.clone()]);
-                self.stop_exports(domain, &which).await.map(|_| ())
-            }
-        }
-    }
-
     /// Where a snapshot's disk is, or will be once it is exported (`backupSource`).
     pub async fn backup_source(&self, domain: &Domain, snapshot: &Snapshot, target: &str) -> Result<Source> {
         let control = self.connector.control(domain).await?;
@@ -232,7 +156,7 @@ impl Dispatcher {
         Ok(network_source(&server, name))
     }
 
-    async fn intend(&self, domain: &Domain, act: Act) -> Result<Intent> {
+    pub(crate) async fn intend(&self, domain: &Domain, act: Act) -> Result<Intent> {
         let intent = Intent {
             id: Uuid::new_v4(),
             domain: domain.clone(),
@@ -243,7 +167,7 @@ impl Dispatcher {
         Ok(intent)
     }
 
-    async fn start_held(
+    pub(crate) async fn start_held(
         &self,
         held: &Held,
         domain: &Domain,
@@ -355,7 +279,7 @@ impl Dispatcher {
     }
 
     /// The recorded server and exports that the hypervisor still has.
-    async fn truly_served(
+    pub(crate) async fn truly_served(
         &self,
         control: &dyn Control,
         domain: &DomainId,
@@ -440,7 +364,7 @@ impl Dispatcher {
         Ok(exports)
     }
 
-    async fn refuse_unless_healthy(
+    pub(crate) async fn refuse_unless_healthy(
         &self,
         control: &dyn Control,
         snapshot: &Snapshot,
@@ -546,9 +470,7 @@ fn new_export(
     node: &str,
     lease: Option<Uuid>,
 ) -> Export {
-    let suffix = lease
-        .map(|lease| format!("-{}", &lease.simple().to_string()[..8]))
-        .unwrap_or_default();
+    let suffix = lease.map(suffix).unwrap_or_default();
     let alias = Alias(format!("{}{suffix}", wanted.alias));
     let name = wanted.name.clone().unwrap_or_else(|| alias.0.clone());
     let id = format!("{node}{suffix}");
@@ -563,6 +485,11 @@ fn new_export(
         },
         lease,
     }
+}
+
+/// What tells a reader's export from all others.
+pub(crate) fn suffix(lease: Uuid) -> String {
+    format!("-{}", &lease.simple().to_string()[..8])
 }
 
 fn by_alias<'a>(
@@ -586,7 +513,7 @@ fn unknown_alias(domain: &Domain, alias: &Alias, known: &[Alias]) -> Error {
     .hint(nearest("aliases", &alias.0, known.iter().map(|a| a.0.as_str())))
 }
 
-fn disk_of<'a>(snapshot: &'a Snapshot, target: &str) -> Result<&'a crate::DiskSnapshotRecord> {
+pub(crate) fn disk_of<'a>(snapshot: &'a Snapshot, target: &str) -> Result<&'a crate::DiskSnapshotRecord> {
     snapshot.disk(target).ok_or_else(|| {
         let known = snapshot.disks.iter().map(|d| d.target.as_str());
         Error::new(
@@ -607,7 +534,7 @@ fn default_server(control: &dyn Control) -> NbdServer {
     }
 }
 
-fn network_source(server: &NbdServer, name: &str) -> Source {
+pub(crate) fn network_source(server: &NbdServer, name: &str) -> Source {
     let hosts: Vec<NetworkHost> = vec![server.listen.host()];
     Source::Network {
         protocol: "nbd".to_owned(),

@@ -1,0 +1,128 @@
+//! Opening one disk of a snapshot for a reader, through an export of its own where it needs one.
+
+use crate::dispatcher::Held;
+use crate::serve::{disk_of, network_source, suffix};
+use crate::{
+    Access, Act, Alias, Dispatcher, Domain, DomainLock, Error, ErrorKind, ExportDisk, ExportRequest, Intent,
+    Result, SnapshotName, Source, Tls,
+};
+
+/// A snapshot's disk, held open for one reader; it is served until it is closed, at the latest until the
+/// first act on the domain after this process has ended.
+#[derive(Debug)]
+pub struct Opened {
+    /// Where its bytes are.
+    pub source: Source,
+    /// The image format at that place.
+    pub format: String,
+    /// TLS, when the server speaks it.
+    pub tls: Option<Tls>,
+    reading: Option<Reading>,
+}
+
+/// What ends with the reader.
+#[derive(Debug)]
+struct Reading {
+    intent: Intent,
+    export: Alias,
+    _lease: Box<dyn DomainLock>,
+}
+
+impl Dispatcher {
+    /// Opens one disk of a snapshot for reading: as it is where any program can open it, else through an
+    /// export of its own that ends with [`Dispatcher::close`], or after this process.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown snapshot or disk; `Broken` for one that must not be read.
+    pub async fn open(&self, domain: &Domain, name: &SnapshotName, target: &str) -> Result<Opened> {
+        let held = self.hold(domain).await.map_err(|e| e.during("read"))?;
+        let opened = self.open_held(&held, domain, name, target).await;
+        opened.map_err(|e| e.during("read").with("domain", &domain.id).with("snapshot", name))
+    }
+
+    async fn open_held(
+        &self,
+        held: &Held,
+        domain: &Domain,
+        name: &SnapshotName,
+        target: &str,
+    ) -> Result<Opened> {
+        let snapshot = self.find(domain, name).await?;
+        let disk = disk_of(&snapshot, target)?;
+        self.refuse_unless_healthy(&*held.control, &snapshot, disk)
+            .await?;
+        match &disk.access {
+            Access::Source { source, format } => Ok(Opened {
+                source: source.clone(),
+                format: format.clone(),
+                tls: None,
+                reading: None,
+            }),
+            Access::Node(_) => self.open_export(held, domain, &disk.alias).await,
+        }
+    }
+
+    /// Serves the disk for this reader alone. The intent outlives the call: it is in force while the lease lives.
+    async fn open_export(&self, held: &Held, domain: &Domain, disk: &Alias) -> Result<Opened> {
+        let (lease, guard) = self.catalog.lease().await?;
+        let export = Alias(format!("{disk}{}", suffix(lease)));
+        let intent = self
+            .intend(
+                domain,
+                Act::Read {
+                    lease,
+                    export: export.clone(),
+                },
+            )
+            .await?;
+        let reading = Reading {
+            intent,
+            export,
+            _lease: guard,
+        };
+        let disks = vec![ExportDisk {
+            alias: disk.clone(),
+            name: None,
+        }];
+        let request = ExportRequest {
+            listen: None,
+            tls: None,
+            allow_remote: false,
+            disks,
+        };
+        let started = match self.start_held(held, domain, &request, Some(lease)).await {
+            Ok(started) => started,
+            Err(error) => {
+                self.catalog.settle(reading.intent.id, &domain.id, &[]).await?;
+                return Err(error);
+            }
+        };
+        let (server, _) = self.truly_served(&*held.control, &domain.id).await?;
+        let (Some(export), Some(server)) = (started.first(), server) else {
+            return Err(Error::new(
+                ErrorKind::Internal,
+                "the export that was just started is gone",
+            ));
+        };
+        Ok(Opened {
+            source: network_source(&server, &export.node.name),
+            format: "raw".to_owned(),
+            tls: server.tls,
+            reading: Some(reading),
+        })
+    }
+
+    /// Ends what [`Dispatcher::open`] began.
+    pub async fn close(&self, domain: &Domain, opened: Opened) -> Result<()> {
+        let Some(reading) = opened.reading else {
+            return Ok(());
+        };
+        let held = self.hold(domain).await.map_err(|e| e.during("read"))?;
+        let ended = self
+            .finish_unserve(&held, &reading.intent, std::slice::from_ref(&reading.export))
+            .await;
+        ended
+            .map(drop)
+            .map_err(|e| e.during("read").with("domain", &domain.id))
+    }
+}
