@@ -8,6 +8,7 @@
 )]
 
 mod apt;
+mod bench;
 mod demo;
 mod guest;
 mod initrd;
@@ -23,7 +24,7 @@ const HELP: &str = "\
 ./x demo             a snapshot of a running machine's disks, step by step, on a real QEMU
 ./x test [ARGS]      every test; ARGS go to cargo nextest (or cargo test), and only those tests run
 ./x lint             formatting, clippy, documentation, and cargo-deny where it is installed
-./x bench [ARGS]     the benchmarks
+./x bench [NAME…]    the benchmarks, or some: snapshot, writes, read, memory
 ./x fuzz [SECONDS]   every fuzz target for that long (default 30); needs a nightly and cargo-fuzz
 ./x tools            only get the programs and the test guest that tests and demo use
 ./x tools --fresh    get them anew, in the versions the mirror has now
@@ -64,7 +65,7 @@ fn run() -> Result<()> {
         ("lint", []) => suite::lint()?,
         ("bench", rest) => {
             tools::ensure()?;
-            suite::bench(rest)?;
+            bench::run(rest)?;
         }
         ("fuzz", []) => suite::fuzz("30")?,
         ("fuzz", [seconds]) => suite::fuzz(seconds)?,

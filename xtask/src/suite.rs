@@ -1,4 +1,4 @@
-//! `./x test`, `lint`, `bench` and `fuzz`: which cargo commands make them up.
+//! `./x test`, `lint` and `fuzz`: which cargo commands make them up.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -118,12 +118,6 @@ pub(crate) fn lint() -> Result<()> {
     conclude("lints", &failed)
 }
 
-/// The benchmarks of the workspace.
-pub(crate) fn bench(args: &[String]) -> Result<()> {
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    cargo(&[&["run", "--release", "-p", "disksnap-benches", "--"], &args[..]].concat())
-}
-
 /// Every fuzz target, one after the other, for so many seconds each.
 pub(crate) fn fuzz(seconds: &str) -> Result<()> {
     seconds
@@ -181,7 +175,7 @@ fn has(args: &[&str]) -> bool {
     command.status().is_ok_and(|x| x.success())
 }
 
-fn cargo(args: &[&str]) -> Result<()> {
+pub(crate) fn cargo(args: &[&str]) -> Result<()> {
     run(&mut cargo_command(args))
 }
 
