@@ -57,7 +57,7 @@ impl Client {
     pub(crate) fn connect(path: &Path) -> Result<Self> {
         let stream =
             UnixStream::connect(path).with_context(|| format!("cannot connect to {}", path.display()))?;
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        stream.set_read_timeout(Some(Duration::from_mins(1)))?;
         let mut client = Self(BufReader::with_capacity(64 << 10, stream));
         client.line()?;
         client.run("qmp_capabilities", &Value::Null)?;

@@ -85,7 +85,7 @@ fn row(table: &mut Table, what: &str, rounds: &Rounds) {
     ]);
 }
 
-/// A raw image with data in those of its MiBs.
+/// A raw image, with data in those of its mebibytes.
 fn image(path: &Path, has_data: impl Fn(u64) -> bool) -> Result<PathBuf> {
     let file = File::create_new(path)?;
     file.set_len(SIZE)?;
@@ -145,18 +145,13 @@ fn rounds(uri: &str, to: Option<&PathBuf>) -> Result<Rounds> {
         Some(uri.into()),
         Some(file.clone().unwrap_or_else(|| "null:".into())),
     ];
-    let convert: Vec<OsString> = match &file {
-        Some(file) => ["convert", "-f", "raw", "-O", "raw", uri]
-            .map(OsString::from)
-            .into_iter()
-            .chain([file.clone()])
-            .collect(),
-        None => {
-            let nowhere = format!("driver=null-co,size={SIZE}");
-            ["convert", "-n", "-f", "raw", "--target-image-opts", uri, &nowhere]
-                .map(OsString::from)
-                .into()
-        }
+    let convert: Vec<OsString> = if let Some(file) = &file {
+        let words = ["convert", "-f", "raw", "-O", "raw", uri].map(OsString::from);
+        words.into_iter().chain([file.clone()]).collect()
+    } else {
+        let nowhere = format!("driver=null-co,size={SIZE}");
+        let words = ["convert", "-n", "-f", "raw", "--target-image-opts", uri, &nowhere];
+        words.map(OsString::from).into()
     };
     let turn = |program: &Path, arguments: &[OsString]| -> Result<Measures> {
         if let Some(path) = to {

@@ -11,7 +11,7 @@ use disksnap_core::{
 };
 use disksnap_hypervisor::{Paths, QemuConnector};
 use disksnap_qemu_fleece::QemuFleece;
-use disksnap_test_support::{DiskSpec, Qemu, StorageDaemon};
+use disksnap_test_support::{DiskSpec, Qemu, QemuBuilder, StorageDaemon, StorageDaemonBuilder};
 use disksnap_xml::DomainDocument;
 use tokio::runtime::Runtime;
 
@@ -29,10 +29,7 @@ pub(crate) enum Holder {
 impl Holder {
     /// An idle machine: its firmware has found nothing to boot, and waits.
     pub(crate) fn machine(disks: &[DiskSpec]) -> Result<Self> {
-        let builder = disks
-            .iter()
-            .cloned()
-            .fold(Qemu::builder(), |b, disk| b.disk(disk));
+        let builder = disks.iter().cloned().fold(Qemu::builder(), QemuBuilder::disk);
         let machine = builder.start();
         wait_idle(machine.pid())?;
         Ok(Self::Machine(machine))
@@ -45,7 +42,7 @@ impl Holder {
             disks
                 .iter()
                 .cloned()
-                .fold(builder, |b, disk| b.disk(disk))
+                .fold(builder, StorageDaemonBuilder::disk)
                 .start(),
         )
     }
@@ -125,19 +122,19 @@ impl Scene {
             run: state.run(),
         });
         let watch = Arc::<Stopwatch>::default();
-        let timed = |_: &()| Arc::clone(&watch);
+        let timed = || Arc::clone(&watch);
         let mut registry = Registry::empty();
         registry.add(Arc::new(TimedProvider {
             inner: Arc::new(QemuFleece),
-            watch: timed(&()),
+            watch: timed(),
         }))?;
         let catalog = TimedCatalog {
             inner: Arc::new(runtime.block_on(SqliteCatalog::open(state))?),
-            watch: timed(&()),
+            watch: timed(),
         };
         let timed_connector = TimedConnector {
             inner: Arc::new(connector.clone()),
-            watch: timed(&()),
+            watch: timed(),
         };
         let dispatcher = Dispatcher::new(registry, Arc::new(catalog), Arc::new(timed_connector));
         let domain = DomainDocument::parse(domain_xml)?.domain().clone();

@@ -30,7 +30,7 @@ const GOAL: f64 = 1.2;
 
 pub(crate) fn run(scratch: &Path) -> Result<()> {
     let mut cases = Vec::new();
-    for (count, rounds) in [(1, 20), (8, 10), (64, 4)] {
+    for (count, rounds) in [(1, 20), (8, 10), (64, 3)] {
         let disks = disks(count);
         let machine = Holder::machine(&disks)?;
         for way in [Way::Filter, Way::Job] {
