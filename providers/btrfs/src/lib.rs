@@ -61,7 +61,7 @@ impl DiskSnapshot for Btrfs {
         let disks = disks.to_vec();
         let prepared = move || {
             for request in &disks {
-                root(request).map_err(|why| refused(request, why))?;
+                root(request).map_err(|why| refused(request, why.into()))?;
             }
             let groups = groups(&disks);
             groups.iter().map(|group| prepare_one(id, group)).collect()
@@ -148,7 +148,7 @@ fn probe_one(state: &RunState, groups: &[Group<'_>], request: &DiskRequest) -> P
     };
     match examine(group, request) {
         Ok(image) => fitting(state, group, &image),
-        Err(why) => Probe::unfit(why),
+        Err(Unfit { kind, why }) => Probe::refused(kind, why),
     }
 }
 
@@ -173,12 +173,32 @@ fn fitting(state: &RunState, group: &Group<'_>, image: &ImageFile) -> Probe {
     }
 }
 
+/// What stands against a disk.
+struct Unfit {
+    kind: ErrorKind,
+    why: String,
+}
+
+/// As it is with this disk, whoever asks.
+impl From<String> for Unfit {
+    fn from(why: String) -> Self {
+        Self {
+            kind: ErrorKind::Unsupported,
+            why,
+        }
+    }
+}
+
 /// The image, if the snapshot of its subvolume will hold all of the disk; else why not. Changes nothing.
-fn examine(group: &Group<'_>, request: &DiskRequest) -> std::result::Result<ImageFile, String> {
+fn examine(group: &Group<'_>, request: &DiskRequest) -> std::result::Result<ImageFile, Unfit> {
     let image = ImageFile::of(&request.disk)?;
     chain::below(&image, &request.disk, &group.root)?;
     group.place(SnapshotId(uuid::Uuid::nil()))?;
-    group.permitted()?;
+    group.can_hold_snapshot()?;
+    group.permitted().map_err(|why| Unfit {
+        kind: ErrorKind::Denied,
+        why,
+    })?;
     Ok(image)
 }
 
@@ -246,8 +266,8 @@ fn result(image: &MadeImage, snapshot: &str) -> DiskResult {
     }
 }
 
-fn refused(request: &DiskRequest, why: String) -> Error {
-    Error::new(ErrorKind::Unsupported, why).with("disk", &request.disk.target)
+fn refused(request: &DiskRequest, Unfit { kind, why }: Unfit) -> Error {
+    Error::new(kind, why).with("disk", &request.disk.target)
 }
 
 /// Runs what blocks where it does not keep others waiting.

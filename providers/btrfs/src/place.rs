@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use disksnap_core::{DiskRequest, SnapshotId};
-use disksnap_image_file::{file_system, path_of, target_in_names};
+use disksnap_image_file::{file_system, mount_options, path_of, target_in_names};
 use rustix::fs::{Access, access};
 use rustix::process::geteuid;
 
@@ -111,50 +111,55 @@ impl Group<'_> {
         Ok(beside.unwrap_or(&self.root).to_owned())
     }
 
-    /// Whether we may make a snapshot there, and delete it again. Changes nothing.
+    /// Whether a snapshot can be there.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn can_hold_snapshot(&self) -> Result<(), String> {
+        let parent = self.parent()?;
+        let shown = parent.display();
+        if !parent.is_dir() {
+            return Err(format!("{shown} is not a directory"));
+        }
+        let of =
+            |path: &Path| file_system(path).map_err(|e| format!("cannot look at {}: {e}", path.display()));
+        if of(&parent)? == of(&self.root)? {
+            return Ok(());
+        }
+        Err(format!(
+            "{shown} is not on the file system of {}, which a snapshot cannot leave",
+            self.root.display()
+        ))
+    }
+
+    /// Whether we may make a snapshot there, and delete it again: everyone may snapshot what is theirs, and
+    /// not everyone may delete a snapshot.
     ///
     /// # Errors
     /// Why not.
     pub(crate) fn permitted(&self) -> Result<(), String> {
-        let parent = self.parent()?;
-        let shown = parent.display();
-        let failed = |e: &dyn std::fmt::Display| format!("cannot make a directory in {shown}: {e}");
-        if !parent.is_dir() {
-            return Err(format!("{shown} is not a directory"));
+        let (parent, shown) = (self.parent()?, self.root.display());
+        let me = geteuid();
+        if !me.is_root() {
+            let found = self
+                .root
+                .metadata()
+                .map_err(|e| format!("cannot look at {shown}: {e}"))?;
+            if found.uid() != me.as_raw() {
+                return Err(format!(
+                    "only root and its owner may snapshot the subvolume {shown}"
+                ));
+            }
+            let options = mount_options(&self.root);
+            if !options.iter().any(|option| option == "user_subvol_rm_allowed") {
+                return Err(format!(
+                    "a snapshot of {shown} could be made and not deleted again: that takes root, or a mount with \
+                     user_subvol_rm_allowed"
+                ));
+            }
         }
-        if file_system(&parent).map_err(|e| failed(&e))? != file_system(&self.root).map_err(|e| failed(&e))? {
-            return Err(format!(
-                "{shown} is not on the file system of {}, which a snapshot cannot leave",
-                self.root.display()
-            ));
-        }
-        access(&parent, Access::WRITE_OK | Access::EXEC_OK).map_err(|e| failed(&e))?;
-        self.ours()
-    }
-
-    /// Everyone may snapshot what is theirs; deleting a snapshot is another matter.
-    fn ours(&self) -> Result<(), String> {
-        if geteuid().is_root() {
-            return Ok(());
-        }
-        let shown = self.root.display();
-        let found = self
-            .root
-            .metadata()
-            .map_err(|e| format!("cannot look at {shown}: {e}"))?;
-        if found.uid() != geteuid().as_raw() {
-            return Err(format!(
-                "only root and its owner may snapshot the subvolume {shown}"
-            ));
-        }
-        let allowed = disksnap_image_file::mount_options(&self.root);
-        if allowed.iter().any(|option| option == "user_subvol_rm_allowed") {
-            return Ok(());
-        }
-        Err(format!(
-            "a snapshot of {shown} could be made and not deleted again: that takes root, or a mount with \
-             user_subvol_rm_allowed"
-        ))
+        let allowed = access(&parent, Access::WRITE_OK | Access::EXEC_OK);
+        allowed.map_err(|e| format!("cannot make a directory in {}: {e}", parent.display()))
     }
 
     /// What btrfs says of the subvolume.

@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 #![allow(unreachable_pub, reason = "a module of each test program")]
 
+pub mod rig;
+
 use std::ffi::OsStr;
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
