@@ -21,6 +21,8 @@ pub(crate) const ACT: &str = "child-act";
 
 /// How many connections a read uses, as `disksnap read` does.
 const CONNECTIONS: usize = 4;
+/// This program, also when its file was replaced meanwhile.
+pub(crate) const OWN: &str = "/proc/self/exe";
 /// The name of the snapshot that acts are about.
 pub(crate) const NAME: &str = "measured";
 
@@ -40,7 +42,7 @@ pub(crate) fn run_if_asked(arguments: &[String]) -> Result<bool> {
 
 /// Runs a child and returns the most memory that it took, in KiB.
 pub(crate) fn memory_of(arguments: &[&str]) -> Result<f64> {
-    let output = Command::new(std::env::current_exe()?).args(arguments).output()?;
+    let output = Command::new(OWN).args(arguments).output()?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{arguments:?}: {said}");
     Ok(String::from_utf8_lossy(&output.stdout).trim().parse()?)

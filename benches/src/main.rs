@@ -45,6 +45,10 @@ fn main() -> Result<()> {
     }
     let scratch = tempfile::Builder::new().prefix("dsnap-bench-").tempdir()?;
     report::print_machine(scratch.path());
+    println!(
+        "\nA figure is the median over the rounds of the ratio within a round, with its quartiles; `best` is the ratio \
+         of the best rounds, which other programs on the machine disturb least."
+    );
     for (name, run) in PARTS {
         if wanted.is_empty() || wanted.iter().any(|w| w == name) {
             run(scratch.path())?;

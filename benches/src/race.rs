@@ -55,6 +55,13 @@ impl Rounds {
         Spread::of(of.into_iter().zip(to).map(|(a, b)| a / b).collect())
     }
 
+    /// The ratio of the best that each did in any round: what is left where other programs had the processor
+    /// in most of them.
+    pub(crate) fn best(&self, of: (&str, &str), to: (&str, &str)) -> f64 {
+        let [of, to] = [of, to].map(|who| Spread::of(self.values(who)).least);
+        of / to
+    }
+
     /// The median of one measure of one contender.
     pub(crate) fn middle(&self, name: &str, measure: &str) -> f64 {
         Spread::of(self.values((name, measure))).median
@@ -155,6 +162,7 @@ mod tests {
         .unwrap();
         let ratio = rounds.ratio(("a", "time"), ("b", "time"));
         assert_eq!((ratio.least, ratio.median, ratio.most), (1.5, 1.5, 1.5));
+        assert_eq!(rounds.best(("a", "time"), ("b", "time")), 1.5);
         // One turn in the round that does not count.
         assert_eq!(turn, 5.0);
     }

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use disksnap_test_support::QemuVersion;
 
-use crate::race::Spread;
+use crate::race::{Rounds, Spread};
 
 /// A table of one part.
 #[derive(Debug)]
@@ -44,14 +44,14 @@ pub(crate) fn ratio(spread: Spread) -> String {
     format!("{} ({}–{})", number(spread.median), number(from), number(to))
 }
 
-/// The whole range.
-pub(crate) fn range(spread: Spread) -> String {
-    format!("{}–{}", number(spread.least), number(spread.most))
-}
-
 /// `12 %`
 pub(crate) fn percent(spread: Spread) -> String {
     format!("{:.0} %", spread.median * 100.0)
+}
+
+/// Two cells: the ratio of one measure to another as [`ratio`] writes it, and that of the best of each.
+pub(crate) fn compared(rounds: &Rounds, of: (&str, &str), to: (&str, &str)) -> [String; 2] {
+    [ratio(rounds.ratio(of, to)), number(rounds.best(of, to))]
 }
 
 fn number(value: f64) -> String {

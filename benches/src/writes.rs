@@ -10,7 +10,7 @@ use disksnap_test_support::{DiskSpec, GuestDisk, KIB, MIB, StorageDaemon};
 
 use crate::bare::Way;
 use crate::race::{Contender, Measures, Spread, race};
-use crate::report::{Table, range, ratio};
+use crate::report::{Table, compared};
 use crate::scene::{Scene, request};
 
 /// What QEMU copies at once when the guest first touches it.
@@ -51,11 +51,11 @@ pub(crate) fn run(scratch: &Path) -> Result<()> {
         "Guest writes",
         "Time of a guest's write (the median of a turn's) while its disk is fleeced, without a fleece = 1. One write \
          at a time; the guest's side is a FUSE file of a storage daemon, whose own cost is in both.",
-        &["write", "filter", "range", "job", "range", "classic", "range"],
+        &["write", "filter", "best", "job", "best", "classic", "best"],
     );
     for (measure, what) in WRITES {
-        let ratios = Way::ALL.map(|way| rounds.ratio((way.as_str(), measure), ("none", measure)));
-        let cells: Vec<String> = ratios.into_iter().flat_map(|r| [ratio(r), range(r)]).collect();
+        let of = |way: Way| compared(&rounds, (way.as_str(), measure), ("none", measure));
+        let cells: Vec<String> = Way::ALL.into_iter().flat_map(of).collect();
         let cells: Vec<&str> = cells.iter().map(String::as_str).collect();
         table.row(&[&[what], &cells[..]].concat());
     }
