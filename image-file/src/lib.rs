@@ -11,10 +11,41 @@ use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{BackingStore, Disk, Source};
+use disksnap_core::{BackingStore, Disk, Error, ErrorKind, Probe, Source};
 
 pub use place::{file_system, mount_options, room};
 pub use qcow2::Qcow2;
+
+/// What stands against a disk: what a probe answers with, and what a create fails with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unfit {
+    /// Its class.
+    pub kind: ErrorKind,
+    /// Why, for people.
+    pub why: String,
+}
+
+/// It is so with this disk, whoever asks.
+impl From<String> for Unfit {
+    fn from(why: String) -> Self {
+        Self {
+            kind: ErrorKind::Unsupported,
+            why,
+        }
+    }
+}
+
+impl From<Unfit> for Probe {
+    fn from(Unfit { kind, why }: Unfit) -> Self {
+        Self::refused(kind, why)
+    }
+}
+
+impl From<Unfit> for Error {
+    fn from(Unfit { kind, why }: Unfit) -> Self {
+        Self::new(kind, why)
+    }
+}
 
 /// An image file, open for reading.
 #[derive(Debug)]

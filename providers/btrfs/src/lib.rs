@@ -16,7 +16,7 @@ use disksnap_core::{
     Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Method,
     OptionDoc, Prepared, Probe, Result, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
 };
-use disksnap_image_file::{ImageFile, room};
+use disksnap_image_file::{ImageFile, Unfit, room};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
@@ -148,7 +148,7 @@ fn probe_one(state: &RunState, groups: &[Group<'_>], request: &DiskRequest) -> P
     };
     match examine(group, request) {
         Ok(image) => fitting(state, group, &image),
-        Err(Unfit { kind, why }) => Probe::refused(kind, why),
+        Err(unfit) => unfit.into(),
     }
 }
 
@@ -170,22 +170,6 @@ fn fitting(state: &RunState, group: &Group<'_>, image: &ImageFile) -> Probe {
         ]
         .into(),
         warnings,
-    }
-}
-
-/// What stands against a disk.
-struct Unfit {
-    kind: ErrorKind,
-    why: String,
-}
-
-/// As it is with this disk, whoever asks.
-impl From<String> for Unfit {
-    fn from(why: String) -> Self {
-        Self {
-            kind: ErrorKind::Unsupported,
-            why,
-        }
     }
 }
 
@@ -266,8 +250,8 @@ fn result(image: &MadeImage, snapshot: &str) -> DiskResult {
     }
 }
 
-fn refused(request: &DiskRequest, Unfit { kind, why }: Unfit) -> Error {
-    Error::new(kind, why).with("disk", &request.disk.target)
+fn refused(request: &DiskRequest, unfit: Unfit) -> Error {
+    Error::from(unfit).with("disk", &request.disk.target)
 }
 
 /// Runs what blocks where it does not keep others waiting.

@@ -7,6 +7,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
+use disksnap_btrfs::Btrfs;
 use disksnap_core::{ErrorKind, Fit};
 use disksnap_test_support::need;
 use support::rig::{Rig, disk, file, is_full_of, over, qemu_img, raw};
@@ -38,7 +39,7 @@ async fn a_chain_inside_the_subvolume_is_taken_whole() {
     let top = disk("vda", "qcow2", &images.join("top.qcow2"));
     for disk in [top.clone(), over(top, &images.join("middle.qcow2"))] {
         raw(&base, 1);
-        let rig = Rig::off(vec![disk]);
+        let rig = Rig::off(Btrfs, vec![disk]);
         assert_eq!(rig.probe(&[]).await[0].fit, Fit::Possible);
         let snapshot = rig.create("whole").await;
         raw(&base, 2);
@@ -79,7 +80,7 @@ async fn a_chain_that_would_read_a_live_file_is_refused() {
     ];
     for (name, base, why) in cases {
         overlay(&images, name, base);
-        let rig = Rig::off(vec![disk("vda", "qcow2", &images.join(name))]);
+        let rig = Rig::off(Btrfs, vec![disk("vda", "qcow2", &images.join(name))]);
         let said = rig.unfit(&[]).await;
         assert!(said.contains(why), "{name}: {said}");
         let error = rig.try_create("bad", &[]).await.unwrap_err();
@@ -87,7 +88,7 @@ async fn a_chain_that_would_read_a_live_file_is_refused() {
     }
     // A layer further down, which the top's own header does not name.
     overlay(&images, "above.qcow2", "absolute.qcow2");
-    let deep = Rig::off(vec![disk("vda", "qcow2", &images.join("above.qcow2"))]);
+    let deep = Rig::off(Btrfs, vec![disk("vda", "qcow2", &images.join("above.qcow2"))]);
     assert!(deep.unfit(&[]).await.contains("not relative"));
     assert_eq!(fs::read_dir(fs.path()).unwrap().count(), 2);
 }
@@ -103,18 +104,18 @@ async fn a_document_that_tells_another_chain_is_refused() {
     );
     overlay(&images, "top.qcow2", "base.raw");
     let top = disk("vda", "qcow2", &images.join("top.qcow2"));
-    let differs = Rig::off(vec![over(top, &other)]);
+    let differs = Rig::off(Btrfs, vec![over(top, &other)]);
     assert!(differs.unfit(&[]).await.contains("other.raw"));
-    let alone = Rig::off(vec![over(disk("vda", "raw", &base), &other)]);
+    let alone = Rig::off(Btrfs, vec![over(disk("vda", "raw", &base), &other)]);
     assert!(alone.unfit(&[]).await.contains("read without it"));
 
     // By a link in another directory, QEMU would look for the base there.
     let links = tempfile::tempdir().unwrap();
     symlink(images.join("top.qcow2"), links.path().join("top.qcow2")).unwrap();
-    let linked = Rig::off(vec![disk("vda", "qcow2", &links.path().join("top.qcow2"))]);
+    let linked = Rig::off(Btrfs, vec![disk("vda", "qcow2", &links.path().join("top.qcow2"))]);
     assert!(linked.unfit(&[]).await.contains("by its own path"));
     symlink(&base, links.path().join("base.raw")).unwrap();
-    let without_chain = Rig::off(vec![disk("vda", "raw", &links.path().join("base.raw"))]);
+    let without_chain = Rig::off(Btrfs, vec![disk("vda", "raw", &links.path().join("base.raw"))]);
     assert_eq!(without_chain.probe(&[]).await[0].fit, Fit::Possible);
 }
 
@@ -137,6 +138,6 @@ async fn data_in_another_file_is_refused() {
         &images,
     )
     .unwrap();
-    let rig = Rig::off(vec![disk("vda", "qcow2", &images.join("top.qcow2"))]);
+    let rig = Rig::off(Btrfs, vec![disk("vda", "qcow2", &images.join("top.qcow2"))]);
     assert!(rig.unfit(&[]).await.contains("its data in another file"));
 }

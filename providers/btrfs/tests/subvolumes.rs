@@ -28,7 +28,7 @@ async fn disks_in_one_subvolume_share_one_snapshot() {
     let disks = (1..)
         .zip(&images)
         .map(|(n, image)| disk(targets[usize::from(n) - 1], "raw", &raw(image, n)));
-    let rig = Rig::off(disks.collect());
+    let rig = Rig::off(Btrfs, disks.collect());
 
     let probes = rig.probe(&[]).await;
     assert_eq!(probes[0].unit, probes[1].unit);
@@ -68,7 +68,7 @@ async fn the_innermost_subvolume_is_taken() {
     let outer = create(&fs.path().join("outer"));
     let inner = create(&outer.join("inner"));
     raw(&outer.join("not-mine.raw"), 7);
-    let rig = Rig::off(vec![disk("vda", "raw", &raw(&inner.join("a.raw"), 1))]);
+    let rig = Rig::off(Btrfs, vec![disk("vda", "raw", &raw(&inner.join("a.raw"), 1))]);
     let snapshot = rig.create("inner").await;
     let taken = file(&snapshot, "vda");
     assert!(
@@ -87,7 +87,7 @@ async fn the_top_of_a_mounted_file_system_is_a_subvolume_too() {
     need!("btrfs");
     let fs = btrfs();
     let image = raw(&fs.path().join("a.raw"), 1);
-    let rig = Rig::off(vec![disk("vda", "raw", &image)]);
+    let rig = Rig::off(Btrfs, vec![disk("vda", "raw", &image)]);
     let (first, second) = (rig.create("first").await, rig.create("second").await);
     raw(&image, 2);
     for snapshot in [&first, &second] {
@@ -109,7 +109,7 @@ async fn the_snapshot_goes_where_the_caller_says() {
     let fs = btrfs();
     let images = create(&fs.path().join("images"));
     let (a, b) = (raw(&images.join("a.raw"), 1), raw(&images.join("b.raw"), 2));
-    let rig = Rig::off(vec![disk("vda", "raw", &a), disk("vdb", "raw", &b)]);
+    let rig = Rig::off(Btrfs, vec![disk("vda", "raw", &a), disk("vdb", "raw", &b)]);
     let there = create(&fs.path().join("snaps"));
     let there = there.to_str().unwrap();
     let snapshot = rig.try_create("there", &[("snapshot.dir", there)]).await.unwrap();
@@ -160,7 +160,7 @@ async fn a_nocow_image_keeps_its_content_too() {
     ioctl_setflags(&made, ioctl_getflags(&made).unwrap() | IFlags::NOCOW).unwrap();
     raw(&image, 1);
     assert!(ioctl_getflags(&made).unwrap().contains(IFlags::NOCOW));
-    let rig = Rig::off(vec![disk("vda", "raw", &image)]);
+    let rig = Rig::off(Btrfs, vec![disk("vda", "raw", &image)]);
     let snapshot = rig.create("nocow").await;
     raw(&image, 2);
     assert!(is_full_of(&file(&snapshot, "vda"), 1));
@@ -172,19 +172,25 @@ async fn what_is_not_in_a_subvolume_is_refused() {
     need!("btrfs");
     let fs = btrfs();
     let dir = tempfile::tempdir().unwrap();
-    let elsewhere = Rig::off(vec![disk("vda", "raw", &raw(&dir.path().join("a.raw"), 1))]);
+    let elsewhere = Rig::off(
+        Btrfs,
+        vec![disk("vda", "raw", &raw(&dir.path().join("a.raw"), 1))],
+    );
     let said = elsewhere.unfit(&[]).await;
     assert!(said.contains("not on btrfs"), "{said}");
 
-    let missing = Rig::off(vec![disk("vda", "raw", &fs.path().join("missing.raw"))]);
+    let missing = Rig::off(Btrfs, vec![disk("vda", "raw", &fs.path().join("missing.raw"))]);
     assert!(missing.unfit(&[]).await.contains("cannot find"));
-    let no_file = Rig::off(vec![disk("vda", "raw", fs.path())]);
+    let no_file = Rig::off(Btrfs, vec![disk("vda", "raw", fs.path())]);
     assert!(no_file.unfit(&[]).await.contains("is not a file"));
-    let not_qcow2 = Rig::off(vec![disk("vda", "qcow2", &raw(&fs.path().join("a.raw"), 1))]);
+    let not_qcow2 = Rig::off(
+        Btrfs,
+        vec![disk("vda", "qcow2", &raw(&fs.path().join("a.raw"), 1))],
+    );
     assert!(not_qcow2.unfit(&[]).await.contains("does not begin as a qcow2"));
-    let other = Rig::off(vec![disk("vda", "vmdk", &fs.path().join("a.raw"))]);
+    let other = Rig::off(Btrfs, vec![disk("vda", "vmdk", &fs.path().join("a.raw"))]);
     assert!(other.unfit(&[]).await.contains("vmdk"));
-    let odd = Rig::off(vec![disk("../../vda", "raw", &fs.path().join("a.raw"))]);
+    let odd = Rig::off(Btrfs, vec![disk("../../vda", "raw", &fs.path().join("a.raw"))]);
     assert!(odd.unfit(&[]).await.contains("file name"));
 }
 
@@ -206,7 +212,7 @@ async fn a_subvolume_whose_root_is_not_mounted_is_refused() {
     raw(&images.join("deep/a.raw"), 1);
     mount_bind(images.join("deep"), dir.path()).unwrap();
     let _bound = Bound(dir.path());
-    let rig = Rig::off(vec![disk("vda", "raw", &dir.path().join("a.raw"))]);
+    let rig = Rig::off(Btrfs, vec![disk("vda", "raw", &dir.path().join("a.raw"))]);
     let said = rig.unfit(&[]).await;
     assert!(said.contains("only a directory in it"), "{said}");
 }
@@ -216,7 +222,7 @@ async fn a_snapshot_that_was_tampered_with_is_told() {
     need!("btrfs");
     let fs = btrfs();
     let images = create(&fs.path().join("images"));
-    let rig = Rig::off(vec![disk("vda", "raw", &raw(&images.join("a.raw"), 1))]);
+    let rig = Rig::off(Btrfs, vec![disk("vda", "raw", &raw(&images.join("a.raw"), 1))]);
     let snapshot = rig.create("one").await;
     let taken = file(&snapshot, "vda");
     let root = taken.parent().unwrap();
@@ -268,7 +274,7 @@ async fn a_late_take_leaves_nothing() {
     need!("btrfs");
     let fs = btrfs();
     let images = create(&fs.path().join("images"));
-    let rig = Rig::off(vec![disk("vda", "raw", &raw(&images.join("a.raw"), 1))]);
+    let rig = Rig::off(Btrfs, vec![disk("vda", "raw", &raw(&images.join("a.raw"), 1))]);
     let (control, id) = (rig.control().await, SnapshotId::random());
     let requests = rig.requests(&[]);
     let prepared = Btrfs.prepare(&*control, id, &requests).await.unwrap();
@@ -291,7 +297,7 @@ async fn as_nobody() {
         return;
     };
     let images = Path::new(&dir).join("images");
-    let rig = Rig::off(vec![disk("vda", "raw", &images.join("a.raw"))]);
+    let rig = Rig::off(Btrfs, vec![disk("vda", "raw", &images.join("a.raw"))]);
     let fits = rig.probe(&[]).await[0].fit.clone();
     if let Fit::Unfit { kind, why } = fits {
         assert_eq!(kind, ErrorKind::Denied);
@@ -303,7 +309,10 @@ async fn as_nobody() {
     rig.delete("mine").await;
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
 
-    let roots = Rig::off(vec![disk("vda", "raw", &Path::new(&dir).join("../roots/a.raw"))]);
+    let roots = Rig::off(
+        Btrfs,
+        vec![disk("vda", "raw", &Path::new(&dir).join("../roots/a.raw"))],
+    );
     assert!(roots.unfit(&[]).await.contains("only root and its owner"));
 }
 
@@ -340,7 +349,7 @@ async fn the_snapshots_directory_is_for_who_may_read_the_image() {
     let fs = btrfs();
     let image = raw(&create(&fs.path().join("images")).join("a.raw"), 1);
     chown(&image, Some(NOBODY), Some(1234)).unwrap();
-    let rig = Rig::off(vec![disk("vda", "raw", &image)]);
+    let rig = Rig::off(Btrfs, vec![disk("vda", "raw", &image)]);
     let snapshot = rig.create("one").await;
     let taken = file(&snapshot, "vda");
     let dir = taken.ancestors().nth(2).unwrap().metadata().unwrap();

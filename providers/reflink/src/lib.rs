@@ -14,7 +14,7 @@ use disksnap_core::{
     Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Method,
     OptionDoc, Prepared, Probe, Result, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
 };
-use disksnap_image_file::{ImageFile, path_of};
+use disksnap_image_file::{ImageFile, Unfit, path_of};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
@@ -134,7 +134,7 @@ fn probe_one(state: &RunState, request: &DiskRequest) -> Probe {
     let examined = examine(request);
     let image = match examined {
         Ok(image) => image,
-        Err(why) => return Probe::unfit(why),
+        Err(unfit) => return unfit.into(),
     };
     let mut warnings = place::short_of_room(request, &image)
         .into_iter()
@@ -154,7 +154,7 @@ fn probe_one(state: &RunState, request: &DiskRequest) -> Probe {
 }
 
 /// The image, if it can be cloned to where the request wants it; else why not. Changes nothing.
-fn examine(request: &DiskRequest) -> std::result::Result<ImageFile, String> {
+fn examine(request: &DiskRequest) -> std::result::Result<ImageFile, Unfit> {
     let image = ImageFile::of(&request.disk)?;
     image.stands_alone(&request.disk)?;
     disksnap_image_file::target_in_names(&request.disk)?;
@@ -164,10 +164,10 @@ fn examine(request: &DiskRequest) -> std::result::Result<ImageFile, String> {
 
 fn prepare_one(id: SnapshotId, request: &DiskRequest) -> Result<Prepared> {
     let target = &request.disk.target;
-    let refused = |why| Error::new(ErrorKind::Unsupported, why).with("disk", target);
+    let refused = |unfit: Unfit| Error::from(unfit).with("disk", target);
     let image = examine(request).map_err(refused)?;
     let clone = ImageClone {
-        file: place::clone_path(id, request, &image.path).map_err(refused)?,
+        file: place::clone_path(id, request, &image.path).map_err(|why| refused(why.into()))?,
         image: image.path.clone(),
         format: image.format().to_owned(),
     };

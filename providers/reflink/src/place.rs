@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{DiskRequest, SnapshotId};
-use disksnap_image_file::{ImageFile, file_system, room, target_in_names};
+use disksnap_core::{DiskRequest, ErrorKind, SnapshotId};
+use disksnap_image_file::{ImageFile, Unfit, file_system, room, target_in_names};
 use rustix::fs::{Mode, OFlags, ioctl_ficlone, open};
 use rustix::io::Errno;
 
@@ -38,12 +38,12 @@ fn dir(request: &DiskRequest, image: &Path) -> Result<PathBuf, String> {
 
 /// Whether a clone of the image can be made where the request wants it; tried, with files that have no
 /// name and are gone again, since the kind of a file system does not tell (XFS made with `reflink=0`).
-pub(crate) fn can_hold_clone(request: &DiskRequest, image: &ImageFile) -> Result<(), String> {
+pub(crate) fn can_hold_clone(request: &DiskRequest, image: &ImageFile) -> Result<(), Unfit> {
     let dir = dir(request, &image.path)?;
     let there =
         |what: &str, error: &dyn std::fmt::Display| format!("cannot {what} {}: {error}", dir.display());
     if !dir.is_dir() {
-        return Err(format!("{} is not a directory", dir.display()));
+        return Err(format!("{} is not a directory", dir.display()).into());
     }
     let (of_image, of_dir) = (file_system(&image.path), file_system(&dir));
     if of_image.map_err(|e| there("look at", &e))? != of_dir.map_err(|e| there("look at", &e))? {
@@ -51,7 +51,8 @@ pub(crate) fn can_hold_clone(request: &DiskRequest, image: &ImageFile) -> Result
             "{} is not on the file system of {}: a clone shares its extents and cannot leave it",
             dir.display(),
             image.path.display()
-        ));
+        )
+        .into());
     }
     let nameless = || {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
@@ -67,8 +68,12 @@ pub(crate) fn can_hold_clone(request: &DiskRequest, image: &ImageFile) -> Result
         Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL | Errno::ISDIR) => Err(format!(
             "the file system of {} cannot share extents between files (XFS with reflink=1 and btrfs can)",
             dir.display()
-        )),
-        Err(error) => Err(there("make files in", &error)),
+        )
+        .into()),
+        Err(error) => Err(Unfit {
+            kind: ErrorKind::of_io(&error.into()),
+            why: there("make files in", &error),
+        }),
     }
 }
 

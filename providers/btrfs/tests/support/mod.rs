@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 #![allow(unreachable_pub, reason = "a module of each test program")]
 
+#[path = "../../../../image-file/testing/rig.rs"]
 pub mod rig;
 
 use std::ffi::OsStr;

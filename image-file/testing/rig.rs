@@ -1,25 +1,27 @@
-//! The method behind a dispatcher, over a domain that is off or one that runs in a QEMU.
+//! A method that takes image files, behind a dispatcher, over a domain that is off or one that runs in a QEMU:
+//! a module of the test programs of every such method.
 #![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(unreachable_pub, reason = "a module of each test program")]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use disksnap_btrfs::Btrfs;
 use disksnap_conformance::{InactiveConnector, MemoryCatalog};
 use disksnap_core::{
     Access, Alias, BackingStore, Connector, Control, Disk, DiskChoice, DiskRequest, DiskSnapshot, Disks,
     Dispatcher, Domain, DomainId, Driver, Error, Fit, MethodChoice, Options, Probe, Registry, Snapshot,
-    SnapshotName, SnapshotRequest, Sockets, Source,
+    SnapshotId, SnapshotName, SnapshotRequest, Sockets, Source,
 };
 use disksnap_hypervisor::{GuardianProgram, Paths, QemuConnector};
-use disksnap_test_support::{Qemu, tools};
+use disksnap_test_support::{DiskSpec, Qemu, QemuBuilder, tools};
 use disksnap_xml::DomainDocument;
 use tempfile::TempDir;
 
 pub struct Rig {
     pub domain: Domain,
     pub dispatcher: Dispatcher,
+    pub provider: Arc<dyn DiskSnapshot>,
     connector: Arc<dyn Connector>,
     /// Where sockets and scratch files are.
     pub dir: TempDir,
@@ -27,7 +29,7 @@ pub struct Rig {
 
 impl Rig {
     /// A domain that is off, with these disks.
-    pub fn off(disks: Vec<Disk>) -> Self {
+    pub fn off(provider: impl DiskSnapshot + 'static, disks: Vec<Disk>) -> Self {
         let dir = TempDir::new().unwrap();
         let domain = Domain {
             id: DomainId::new("off", None),
@@ -35,12 +37,12 @@ impl Rig {
             sockets: Sockets::default(),
         };
         let connector = Arc::new(InactiveConnector::new(dir.path()));
-        Self::new(domain, connector, dir)
+        Self::new(Arc::new(provider), domain, connector, dir)
     }
 
     /// The domain that runs in this QEMU. The test program's test `becomes_the_guardian_when_asked` is the
     /// guardian.
-    pub fn running(qemu: &Qemu) -> Self {
+    pub fn running(provider: impl DiskSnapshot + 'static, qemu: &Qemu) -> Self {
         let dir = tempfile::Builder::new().prefix("dsnap-").tempdir().unwrap();
         let paths = Paths {
             images: dir.path().join("images"),
@@ -56,17 +58,23 @@ impl Rig {
                 .to_vec(),
         };
         let connector = Arc::new(QemuConnector::new(paths).guardian(guardian));
-        let document = DomainDocument::parse(&qemu.domain_xml()).unwrap();
-        Self::new(document.domain().clone(), connector, dir)
+        let document = DomainDocument::parse(qemu.domain_xml()).unwrap();
+        Self::new(Arc::new(provider), document.domain().clone(), connector, dir)
     }
 
-    fn new(domain: Domain, connector: Arc<dyn Connector>, dir: TempDir) -> Self {
+    fn new(
+        provider: Arc<dyn DiskSnapshot>,
+        domain: Domain,
+        connector: Arc<dyn Connector>,
+        dir: TempDir,
+    ) -> Self {
         let mut registry = Registry::empty();
-        registry.add(Arc::new(Btrfs)).unwrap();
+        registry.add(Arc::clone(&provider)).unwrap();
         let catalog = Arc::new(MemoryCatalog::new());
         Self {
             dispatcher: Dispatcher::new(registry, catalog, Arc::clone(&connector)),
             domain,
+            provider,
             connector,
             dir,
         }
@@ -79,7 +87,10 @@ impl Rig {
     /// What the method says of these disks, told this of each.
     pub async fn probe(&self, options: &[&[(&str, &str)]]) -> Vec<Probe> {
         let requests = self.requests(options);
-        Btrfs.probe(&*self.control().await, &requests).await.unwrap()
+        self.provider
+            .probe(&*self.control().await, &requests)
+            .await
+            .unwrap()
     }
 
     pub fn requests(&self, options: &[&[(&str, &str)]]) -> Vec<DiskRequest> {
@@ -113,7 +124,7 @@ impl Rig {
 
     pub async fn try_create(&self, name: &str, options: &[(&str, &str)]) -> Result<Snapshot, Error> {
         let method = MethodChoice {
-            method: "btrfs".to_owned(),
+            method: self.provider.method().name,
             options: options.iter().copied().collect::<Options>(),
         };
         let disks = self.domain.disks.iter().filter(|disk| disk.source.is_some());
@@ -141,12 +152,16 @@ impl Rig {
 
 /// Where a disk of a snapshot is read.
 pub fn file(snapshot: &Snapshot, target: &str) -> PathBuf {
-    match &snapshot.disk(target).unwrap().access {
+    image(&snapshot.disk(target).unwrap().access)
+}
+
+fn image(access: &Access) -> PathBuf {
+    match access {
         Access::Source {
             source: Source::File { file },
             ..
         } => file.clone(),
-        other => panic!("{target} is reached by {other:?}"),
+        other => panic!("it is reached by {other:?}"),
     }
 }
 
@@ -202,6 +217,74 @@ pub fn qemu_img(arguments: &[&str], dir: &Path) -> Result<(), String> {
     } else {
         Err(format!("{command:?}: {}", String::from_utf8_lossy(&text)))
     }
+}
+
+/// A machine with two qcow2 disks of 64 MiB, `vda` and `vdb`, whose images are in `dir`, made with these options.
+pub fn machine(dir: &Path, options: &str) -> QemuBuilder {
+    let spec = |target: &str| {
+        let image = dir.join(format!("{target}.qcow2"));
+        let create = ["create", "-q", "-f", "qcow2", "-o", options];
+        qemu_img(&[&create[..], &[image.to_str().unwrap(), "64M"]].concat(), dir).unwrap();
+        DiskSpec::new(target, 64 << 20).qcow2().image(&image)
+    };
+    Qemu::builder().disk(spec("vda")).disk(spec("vdb"))
+}
+
+/// What `qemu-img check` finds wrong with a qcow2 image.
+pub fn check(image: &Path, dir: &Path) -> Result<(), String> {
+    qemu_img(&["check", "-q", "-f", "qcow2", image.to_str().unwrap()], dir)
+}
+
+/// Takes as many snapshots of a [`machine`] while its guest's writer goes on. Each must be sound and one instant
+/// across both disks. Then the same without the pause, and says how that went.
+#[expect(
+    clippy::print_stderr,
+    reason = "how the control went is worth seeing, and no verdict"
+)]
+pub async fn all_sound_while_the_guest_writes(rig: &Rig, qemu: &Qemu, rounds: usize) {
+    let (mut takes, scratch) = (Vec::new(), rig.dir.path());
+    for n in 0..rounds {
+        qemu.wait_writer(5);
+        let snapshot = rig.create(&n.to_string()).await;
+        takes.push(snapshot.window.taken_us);
+        for target in ["vda", "vdb"] {
+            check(&file(&snapshot, target), scratch).unwrap_or_else(|why| panic!("round {n}: {why}"));
+        }
+        let (first, last) = (round(&snapshot, "vda", scratch), round(&snapshot, "vdb", scratch));
+        assert!(first > 0, "the writer's rounds are not in the snapshot");
+        assert!(
+            first == last || first == last + 1,
+            "{first} and {last} are not one instant"
+        );
+        rig.delete(&n.to_string()).await;
+    }
+    let mut unsound = 0;
+    for _ in 0..rounds {
+        qemu.wait_writer(5);
+        unsound += usize::from(!is_sound_without_the_pause(rig).await);
+    }
+    assert_eq!(qemu.status(), "running");
+    takes.sort_unstable();
+    let (least, median, most) = (takes[0], takes[rounds / 2], takes[rounds - 1]);
+    eprintln!(
+        "takes: {least} to {most} µs, median {median}; without the pause {unsound} of {rounds} unsound"
+    );
+}
+
+/// The control: the guest runs on while its disks are taken. By chance they can be sound all the same.
+async fn is_sound_without_the_pause(rig: &Rig) -> bool {
+    let (control, requests, id) = (rig.control().await, rig.requests(&[]), SnapshotId::random());
+    let (provider, mut sound) = (&rig.provider, true);
+    let prepared = provider.prepare(&*control, id, &requests).await.unwrap();
+    for unit in &prepared {
+        let taken = provider.take(&*control, unit).await.unwrap();
+        let unit = provider.complete(&*control, id, unit, &taken).await.unwrap();
+        for disk in &unit.disks {
+            sound &= check(&image(&disk.access), rig.dir.path()).is_ok();
+        }
+        provider.delete(&*control, id, &unit).await.unwrap();
+    }
+    sound
 }
 
 /// The round that the test writer was in, from a snapshot's disk.
