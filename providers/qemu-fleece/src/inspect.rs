@@ -32,6 +32,11 @@ pub(crate) async fn inspect(host: &dyn Host, fleece: &Fleece) -> Result<Health> 
     if fleece.choice.way == Way::Classic {
         return Ok(Health::Active);
     }
+    if !exists(host, &names.access()).await? {
+        return Ok(Health::Broken(
+            "the node that it is read through was removed".to_owned(),
+        ));
+    }
     look(host, &names, fleece.choice.size.min(LOOK)).await
 }
 
