@@ -135,7 +135,10 @@ pub(crate) fn fuzz(seconds: &str) -> Result<()> {
         .context("cannot start cargo")?;
     for target in String::from_utf8_lossy(&list.stdout).lines() {
         let time = format!("-max_total_time={seconds}");
-        cargo(&["+nightly", "fuzz", "run", target, "--", &time])?;
+        // What is found goes to the first folder; the seeds stay as they are.
+        let (corpus, seeds) = (format!("fuzz/corpus/{target}"), format!("fuzz/seeds/{target}"));
+        std::fs::create_dir_all(workspace_root().join(&corpus))?;
+        cargo(&["+nightly", "fuzz", "run", target, &corpus, &seeds, "--", &time])?;
     }
     Ok(())
 }
