@@ -32,9 +32,9 @@ impl Drop for Scratch {
 
 pub(crate) async fn run(context: &Context, method: &str) -> Outcome {
     disksnap::methods()?.get(method)?;
-    let scratch = scratch()?;
+    let mut held = None;
     let runs = match method {
-        "memory" => memory(&scratch.0),
+        "memory" => memory(&held.insert(scratch()?).0),
         "qemu-fleece" => qemu_fleece(),
         _ => return Err(no_fixture(method).into()),
     };
