@@ -26,7 +26,11 @@ pub use open::{Disksnap, methods};
 pub use reader::{Piece, Pieces, SnapshotReader, nbd_uri};
 
 // A dependency that nothing names is not linked, and then registers nothing, silently.
+#[cfg(feature = "btrfs")]
+use disksnap_btrfs as _;
 #[cfg(feature = "memory")]
 use disksnap_memory as _;
 #[cfg(feature = "qemu-fleece")]
 use disksnap_qemu_fleece as _;
+#[cfg(feature = "reflink")]
+use disksnap_reflink as _;

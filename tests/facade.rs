@@ -15,10 +15,14 @@ fn the_linked_methods_are_these() {
     let registry = disksnap::methods().unwrap();
     let names: Vec<&str> = registry.iter().map(|(name, _)| name).collect();
     let expected: &[&str] = &[
+        #[cfg(feature = "btrfs")]
+        "btrfs",
         #[cfg(feature = "memory")]
         "memory",
         #[cfg(feature = "qemu-fleece")]
         "qemu-fleece",
+        #[cfg(feature = "reflink")]
+        "reflink",
     ];
     assert_eq!(names, expected);
 }
