@@ -2,8 +2,9 @@
 //! hypervisor.
 //!
 //! [`ImageFile::of`] looks at the file; [`ImageFile::stands_alone`] says whether the one file is all of
-//! the disk. [`file_system`], [`mount_options`] and [`room`] tell of the place it is in.
+//! the disk, [`Live`] what the hypervisor that has it open says. [`file_system`], [`mount_options`] and [`room`] tell of the place it is in.
 
+mod live;
 mod place;
 mod qcow2;
 
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use disksnap_core::{BackingStore, Disk, Error, ErrorKind, Probe, Source};
 
+pub use live::Live;
 pub use place::{file_system, mount_options, room};
 pub use qcow2::Qcow2;
 

@@ -10,12 +10,13 @@ use std::sync::Arc;
 use disksnap_conformance::{InactiveConnector, MemoryCatalog};
 use disksnap_core::{
     Access, Alias, BackingStore, Connector, Control, Disk, DiskChoice, DiskRequest, DiskSnapshot, Disks,
-    Dispatcher, Domain, DomainId, Driver, Error, Fit, MethodChoice, Options, Probe, Registry, Snapshot,
-    SnapshotId, SnapshotName, SnapshotRequest, Sockets, Source,
+    Dispatcher, Domain, DomainId, Driver, Error, ErrorKind, Fit, MethodChoice, Options, Probe, Registry,
+    Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Sockets, Source,
 };
 use disksnap_hypervisor::{GuardianProgram, Paths, QemuConnector};
 use disksnap_test_support::{DiskSpec, Qemu, QemuBuilder, tools};
 use disksnap_xml::DomainDocument;
+use serde_json::json;
 use tempfile::TempDir;
 
 pub struct Rig {
@@ -298,4 +299,44 @@ pub fn round(snapshot: &Snapshot, target: &str, scratch: &Path) -> u64 {
     qemu_img(&["convert", "-f", &format, "-O", "raw", from, to_text], scratch).unwrap();
     let bytes = std::fs::read(&to).unwrap();
     u64::from_le_bytes(bytes[..8].try_into().unwrap())
+}
+
+/// An overlay that the document does not know stands against a snapshot: the guest writes to it, and no more to the
+/// image that the document names.
+pub async fn an_overlay_is_seen(rig: &Rig, qemu: &Qemu) {
+    let below = qemu.format_node("vda").to_owned();
+    qemu.write("vda", 0, 4 << 20, 0x33);
+    let overlay = rig.dir.path().join("overlay.qcow2");
+    let created = ["create", "-q", "-f", "qcow2", overlay.to_str().unwrap(), "64M"];
+    qemu_img(&created, rig.dir.path()).unwrap();
+    let file = json!({"driver": "file", "filename": overlay});
+    let node = json!({"driver": "qcow2", "node-name": "over", "backing": null, "file": file});
+    qemu.qmp("blockdev-add", node);
+    qemu.qmp("blockdev-snapshot", json!({"node": below, "overlay": "over"}));
+    let stale = rig.unfit(&[]).await;
+    assert!(
+        stale.contains("overlay.qcow2") && stale.contains("another time"),
+        "{stale}"
+    );
+    assert_eq!(
+        rig.probe(&[]).await[1].fit,
+        Fit::Possible,
+        "the other disk is as it was"
+    );
+    assert_eq!(
+        rig.try_create("stale", &[]).await.unwrap_err().kind(),
+        ErrorKind::Unsupported
+    );
+
+    // Back on the image that the document names, by way of a job that is in no hurry.
+    qemu.write("vda", 0, 4 << 20, 0x44);
+    let commit = json!({"job-id": "c0", "device": "over", "speed": 65536});
+    qemu.qmp("block-commit", commit);
+    assert!(rig.probe(&[]).await[0].fit != Fit::Possible);
+    qemu.qmp("block-job-set-speed", json!({"device": "c0", "speed": 0}));
+    let status = || qemu.qmp("query-jobs", json!({}))[0]["status"].clone();
+    while status() == "running" {}
+    qemu.qmp("job-complete", json!({"id": "c0"}));
+    while !status().is_null() {}
+    assert_eq!(rig.probe(&[]).await[0].fit, Fit::Possible);
 }

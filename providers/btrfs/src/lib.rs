@@ -16,7 +16,7 @@ use disksnap_core::{
     Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Method,
     OptionDoc, Prepared, Probe, Result, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
 };
-use disksnap_image_file::{ImageFile, Unfit, room};
+use disksnap_image_file::{ImageFile, Live, Unfit, room};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
@@ -48,10 +48,11 @@ impl DiskSnapshot for Btrfs {
 
     async fn probe(&self, host: &dyn Host, disks: &[DiskRequest]) -> Result<Vec<Probe>> {
         let (state, disks) = (host.state().await?, disks.to_vec());
+        let live = Live::of(host, &state, disks.iter().map(|request| &request.disk)).await?;
         let probed = move || {
             let groups = groups(&disks);
-            let one = |request| probe_one(&state, &groups, request);
-            Ok(disks.iter().map(one).collect())
+            let one = |(request, live)| probe_one(&state, &groups, request, live).unwrap_or_else(Probe::from);
+            Ok(disks.iter().zip(live).map(one).collect())
         };
         blocking(probed).await
     }
@@ -134,22 +135,25 @@ fn capabilities() -> Vec<Capability> {
     vec![Capability::Active, Capability::Inactive, Capability::DirectRead]
 }
 
-fn probe_one(state: &RunState, groups: &[Group<'_>], request: &DiskRequest) -> Probe {
+/// What the hypervisor says of a disk.
+type Told = std::result::Result<Option<Live>, Unfit>;
+
+fn probe_one(
+    state: &RunState,
+    groups: &[Group<'_>],
+    request: &DiskRequest,
+    live: Told,
+) -> std::result::Result<Probe, Unfit> {
     if *state == RunState::Storage {
-        return Probe::unfit(
-            "a storage daemon holds the image, and cannot be paused while the snapshot is taken",
-        );
+        let why = "a storage daemon holds the image, and cannot be paused while the snapshot is taken";
+        return Err(why.to_owned().into());
     }
-    let group = root(request).map(|root| groups.iter().find(|group| group.root == root));
-    let group = match group {
-        Ok(Some(group)) => group,
-        Ok(None) => return Probe::unfit("the image has just moved"),
-        Err(why) => return Probe::unfit(why),
-    };
-    match examine(group, request) {
-        Ok(image) => fitting(state, group, &image),
-        Err(unfit) => unfit.into(),
-    }
+    let root = root(request)?;
+    let group = groups.iter().find(|group| group.root == root);
+    let group = group.ok_or_else(|| "the image has just moved".to_owned())?;
+    let Examined { image, below } = examine(group, request)?;
+    Live::has_below(live?.as_ref(), below)?;
+    Ok(fitting(state, group, &image))
 }
 
 fn fitting(state: &RunState, group: &Group<'_>, image: &ImageFile) -> Probe {
@@ -173,17 +177,23 @@ fn fitting(state: &RunState, group: &Group<'_>, image: &ImageFile) -> Probe {
     }
 }
 
+/// An image, and how many layers are below it.
+struct Examined {
+    image: ImageFile,
+    below: usize,
+}
+
 /// The image, if the snapshot of its subvolume will hold all of the disk; else why not. Changes nothing.
-fn examine(group: &Group<'_>, request: &DiskRequest) -> std::result::Result<ImageFile, Unfit> {
+fn examine(group: &Group<'_>, request: &DiskRequest) -> std::result::Result<Examined, Unfit> {
     let image = ImageFile::of(&request.disk)?;
-    chain::below(&image, &request.disk, &group.root)?;
+    let below = chain::below(&image, &request.disk, &group.root)?.len();
     group.place(SnapshotId(uuid::Uuid::nil()))?;
     group.can_hold_snapshot()?;
     group.permitted().map_err(|why| Unfit {
         kind: ErrorKind::Denied,
         why,
     })?;
-    Ok(image)
+    Ok(Examined { image, below })
 }
 
 /// A warning where the guest could run out of room by overwriting its disk.
@@ -202,7 +212,7 @@ fn short_of_room(image: &ImageFile) -> Option<String> {
 fn prepare_one(id: SnapshotId, group: &Group<'_>) -> Result<Prepared> {
     let mut images = Vec::new();
     for request in &group.requests {
-        let image = examine(group, request).map_err(|why| refused(request, why))?;
+        let Examined { image, .. } = examine(group, request).map_err(|why| refused(request, why))?;
         let path = image.path.strip_prefix(&group.root).unwrap_or(&image.path);
         images.push(Image {
             target: request.disk.target.clone(),

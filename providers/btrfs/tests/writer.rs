@@ -5,8 +5,10 @@ mod support;
 
 use disksnap_btrfs::Btrfs;
 use disksnap_conformance_qemu::become_guardian_when_asked;
-use disksnap_test_support::{GuestSetup, MIB, need};
-use support::rig::{Rig, all_sound_while_the_guest_writes, file, machine, qemu_img};
+use disksnap_core::{ErrorKind, Fit};
+use disksnap_test_support::{DiskSpec, GuestSetup, MIB, Qemu, need};
+use serde_json::json;
+use support::rig::{Rig, all_sound_while_the_guest_writes, an_overlay_is_seen, file, machine, qemu_img, raw};
 use support::{btrfs, create};
 
 #[test]
@@ -78,4 +80,55 @@ async fn lazy_reference_counts_are_told() {
         Vec::<String>::new(),
         "off, its counts are right"
     );
+}
+
+#[tokio::test]
+async fn an_overlay_that_the_document_does_not_know_is_seen() {
+    need!("btrfs", "qemu-system-x86_64");
+    let fs = btrfs();
+    let images = create(&fs.path().join("images"));
+    let qemu = machine(&images, "cluster_size=65536").start();
+    an_overlay_is_seen(&Rig::running(Btrfs, &qemu), &qemu).await;
+}
+
+#[tokio::test]
+async fn a_job_that_writes_to_a_layer_is_waited_for() {
+    need!("btrfs", "qemu-system-x86_64");
+    let fs = btrfs();
+    let images = create(&fs.path().join("images"));
+    raw(&images.join("base.raw"), 1);
+    let overlay = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        "base.raw",
+        "-F",
+        "raw",
+        "top.qcow2",
+    ];
+    qemu_img(&overlay, &images).unwrap();
+    let spec = DiskSpec::new("vda", MIB).qcow2().image(&images.join("top.qcow2"));
+    let qemu = Qemu::builder().disk(spec).start();
+    let rig = Rig::running(Btrfs, &qemu);
+    assert_eq!(rig.probe(&[]).await[0].fit, Fit::Possible);
+
+    let top = qemu.format_node("vda");
+    qemu.qmp(
+        "block-stream",
+        json!({"job-id": "s0", "device": top, "speed": 1024}),
+    );
+    match rig.probe(&[]).await[0].fit.clone() {
+        Fit::Unfit { kind, why } => assert!(kind == ErrorKind::Busy && why.contains("s0"), "{why}"),
+        fit => panic!("it is {fit:?}"),
+    }
+    assert_eq!(
+        rig.try_create("busy", &[]).await.unwrap_err().kind(),
+        ErrorKind::Busy
+    );
+    qemu.qmp("block-job-cancel", json!({"device": "s0", "force": true}));
+    while qemu.qmp("query-jobs", json!({})) != json!([]) {}
+    rig.create("free").await;
+    rig.delete("free").await;
 }

@@ -14,7 +14,7 @@ use disksnap_core::{
     Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Method,
     OptionDoc, Prepared, Probe, Result, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
 };
-use disksnap_image_file::{ImageFile, Unfit, path_of};
+use disksnap_image_file::{ImageFile, Live, Unfit, path_of};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
@@ -45,7 +45,11 @@ impl DiskSnapshot for Reflink {
 
     async fn probe(&self, host: &dyn Host, disks: &[DiskRequest]) -> Result<Vec<Probe>> {
         let (state, disks) = (host.state().await?, disks.to_vec());
-        let probed = move || Ok(disks.iter().map(|request| probe_one(&state, request)).collect());
+        let live = Live::of(host, &state, disks.iter().map(|request| &request.disk)).await?;
+        let probed = move || {
+            let one = |(request, live)| probe_one(&state, request, live).unwrap_or_else(Probe::from);
+            Ok(disks.iter().zip(live).map(one).collect())
+        };
         blocking(probed).await
     }
 
@@ -127,20 +131,19 @@ fn capabilities() -> Vec<Capability> {
     vec![Capability::Active, Capability::Inactive, Capability::DirectRead]
 }
 
-fn probe_one(state: &RunState, request: &DiskRequest) -> Probe {
+/// What the hypervisor says of a disk.
+type Told = std::result::Result<Option<Live>, Unfit>;
+
+fn probe_one(state: &RunState, request: &DiskRequest, live: Told) -> std::result::Result<Probe, Unfit> {
     if *state == RunState::Storage {
-        return Probe::unfit("a storage daemon holds the image, and cannot be paused while it is cloned");
+        let why = "a storage daemon holds the image, and cannot be paused while it is cloned";
+        return Err(why.to_owned().into());
     }
-    let examined = examine(request);
-    let image = match examined {
-        Ok(image) => image,
-        Err(unfit) => return unfit.into(),
-    };
-    let mut warnings = place::short_of_room(request, &image)
-        .into_iter()
-        .collect::<Vec<_>>();
+    let image = examine(request)?;
+    Live::has_below(live?.as_ref(), 0)?;
+    let mut warnings: Vec<String> = place::short_of_room(request, &image).into_iter().collect();
     warnings.extend(image.lazy_warning().filter(|_| state.is_active()));
-    Probe {
+    Ok(Probe {
         fit: Fit::Possible,
         unit: unit_of(&image),
         capabilities: capabilities(),
@@ -150,7 +153,7 @@ fn probe_one(state: &RunState, request: &DiskRequest) -> Probe {
                 .to_owned(),
         details: [("image".to_owned(), image.path.display().to_string())].into(),
         warnings,
-    }
+    })
 }
 
 /// The image, if it can be cloned to where the request wants it; else why not. Changes nothing.

@@ -7,7 +7,7 @@ mod rig;
 use disksnap_conformance_qemu::become_guardian_when_asked;
 use disksnap_reflink::Reflink;
 use disksnap_test_support::{GuestSetup, LoopFsKind, MIB, loop_fs, need};
-use rig::{Rig, all_sound_while_the_guest_writes, file, machine, qemu_img};
+use rig::{Rig, all_sound_while_the_guest_writes, an_overlay_is_seen, file, machine, qemu_img};
 
 #[test]
 fn becomes_the_guardian_when_asked() {
@@ -86,4 +86,12 @@ async fn lazy_reference_counts_are_told() {
         Vec::<String>::new(),
         "off, its counts are right"
     );
+}
+
+#[tokio::test]
+async fn an_overlay_that_the_document_does_not_know_is_seen() {
+    need!("xfs", "qemu-system-x86_64");
+    let fs = loop_fs(LoopFsKind::Xfs, 512 << 20, "");
+    let qemu = machine(fs.path(), "cluster_size=65536").start();
+    an_overlay_is_seen(&Rig::running(Reflink, &qemu), &qemu).await;
 }
