@@ -15,8 +15,7 @@ pub(crate) async fn take_apart(host: &dyn Host, all: &[Names]) -> Result<()> {
     if host.state().await? == RunState::Off {
         return Ok(());
     }
-    // Reading the graph costs more than all the rest where there are many disks: once here, and once more
-    // where something was taken out of it.
+    // Once: reading the graph costs more than all the rest where there are many disks.
     let graph = Graph::read(host).await?;
     let is_there = |names: &Names| !names_of(&graph, names, |_| true).is_empty();
     if all.iter().any(is_there) {
@@ -42,11 +41,20 @@ async fn take_nodes_apart(host: &dyn Host, graph: &Graph, all: &[Names]) -> Resu
     end_jobs(host, all, Names::prefix).await?;
     unseat(host, graph, all).await?;
     // With a filter of our own goes all that was made in one command with it.
-    let seated = all.iter().filter(|names| graph.node(&names.wrapper()).is_some());
-    remove(host, seated.map(Names::filter).collect()).await?;
-    let graph = Graph::read(host).await?;
-    let rest = |names| by_dependency(&graph, names);
+    remove(
+        host,
+        among(graph, all, |node, names| {
+            node.name == names.filter() && is_seated(graph, names)
+        }),
+    )
+    .await?;
+    let rest = |names| by_dependency(graph, names);
     remove(host, all.iter().flat_map(rest).collect()).await
+}
+
+/// Whether the filter is one of our own, and not a job's.
+fn is_seated(graph: &Graph, names: &Names) -> bool {
+    graph.node(&names.wrapper()).is_some()
 }
 
 /// Exports that a killed run left on nodes that are about to go.
@@ -144,19 +152,16 @@ fn unseating(graph: &Graph, names: &Names) -> Result<Vec<Command>> {
     Ok(commands)
 }
 
-/// The fleece's own nodes, each before those it is built on.
+/// What is left of a fleece's own nodes without readers and filter, each before those it is built on.
 fn by_dependency(graph: &Graph, names: &Names) -> Vec<String> {
-    let order = [
-        names.access(),
-        names.filter(),
-        names.fleece(),
-        names.wrapper(),
-        names.file(),
-    ];
-    let rank = |name: &String| order.iter().position(|known| known == name).map_or(0, |n| n + 1);
-    let mut nodes = names_of(graph, names, |_| true);
-    nodes.sort_by_key(rank);
-    nodes
+    let order = if is_seated(graph, names) {
+        vec![names.file()]
+    } else {
+        // The filter went with its job.
+        vec![names.fleece(), names.file()]
+    };
+    let is_there = |name: &String| graph.node(name).is_some();
+    order.into_iter().filter(is_there).collect()
 }
 
 fn names_of(graph: &Graph, names: &Names, which: impl Fn(&Node) -> bool) -> Vec<String> {
