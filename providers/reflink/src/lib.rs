@@ -2,7 +2,8 @@
 //! their extents (FICLONE, `ioctl_ficlone(2)`): XFS and btrfs.
 //!
 //! A clone is made in one system call and takes no room at first; whatever the guest then overwrites
-//! takes new room. Here: the contract. Where a clone goes is in `place`, the clone itself in `clone`.
+//! takes new room. The call takes longer the more pieces the image lies in. Here: the contract. Where a
+//! clone goes is in `place`, the clone itself in `clone`.
 
 mod clone;
 mod place;
