@@ -25,6 +25,10 @@ use crate::place::CLONE_DIR;
 
 disksnap_core::register!(|| Arc::new(Reflink));
 
+/// What a snapshot does, for the operator.
+const EFFECT: &str = "The image is cloned while the guest is paused: for milliseconds, or for seconds where it lies \
+    in tens of thousands of pieces. The domain keeps its disk; what the guest overwrites from then on takes new room.";
+
 /// The provider.
 #[derive(Debug, Clone, Copy)]
 pub struct Reflink;
@@ -148,10 +152,7 @@ fn probe_one(state: &RunState, request: &DiskRequest, live: Told) -> std::result
         fit: Fit::Possible,
         unit: unit_of(&image),
         capabilities: capabilities(),
-        effect:
-            "The image is cloned; the domain keeps its disk. What the guest overwrites from then on takes \
-                 new room."
-                .to_owned(),
+        effect: EFFECT.to_owned(),
         details: [("image".to_owned(), image.path.display().to_string())].into(),
         warnings,
     })
