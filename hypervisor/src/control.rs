@@ -90,7 +90,26 @@ impl QemuControl {
     }
 
     async fn execute(&self, command: Command) -> Result<Value> {
-        let result = self.session()?.execute(command).await;
+        let session = self.session()?;
+        let again = is_query(&command).then(|| command.clone());
+        let result = match (session.execute(command).await, again) {
+            (Err(error), Some(query)) if error.kind() == ErrorKind::Unavailable => {
+                session.execute(query).await
+            }
+            (result, _) => result,
+        };
+        result.map_err(|error| error.with("domain", &self.domain.id))
+    }
+
+    async fn execute_each(&self, commands: Vec<Command>) -> Result<Vec<Result<Value>>> {
+        let session = self.session()?;
+        let again = commands.iter().all(is_query).then(|| commands.clone());
+        let result = match (session.execute_each(commands).await, again) {
+            (Err(error), Some(queries)) if error.kind() == ErrorKind::Unavailable => {
+                session.execute_each(queries).await
+            }
+            (result, _) => result,
+        };
         result.map_err(|error| error.with("domain", &self.domain.id))
     }
 }
@@ -118,8 +137,7 @@ impl Host for QemuControl {
     }
 
     async fn monitor_each(&self, commands: Vec<Command>) -> Result<Vec<Result<Value>>> {
-        let result = self.session()?.execute_each(commands).await;
-        result.map_err(|error| error.with("domain", &self.domain.id))
+        self.execute_each(commands).await
     }
 
     fn image_dir(&self) -> &Path {
@@ -139,6 +157,12 @@ impl Host for QemuControl {
             Err(failure) => Err(failure.error.with("domain", &self.domain.id)),
         }
     }
+}
+
+/// Whether a command changes nothing, so that it may be asked again when the connection broke under it.
+fn is_query(command: &Command) -> bool {
+    let asks = ["qom-list", "qom-get", "x-debug-query-block-graph"];
+    command.execute.starts_with("query-") || asks.contains(&command.execute.as_str())
 }
 
 /// The run state; an outgoing migration counts although the guest still runs.
