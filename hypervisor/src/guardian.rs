@@ -277,12 +277,15 @@ fn resume(path: &Path, until: Instant) -> Result<(), Failed> {
     let mut monitor = Wire::connect(path)?;
     monitor.patience(until)?;
     while monitor.message()?.get("QMP").is_none() {}
-    monitor.ask("qmp_capabilities")?;
-    let status = monitor.ask("query-status")?;
-    if status["return"]["status"] != "paused" {
+    monitor.ask_by_id("qmp_capabilities")?;
+    let status = monitor.ask_by_id("query-status")?;
+    let Some(word) = status["return"]["status"].as_str() else {
+        return Err(Failed::Try(format!("query-status: {status}")));
+    };
+    if word != "paused" {
         return Ok(());
     }
-    let answer = monitor.ask("cont")?;
+    let answer = monitor.ask_by_id("cont")?;
     match answer.get("error") {
         None => Ok(()),
         Some(error) => Err(Failed::Try(format!("cont: {error}"))),
@@ -357,6 +360,22 @@ impl Wire {
         loop {
             let message = self.message()?;
             if message.get("return").is_some() || message.get("error").is_some() {
+                return Ok(message);
+            }
+        }
+    }
+
+    /// Asks the monitor, and waits for the answer to this very question: what QEMU was doing for the parent when the
+    /// connection was taken from it, it answers to whoever is connected then.
+    fn ask_by_id(&mut self, command: &str) -> io::Result<Value> {
+        let id = format!("guardian-{}-{command}", std::process::id());
+        self.write(
+            format!("{}\n", json!({ "execute": command, "id": id })).as_bytes(),
+            false,
+        )?;
+        loop {
+            let message = self.message()?;
+            if message["id"] == *id {
                 return Ok(message);
             }
         }

@@ -280,7 +280,7 @@ impl Connection {
         let connection = Self {
             shared,
             outgoing,
-            next_id: AtomicU64::new(1),
+            next_id: AtomicU64::new(first_id()),
             schema: OnceCell::new(),
             peer,
             descriptor,
@@ -321,6 +321,13 @@ impl Connection {
         }
         Ok(pending)
     }
+}
+
+/// The first id of a connection, unlike those of any other: what QEMU was doing for a client that is gone, it
+/// answers to whoever is connected then, and that answer must not be taken for one of ours.
+fn first_id() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(std::process::id()) >> 12
 }
 
 fn encode(id: u64, command: Command) -> Value {

@@ -126,6 +126,54 @@ fn a_create_killed_at_any_moment_leaves_a_running_guest_and_the_next_one_works()
     assert_eq!(leftovers(&site, &qemu), Vec::<String>::new());
 }
 
+/// How often the guest has been paused so far.
+fn stops(qemu: &Qemu) -> usize {
+    qemu.monitor()
+        .events()
+        .iter()
+        .filter(|event| *event == "STOP")
+        .count()
+}
+
+/// Inside the window the guest stands still, and QEMU may be busy with a command of the killed one, whose answer it
+/// then gives to the guardian.
+#[test]
+fn a_create_killed_while_the_guest_is_paused_leaves_it_running() {
+    let (qemu, site) = (machine(), Site::new());
+    let domain = arg(&qemu.domain_xml_file());
+    let (rounds, mut paused) = (60, 0);
+    for _ in 0..rounds {
+        let before = stops(&qemu);
+        let mut create = site.command(&["-d", &domain, "snapshot", "create", "--name", "killed"]);
+        let mut child = create
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        while child.try_wait().unwrap().is_none() {
+            qemu.qmp("query-version", json!({}));
+            if stops(&qemu) > before {
+                paused += 1;
+                break;
+            }
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        wait_running(&qemu);
+        site.ok(&["recover"]);
+        // A create that got through before the kill is there, and whole.
+        let there = site.json(&["-d", &domain, "snapshot", "list"]);
+        if there["snapshots"] != json!([]) {
+            site.ok(&["-d", &domain, "snapshot", "delete", "killed"]);
+        }
+        assert_eq!(leftovers(&site, &qemu), Vec::<String>::new());
+    }
+    assert!(
+        paused > rounds / 2,
+        "only {paused} of {rounds} were killed in the window: the test proves little"
+    );
+}
+
 #[test]
 fn a_delete_killed_at_any_moment_is_finished_by_the_next_command() {
     let (qemu, site) = (machine(), Site::new());
