@@ -408,3 +408,40 @@ impl Wire {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    /// A QEMU that was busy with the dead parent's `stop` answers it to the guardian: here a fake, since the real one
+    /// does so only now and then.
+    #[test]
+    fn an_answer_to_the_parent_is_not_taken_for_ones_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let qemu = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let mut to = stream.try_clone().unwrap();
+            writeln!(to, "{}", json!({"QMP": {}})).unwrap();
+            writeln!(to, "{}", json!({"return": {}, "id": 7})).unwrap();
+            let mut asked = Vec::new();
+            for line in BufReader::new(stream).lines().map_while(Result::ok) {
+                let command: Value = serde_json::from_str(&line).unwrap();
+                let name = command["execute"].as_str().unwrap().to_owned();
+                let value = if name == "query-status" {
+                    json!({"status": "paused"})
+                } else {
+                    json!({})
+                };
+                writeln!(to, "{}", json!({"return": value, "id": command["id"]})).unwrap();
+                asked.push(name);
+            }
+            asked
+        });
+        resume(&path, Instant::now() + Duration::from_mins(1)).unwrap();
+        assert_eq!(qemu.join().unwrap(), ["qmp_capabilities", "query-status", "cont"]);
+    }
+}
