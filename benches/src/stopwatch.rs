@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use disksnap_core::{
     Catalog, Change, Command, Connector, Control, Definition, DiskRequest, DiskSnapshot, Domain, DomainId,
-    DomainLock, Export, Freeze, Guard, Health, Host, Intent, Method, NbdServer, Owner, Prepared, Probe,
-    Result, RunState, ServeNode, Snapshot, SnapshotId, SnapshotName, TakePlan, Taken, Unit, Verdict, Watch,
+    DomainLock, Export, Freeze, Guard, Health, Host, Intent, Merge, Method, NbdServer, Owner, Prepared,
+    Probe, Result, Revert, RunState, ServeNode, Snapshot, SnapshotId, SnapshotName, TakePlan, Taken, Unit,
+    Verdict, Watch,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -227,6 +228,14 @@ impl DiskSnapshot for TimedProvider {
 
     async fn delete(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()> {
         self.watch.time("delete", self.inner.delete(host, id, unit)).await
+    }
+
+    fn revert(&self, unit: &Unit) -> Option<Arc<dyn Revert>> {
+        self.inner.revert(unit)
+    }
+
+    fn merge(&self, unit: &Unit) -> Option<Arc<dyn Merge>> {
+        self.inner.merge(unit)
     }
 }
 

@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    DiskRequest, DiskSnapshot, Error, ErrorKind, Health, Host, Method, Prepared, Probe, Result, SnapshotId,
-    TakePlan, Taken, Unit,
+    Affected, Command, DiskRequest, DiskSnapshot, Error, ErrorKind, Health, Host, Merge, Method, Peer,
+    Prepared, Probe, Progress, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::Fixture;
-use crate::points::{Points, When, Whose};
+use crate::points::Points;
 
 /// Which instance a call goes to.
 #[derive(Debug, Clone)]
@@ -40,10 +40,7 @@ impl Examined {
     }
 
     async fn tap<T>(&self, what: &str, call: impl Future<Output = Result<T>>) -> Result<T> {
-        self.points.pass(Whose::Provider, what, When::Before).await?;
-        let answer = call.await?;
-        self.points.pass(Whose::Provider, what, When::After).await?;
-        Ok(answer)
+        self.points.tap(what, call).await
     }
 }
 
@@ -118,5 +115,83 @@ impl DiskSnapshot for Examined {
     async fn delete(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()> {
         let (provider, unit) = (self.provider(), sent(unit)?);
         self.tap("delete", provider.delete(host, id, &unit)).await
+    }
+
+    fn revert(&self, unit: &Unit) -> Option<Arc<dyn Revert>> {
+        let inner = self.provider().revert(unit)?;
+        let points = Arc::clone(&self.points);
+        Some(Arc::new(ExaminedRevert { inner, points }))
+    }
+
+    fn merge(&self, unit: &Unit) -> Option<Arc<dyn Merge>> {
+        let inner = self.provider().merge(unit)?;
+        let points = Arc::clone(&self.points);
+        Some(Arc::new(ExaminedMerge { inner, points }))
+    }
+}
+
+/// What puts a unit back, with a point before and after.
+#[derive(Debug)]
+struct ExaminedRevert {
+    inner: Arc<dyn Revert>,
+    points: Arc<Points>,
+}
+
+#[async_trait]
+impl Revert for ExaminedRevert {
+    async fn revert(&self, host: &dyn Host, id: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<Affected> {
+        let (unit, peers) = (sent(unit)?, sent(&peers.to_vec())?);
+        let call = self.inner.revert(host, id, &unit, &peers);
+        sent(&self.points.tap("revert", call).await?)
+    }
+}
+
+/// What merges a unit, with a point before and after each call that changes something.
+#[derive(Debug)]
+struct ExaminedMerge {
+    inner: Arc<dyn Merge>,
+    points: Arc<Points>,
+}
+
+#[async_trait]
+impl Merge for ExaminedMerge {
+    async fn start(&self, host: &dyn Host, id: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()> {
+        let (unit, peers) = (sent(unit)?, sent(&peers.to_vec())?);
+        let call = self.inner.start(host, id, &unit, &peers);
+        self.points.tap("start", call).await
+    }
+
+    async fn progress(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<Progress> {
+        sent(&self.inner.progress(host, id, &sent(unit)?).await?)
+    }
+
+    async fn finish(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()> {
+        let unit = sent(unit)?;
+        self.points
+            .tap("finish", self.inner.finish(host, id, &unit))
+            .await
+    }
+
+    fn release(&self, id: SnapshotId, unit: &Unit) -> Vec<Command> {
+        self.inner.release(id, unit)
+    }
+
+    async fn cancel(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()> {
+        let unit = sent(unit)?;
+        self.points
+            .tap("cancel", self.inner.cancel(host, id, &unit))
+            .await
+    }
+
+    async fn conclude(
+        &self,
+        host: &dyn Host,
+        id: SnapshotId,
+        unit: &Unit,
+        peers: &[Peer],
+    ) -> Result<Affected> {
+        let (unit, peers) = (sent(unit)?, sent(&peers.to_vec())?);
+        let call = self.inner.conclude(host, id, &unit, &peers);
+        sent(&self.points.tap("conclude", call).await?)
     }
 }

@@ -99,6 +99,14 @@ impl Points {
         }
     }
 
+    /// A call of the provider's, with a point before and after.
+    pub(crate) async fn tap<T>(&self, what: &str, call: impl Future<Output = Result<T>>) -> Result<T> {
+        self.pass(Whose::Provider, what, When::Before).await?;
+        let answer = call.await?;
+        self.pass(Whose::Provider, what, When::After).await?;
+        Ok(answer)
+    }
+
     fn strikes(&self, whose: Whose, what: &str, when: When) -> Option<Mishap> {
         let mut state = self.state();
         let (n, mishap) = state.armed?;

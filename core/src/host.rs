@@ -119,8 +119,10 @@ pub trait Host: fmt::Debug + Send + Sync {
 }
 
 /// What the guard must undo if this process dies, hangs or outlives the deadline.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Watch {
+    /// What lets a disk go that a merge is holding still; sent first, each once, and a refusal counts as done.
+    pub release: Vec<Command>,
     /// The guest is going to be paused, and was running.
     pub resume: bool,
     /// The guest's file systems are going to be frozen.

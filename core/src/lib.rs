@@ -8,6 +8,7 @@
 //! This crate runs no program, parses no XML and knows no hypervisor: it reaches a domain through
 //! [`Host`] and [`Control`], which another crate implements.
 
+mod accessors;
 mod catalog;
 mod disk;
 mod dispatcher;
@@ -27,6 +28,7 @@ mod snapshot;
 mod source;
 mod window;
 
+pub use accessors::{Affected, Merge, Peer, Progress, Revert};
 pub use catalog::{Act, Catalog, Change, Definition, DomainLock, Intent, Part};
 pub use disk::{DeviceKind, Disk, Driver, MethodChoice, Options};
 

@@ -5,12 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Alias, Command, Disk, ErrorKind, Host, Options, Result, SnapshotId, Source};
+use crate::{Alias, Command, Disk, ErrorKind, Host, Merge, Options, Result, Revert, SnapshotId, Source};
 
 /// A snapshot method.
 ///
@@ -22,7 +23,7 @@ use crate::{Alias, Command, Disk, ErrorKind, Host, Options, Result, SnapshotId, 
 ///             │ error              │   Host: core calls take                              │
 ///             ▼                    └──────────────┬──────────────────────────────────────-┘
 ///           abort ◄────────────────────────── error
-/// later, in any process: inspect, delete
+/// later, in any process: inspect, delete; revert and merge where the unit allows them
 /// ```
 ///
 /// The wrapper guarantees: the domain is locked against other requests; options hold only keys from
@@ -78,7 +79,17 @@ pub trait DiskSnapshot: fmt::Debug + Send + Sync {
     async fn inspect(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<Health>;
 
     /// Deletes a unit and all that was made for it. Idempotent; also when broken or gone.
+    ///
+    /// A unit that [`DiskSnapshot::merge`] answers for is merged instead, and this is called only where nothing stands on
+    /// it any more.
     async fn delete(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()>;
+
+    /// What puts this unit's instant back into its disks; `None` where that cannot be done. Pure.
+    fn revert(&self, unit: &Unit) -> Option<Arc<dyn Revert>>;
+
+    /// What merges this unit, where the domain's disks stand on it; `None` where the domain keeps its disks, so that
+    /// there is nothing to merge. Pure.
+    fn merge(&self, unit: &Unit) -> Option<Arc<dyn Merge>>;
 }
 
 /// What a method is: for lists, help and checking what it is told.
@@ -118,6 +129,10 @@ pub enum Capability {
     DirectRead,
     /// The guest's writes never fail because of the snapshot.
     GuestSafe,
+    /// The instant can be put back into the disk.
+    Revert,
+    /// The disk stands on the snapshot, and giving the snapshot up merges the two.
+    Merge,
 }
 
 impl fmt::Display for Capability {
@@ -128,6 +143,8 @@ impl fmt::Display for Capability {
             Self::Export => "export",
             Self::DirectRead => "direct-read",
             Self::GuestSafe => "guest-safe",
+            Self::Revert => "revert",
+            Self::Merge => "merge",
         })
     }
 }

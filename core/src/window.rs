@@ -46,6 +46,7 @@ pub(crate) async fn open(
         return run(control, deadline, takes, false, wants_freeze, &mut false).await;
     }
     let watch = Watch {
+        release: Vec::new(),
         resume: needs_pause,
         thaw: wants_freeze.is_ok(),
         deadline,

@@ -131,7 +131,7 @@ async fn the_guard_is_told_what_to_undo() {
         ..quiesced(Quiesce::Try)
     };
     scene.create(&request).await.unwrap();
-    let watch = scene.connector.watches()[0];
+    let watch = scene.connector.watches()[0].clone();
     assert!(watch.resume && watch.thaw);
     assert_eq!(watch.deadline, Duration::from_secs(3));
 }

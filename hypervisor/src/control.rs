@@ -217,7 +217,7 @@ impl Control for QemuControl {
             patience_ms: millis(timeouts.guardian) * 3 / 4,
             ..Plan::default()
         };
-        if watch.resume {
+        if watch.resume || !watch.release.is_empty() {
             let session = self.session()?;
             let connection = session
                 .connection()
@@ -227,7 +227,9 @@ impl Control for QemuControl {
             let duplicate =
                 duplicate.map_err(|error| Error::io("cannot duplicate the monitor's descriptor", error))?;
             connections.push((End::Monitor, duplicate));
-            plan.resume = Some(session.path().to_owned());
+            let path = || session.path().to_owned();
+            plan.resume = watch.resume.then(path);
+            plan.release = (!watch.release.is_empty()).then(|| (path(), watch.release));
         }
         if watch.thaw
             && let Some(agent) = &self.links.agent

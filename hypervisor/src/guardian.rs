@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use disksnap_core::Command;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
@@ -211,9 +212,13 @@ impl<'a> Guardian<'a> {
         }
     }
 
-    /// Lets the guest run and thaws it. A paused guest's agent cannot answer, so it runs first.
+    /// Lets the disks go and the guest run, and thaws it. A paused guest's agent cannot answer, so it runs first.
     fn act(&mut self, patience: Duration) {
         let until = Instant::now() + patience;
+        let released = match self.plan.release.clone() {
+            Some((path, commands)) => self.until_done(until, |left| release(&path, &commands, left)),
+            None => Ok(()),
+        };
         let resumed = match self.plan.resume.clone() {
             Some(path) => self.until_done(until, |left| resume(&path, left)),
             None => Ok(()),
@@ -222,7 +227,7 @@ impl<'a> Guardian<'a> {
             Some(path) => self.until_done(until, |left| thaw(&path, left)),
             None => Ok(()),
         };
-        self.acted = Some(resumed.and(thawed));
+        self.acted = Some(released.and(resumed).and(thawed));
     }
 
     fn until_done(
@@ -272,20 +277,26 @@ impl From<io::Error> for Failed {
     }
 }
 
+/// Sends each command. One that is refused has nothing left to let go: its job has ended, or never was.
+fn release(path: &Path, commands: &[Command], until: Instant) -> Result<(), Failed> {
+    let mut monitor = Wire::greeted(path, until)?;
+    for command in commands {
+        monitor.ask_by_id(command)?;
+    }
+    Ok(())
+}
+
 /// `cont`, if the guest is paused; what stands for another reason is left alone.
 fn resume(path: &Path, until: Instant) -> Result<(), Failed> {
-    let mut monitor = Wire::connect(path)?;
-    monitor.patience(until)?;
-    while monitor.message()?.get("QMP").is_none() {}
-    monitor.ask_by_id("qmp_capabilities")?;
-    let status = monitor.ask_by_id("query-status")?;
+    let mut monitor = Wire::greeted(path, until)?;
+    let status = monitor.ask_by_id(&Command::bare("query-status"))?;
     let Some(word) = status["return"]["status"].as_str() else {
         return Err(Failed::Try(format!("query-status: {status}")));
     };
     if word != "paused" {
         return Ok(());
     }
-    let answer = monitor.ask_by_id("cont")?;
+    let answer = monitor.ask_by_id(&Command::bare("cont"))?;
     match answer.get("error") {
         None => Ok(()),
         Some(error) => Err(Failed::Try(format!("cont: {error}"))),
@@ -335,6 +346,15 @@ impl Wire {
         Ok(Self(BufReader::new(stream)))
     }
 
+    /// A monitor that is ready for commands.
+    fn greeted(path: &Path, until: Instant) -> Result<Self, Failed> {
+        let mut monitor = Self::connect(path)?;
+        monitor.patience(until)?;
+        while monitor.message()?.get("QMP").is_none() {}
+        monitor.ask_by_id(&Command::bare("qmp_capabilities"))?;
+        Ok(monitor)
+    }
+
     /// Waits for each answer for one attempt's time, and not beyond `until`.
     fn patience(&self, until: Instant) -> io::Result<()> {
         self.until(until.min(Instant::now() + ATTEMPT))
@@ -367,12 +387,13 @@ impl Wire {
 
     /// Asks the monitor, and waits for the answer to this very question: what QEMU was doing for the parent when the
     /// connection was taken from it, it answers to whoever is connected then.
-    fn ask_by_id(&mut self, command: &str) -> io::Result<Value> {
-        let id = format!("guardian-{}-{command}", std::process::id());
-        self.write(
-            format!("{}\n", json!({ "execute": command, "id": id })).as_bytes(),
-            false,
-        )?;
+    fn ask_by_id(&mut self, command: &Command) -> io::Result<Value> {
+        let id = format!("guardian-{}-{}", std::process::id(), command.execute);
+        let mut question = json!({ "execute": command.execute, "id": id });
+        if !command.arguments.is_null() {
+            question["arguments"] = command.arguments.clone();
+        }
+        self.write(format!("{question}\n").as_bytes(), false)?;
         loop {
             let message = self.message()?;
             if message["id"] == *id {

@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
+use disksnap_core::Command;
 use rustix::io::{Errno, Result};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -16,8 +17,8 @@ use serde::{Deserialize, Serialize};
 /// Tells a program that it was started as the guardian.
 pub(crate) const ASKED: &str = "DISKSNAP_GUARDIAN";
 
-/// The longest packet, in bytes: two paths and some numbers.
-const PACKET: usize = 16 << 10;
+/// The longest packet, in bytes: two paths, some numbers, and some commands for each of many disks.
+const PACKET: usize = 128 << 10;
 
 /// A connection that the guardian can shut down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,7 +28,7 @@ pub(crate) enum End {
 }
 
 /// From the parent.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum Order {
     /// The first order.
     Arm(Plan),
@@ -38,8 +39,10 @@ pub(crate) enum Order {
 }
 
 /// What is to be undone, and how to reach it.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub(crate) struct Plan {
+    /// What lets disks go that a merge holds still, and the monitor's socket for it.
+    pub(crate) release: Option<(PathBuf, Vec<Command>)>,
     /// To let the guest run: the monitor's socket.
     pub(crate) resume: Option<PathBuf>,
     /// To thaw the guest: the agent's socket.

@@ -47,6 +47,7 @@ async fn a_guest_is_frozen_and_thawed() {
     let control = connector.control(&qemu_domain(&qemu)).unwrap();
     control.thaw().await.unwrap();
     let watch = Watch {
+        release: Vec::new(),
         resume: false,
         thaw: true,
         deadline: Duration::from_mins(10),
@@ -70,6 +71,7 @@ async fn past_the_deadline_the_guardian_thaws() {
     let connector = place.connector.clone().guardian(guardian_program());
     let control = connector.control(&qemu_domain(&qemu)).unwrap();
     let watch = Watch {
+        release: Vec::new(),
         resume: true,
         thaw: true,
         deadline: Duration::from_secs(8),
@@ -127,6 +129,7 @@ async fn a_guest_without_an_agent_is_unavailable_or_silent() {
     // The channel is there, and no agent behind it. The guard does not mind.
     let control = connector.control(&qemu_domain(&qemu)).unwrap();
     let watch = Watch {
+        release: Vec::new(),
         resume: true,
         thaw: true,
         deadline: DEADLINE,
@@ -314,6 +317,7 @@ async fn the_guardian_thaws_what_freezes_late() {
     let connector = place.connector.clone().guardian(guardian_program());
     let control = connector.control(&domain(&qemu.qmp_path(), Some(&path))).unwrap();
     let watch = Watch {
+        release: Vec::new(),
         resume: true,
         thaw: true,
         deadline: Duration::from_mins(10),

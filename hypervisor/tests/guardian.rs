@@ -16,6 +16,7 @@ use disksnap_test_support::{DiskSpec, GuestSetup, MIB, Qemu, need};
 use rustix::process::{Pid, Signal, kill_process};
 
 const PAUSE: Watch = Watch {
+    release: Vec::new(),
     resume: true,
     thaw: false,
     deadline: Duration::from_mins(10),
@@ -56,6 +57,7 @@ async fn past_the_deadline_it_acts_and_says_so() {
     let qemu = Qemu::builder().start();
     let control = place().control(&qemu_domain(&qemu));
     let watch = Watch {
+        release: Vec::new(),
         deadline: Duration::from_millis(200),
         ..PAUSE
     };
@@ -72,6 +74,7 @@ async fn a_connection_made_after_arming_is_taken_too() {
     let qemu = Qemu::builder().start();
     let control = place().control(&qemu_domain(&qemu));
     let watch = Watch {
+        release: Vec::new(),
         deadline: Duration::from_millis(1500),
         ..PAUSE
     };
@@ -92,12 +95,14 @@ async fn a_guest_that_somebody_else_paused_stays_paused() {
     );
     // As core arms it for a guest that does not run.
     let watch = Watch {
+        release: Vec::new(),
         resume: false,
         ..PAUSE
     };
     let guard = control.guard(watch).await.unwrap();
     drop(guard);
     let watch = Watch {
+        release: Vec::new(),
         resume: true,
         deadline: Duration::from_millis(1),
         ..PAUSE
@@ -171,6 +176,7 @@ async fn parent() {
     let domain = common::domain(monitor.as_ref(), agent.as_deref());
     let control = place().control(&domain);
     let watch = Watch {
+        release: Vec::new(),
         resume: agent.is_none(),
         thaw: agent.is_some(),
         deadline,

@@ -35,6 +35,7 @@ async fn the_running_program_guards() -> Result<(), Failed> {
     };
     let control = QemuConnector::new(paths).control(&domain)?;
     let watch = |deadline| Watch {
+        release: Vec::new(),
         resume: true,
         thaw: false,
         deadline,

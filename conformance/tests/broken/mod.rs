@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use disksnap_core::{
-    Batch, Capability, DiskRequest, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Method, Prepared,
-    Probe, Result, SnapshotId, TakePlan, Taken, Unit,
+    Batch, Capability, DiskRequest, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge, Method,
+    Prepared, Probe, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
 };
 use disksnap_memory::Memory;
 use serde_json::json;
@@ -228,5 +230,13 @@ impl DiskSnapshot for Broken {
             }
             _ => Memory.delete(host, id, unit).await,
         }
+    }
+
+    fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
+        None
+    }
+
+    fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use disksnap_core::{
     Access, Batch, Capability, Command, DiskRequest, DiskResult, DiskSnapshot, ErrorKind, Fit, Health, Host,
-    Method, OptionDoc, Prepared, Probe, Result, SnapshotId, Step, TakePlan, Taken, Unit,
+    Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, SnapshotId, Step, TakePlan, Taken, Unit,
 };
 use serde_json::{Value, json};
 
@@ -191,5 +191,13 @@ impl DiskSnapshot for FakeMethod {
 
     async fn delete(&self, _: &dyn Host, _: SnapshotId, _: &Unit) -> Result<()> {
         self.note("delete")
+    }
+
+    fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
+        None
+    }
+
+    fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
     }
 }

@@ -20,8 +20,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Method,
-    OptionDoc, Prepared, Probe, Result, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
+    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
+    Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
 };
 use serde::{Deserialize, Serialize};
 
@@ -136,6 +136,14 @@ impl DiskSnapshot for AcmeCopy {
     async fn delete(&self, _: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
         let record: Record = remembered(&unit.data)?;
         record.array.remove(&record.copy)
+    }
+
+    fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
+        None
+    }
+
+    fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
     }
 }
 

@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Method,
-    OptionDoc, Prepared, Probe, Result, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
+    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
+    Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
 };
 use disksnap_image_file::{ImageFile, Live, Unfit, room};
 use serde::Serialize;
@@ -127,6 +127,14 @@ impl DiskSnapshot for Btrfs {
     async fn delete(&self, _: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
         let made: Made = remembered(&unit.data)?;
         blocking(move || remove(&made.place(), |found| found.uuid == made.uuid)).await
+    }
+
+    fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
+        None
+    }
+
+    fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
     }
 }
 

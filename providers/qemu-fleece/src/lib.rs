@@ -29,8 +29,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Method,
-    Prepared, Probe, Result, SnapshotId, TakePlan, Taken, Unit,
+    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
+    Method, Prepared, Probe, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
 };
 use serde_json::{Value, json};
 
@@ -143,6 +143,14 @@ impl DiskSnapshot for QemuFleece {
         let fleece: Fleece = remembered(&unit.data)?;
         teardown::take_apart(host, &[fleece.names()]).await?;
         fleece.choice.image.remove()
+    }
+
+    fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
+        None
+    }
+
+    fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
     }
 }
 

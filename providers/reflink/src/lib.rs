@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Method,
-    OptionDoc, Prepared, Probe, Result, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
+    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
+    Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
 };
 use disksnap_image_file::{ImageFile, Live, Unfit, path_of};
 use serde::Serialize;
@@ -128,6 +128,14 @@ impl DiskSnapshot for Reflink {
 
     async fn delete(&self, _: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
         clone::remove(&remembered::<Made>(&unit.data)?.file)
+    }
+
+    fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
+        None
+    }
+
+    fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
     }
 }
 

@@ -1,0 +1,118 @@
+//! What only some snapshots allow: putting the instant back, and merging what stands on it.
+//!
+//! [`DiskSnapshot::revert`](crate::DiskSnapshot::revert) and [`DiskSnapshot::merge`](crate::DiskSnapshot::merge)
+//! answer with one of these traits where the unit at hand allows it, and with `None` where it does not.
+
+use std::fmt;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::{Command, Disk, Host, Result, SnapshotId, Unit};
+
+/// Another unit of the same method on the same domain: what a merge or a revert may affect.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// The snapshot that it belongs to.
+    pub snapshot: SnapshotId,
+    /// Its record.
+    pub unit: Unit,
+}
+
+/// Everything that a merge or a revert changed.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Affected {
+    /// What became of the unit itself: its record from now on, or `None` where it is no more.
+    pub unit: Option<Unit>,
+    /// The peers whose records are others now, as they are from now on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub peers: Vec<Peer>,
+    /// The disks that the domain uses otherwise than before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
+    /// Why it is not done yet and when it will be (an open LVM origin takes its snapshot at its next activation).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deferred: Option<String>,
+    /// What the operator should know.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// A unit whose instant can be put back into the disks.
+#[async_trait]
+pub trait Revert: fmt::Debug + Send + Sync {
+    /// Puts the content of the instant back; what was written since is lost.
+    ///
+    /// All disks of the unit go back together. Idempotent: called again after a kill it finishes and gives
+    /// the same answer. `peers` are the other units of the method, oldest first.
+    ///
+    /// # Errors
+    /// `Busy` when the domain must be off for it and is not, or when a peer stands against it; `Broken` when
+    /// the snapshot cannot be trusted. Nothing is changed then.
+    async fn revert(&self, host: &dyn Host, id: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<Affected>;
+}
+
+/// How far a merge is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum Progress {
+    /// Nothing of it is under way.
+    Idle,
+    /// Data is being copied; the guest runs.
+    Running {
+        /// Bytes done.
+        done: u64,
+        /// Bytes in all, as known now; may grow while the guest writes.
+        total: u64,
+    },
+    /// All is copied; [`Merge::finish`] ends it.
+    Ready,
+    /// It has ended well; [`Merge::conclude`] is what is left.
+    Finished,
+    /// It has ended without success, in the hypervisor's words; the disk is as it was.
+    Failed(String),
+}
+
+/// A unit that the domain's disk stands on: giving it up means merging.
+///
+/// ```text
+/// start ─► progress … ─► Ready ─► ┌ guardian armed: release() if we die ┐ ─► conclude
+///    │                            │  finish                             │
+///    └─ cancel, at any time before └──────────────────────────────────---┘
+/// ```
+///
+/// The merge itself goes on where the disk is (in the hypervisor), not in the caller's process. All calls
+/// are idempotent, and find what runs by names derived from `id` and the unit.
+#[async_trait]
+pub trait Merge: fmt::Debug + Send + Sync {
+    /// Starts the merge, or finds the one that runs or has run. The disk's present content stays; the
+    /// snapshot is given up.
+    ///
+    /// # Errors
+    /// `Busy` when something else is at work on the disk, or a peer stands on what would be changed.
+    async fn start(&self, host: &dyn Host, id: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()>;
+
+    /// How far it is, from the real thing.
+    async fn progress(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<Progress>;
+
+    /// Ends a merge that is [`Progress::Ready`]. The guest's disk may stand still meanwhile, so it must be short
+    /// while the domain runs; with the domain off the whole of the work may be in it.
+    ///
+    /// On an error the disk is as it was before the merge, or the merge is still ready.
+    async fn finish(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()>;
+
+    /// The commands that let the guest's disk go if this process dies within [`Merge::finish`]. Pure.
+    fn release(&self, id: SnapshotId, unit: &Unit) -> Vec<Command>;
+
+    /// Stops it; the disk goes on as before the merge, and the snapshot stays. Nothing to cancel is no error.
+    async fn cancel(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()>;
+
+    /// After the end: removes what is of no more use, and tells what was changed.
+    async fn conclude(
+        &self,
+        host: &dyn Host,
+        id: SnapshotId,
+        unit: &Unit,
+        peers: &[Peer],
+    ) -> Result<Affected>;
+}
