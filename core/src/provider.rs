@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Alias, Command, Disk, ErrorKind, Host, Merge, Options, Result, Revert, SnapshotId, Source};
+use crate::{Alias, BackingStore, Command, Disk, ErrorKind, Host, Merge, Options, Result, Revert, SnapshotId, Source};
 
 /// A snapshot method.
 ///
@@ -314,6 +314,10 @@ pub enum Access {
         source: Source,
         /// `raw`, `qcow2`, …
         format: String,
+        /// The layers below, each with its format, as they are in the snapshot; `None` where it stands alone.
+        /// What the image's own header says of them is never followed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        backing: Option<Box<BackingStore>>,
     },
 }
 

@@ -52,7 +52,7 @@ impl Dispatcher {
         self.refuse_unless_healthy(&*held.control, &snapshot, disk)
             .await?;
         match &disk.access {
-            Access::Source { source, format } => Ok(Opened {
+            Access::Source { source, format, .. } => Ok(Opened {
                 source: source.clone(),
                 format: format.clone(),
                 tls: None,

@@ -223,7 +223,7 @@ impl<'a> SnapshotView<'a> {
     fn backup_source(&self, disk: &DiskSnapshotRecord) -> Result<Option<Element>> {
         let (own, format) = match &disk.access {
             Access::Node(_) => (None, "raw"),
-            Access::Source { source, format } => (Some(source), format.as_str()),
+            Access::Source { source, format, .. } => (Some(source), format.as_str()),
         };
         let Some(source) = self.backup_sources.get(&disk.target).or(own) else {
             return Ok(None);

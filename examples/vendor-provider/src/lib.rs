@@ -96,6 +96,7 @@ impl DiskSnapshot for AcmeCopy {
             access: Access::Source {
                 source: Source::File { file: file.clone() },
                 format: "raw".to_owned(),
+                backing: None,
             },
             size: Some(record.size),
             details: [("volume.snapshot".to_owned(), record.copy.name())].into(),

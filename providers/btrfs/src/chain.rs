@@ -14,12 +14,20 @@ use crate::subvolume::root_of;
 /// More layers than anyone has; a header is not trusted to end the chain.
 const DEEPEST: usize = 64;
 
+/// A file below the top image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Layer {
+    pub(crate) path: PathBuf,
+    /// `raw` or `qcow2`.
+    pub(crate) format: &'static str,
+}
+
 /// The files below the top image, nearest first; all are in the subvolume `root`.
 ///
 /// # Errors
 /// Which layer is not, or would not be found there.
-pub(crate) fn below(image: &ImageFile, disk: &Disk, root: &Path) -> Result<Vec<PathBuf>, String> {
-    let mut layers: Vec<PathBuf> = Vec::new();
+pub(crate) fn below(image: &ImageFile, disk: &Disk, root: &Path) -> Result<Vec<Layer>, String> {
+    let mut layers: Vec<Layer> = Vec::new();
     let mut document = disk.backing.as_ref();
     let mut header = image.qcow2.clone();
     let mut top = image.path.clone();
@@ -45,7 +53,8 @@ pub(crate) fn below(image: &ImageFile, disk: &Disk, root: &Path) -> Result<Vec<P
             }
         };
         top.clone_from(&layer);
-        layers.push(layer);
+        let format = if header.is_some() { "qcow2" } else { "raw" };
+        layers.push(Layer { path: layer, format });
     }
     if layers.len() >= DEEPEST {
         return Err(format!("the image has more than {DEEPEST} layers"));

@@ -9,18 +9,21 @@ mod place;
 mod snapshot;
 mod subvolume;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
-    Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
+    Access, BackingStore, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health,
+    Host, Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan,
+    Taken, Unit,
 };
 use disksnap_image_file::{ImageFile, Live, Unfit, room};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
 
+use crate::chain::Layer;
 use crate::place::{Group, SNAPSHOT_DIR, groups, root};
 use crate::snapshot::{Image, Made, MadeImage, Planned, remove};
 
@@ -160,7 +163,7 @@ fn probe_one(
     let group = groups.iter().find(|group| group.root == root);
     let group = group.ok_or_else(|| "the image has just moved".to_owned())?;
     let Examined { image, below } = examine(group, request)?;
-    Live::has_below(live?.as_ref(), below)?;
+    Live::has_below(live?.as_ref(), below.len())?;
     Ok(fitting(state, group, &image))
 }
 
@@ -185,16 +188,16 @@ fn fitting(state: &RunState, group: &Group<'_>, image: &ImageFile) -> Probe {
     }
 }
 
-/// An image, and how many layers are below it.
+/// An image, and the layers below it, nearest first.
 struct Examined {
     image: ImageFile,
-    below: usize,
+    below: Vec<Layer>,
 }
 
 /// The image, if the snapshot of its subvolume will hold all of the disk; else why not. Changes nothing.
 fn examine(group: &Group<'_>, request: &DiskRequest) -> std::result::Result<Examined, Unfit> {
     let image = ImageFile::of(&request.disk)?;
-    let below = chain::below(&image, &request.disk, &group.root)?.len();
+    let below = chain::below(&image, &request.disk, &group.root)?;
     group.place(SnapshotId(uuid::Uuid::nil()))?;
     group.can_hold_snapshot()?;
     group.permitted().map_err(|why| Unfit {
@@ -220,12 +223,14 @@ fn short_of_room(image: &ImageFile) -> Option<String> {
 fn prepare_one(id: SnapshotId, group: &Group<'_>) -> Result<Prepared> {
     let mut images = Vec::new();
     for request in &group.requests {
-        let Examined { image, .. } = examine(group, request).map_err(|why| refused(request, why))?;
-        let path = image.path.strip_prefix(&group.root).unwrap_or(&image.path);
+        let Examined { image, below } = examine(group, request).map_err(|why| refused(request, why))?;
+        let inside = |path: &Path| path.strip_prefix(&group.root).unwrap_or(path).to_owned();
+        let layer = |layer: &Layer| (inside(&layer.path), layer.format.to_owned());
         images.push(Image {
             target: request.disk.target.clone(),
-            path: path.to_owned(),
+            path: inside(&image.path),
             format: image.format().to_owned(),
+            below: below.iter().map(layer).collect(),
         });
     }
     let place = group
@@ -262,10 +267,22 @@ fn result(image: &MadeImage, snapshot: &str) -> DiskResult {
                 file: image.file.clone(),
             },
             format: image.format.clone(),
+            backing: backing(&image.below),
         },
         size: Some(image.size),
         details: [("snapshot.subvolume".to_owned(), snapshot.to_owned())].into(),
     }
+}
+
+/// The layers below an image in the snapshot, nearest first, as a chain.
+fn backing(below: &[(PathBuf, String)]) -> Option<Box<BackingStore>> {
+    below.iter().rev().fold(None, |backing, (file, format)| {
+        Some(Box::new(BackingStore {
+            format: Some(format.clone()),
+            source: Source::File { file: file.clone() },
+            backing,
+        }))
+    })
 }
 
 fn refused(request: &DiskRequest, unfit: Unfit) -> Error {

@@ -40,6 +40,9 @@ pub(crate) struct Image {
     /// From the root of the subvolume.
     pub(crate) path: PathBuf,
     pub(crate) format: String,
+    /// The layers below, nearest first, from the root of the subvolume, each with its format.
+    #[serde(default)]
+    pub(crate) below: Vec<(PathBuf, String)>,
 }
 
 /// What is remembered of a snapshot.
@@ -60,6 +63,9 @@ pub(crate) struct MadeImage {
     pub(crate) target: String,
     pub(crate) file: PathBuf,
     pub(crate) format: String,
+    /// The layers below, nearest first, each with its format.
+    #[serde(default)]
+    pub(crate) below: Vec<(PathBuf, String)>,
     /// The virtual size in bytes.
     pub(crate) size: u64,
     /// The length of the file in bytes.
@@ -180,6 +186,11 @@ impl Image {
         Ok(MadeImage {
             target: self.target.clone(),
             format: self.format.clone(),
+            below: self
+                .below
+                .iter()
+                .map(|(path, format)| (at.join(path), format.clone()))
+                .collect(),
             size,
             length,
             file,

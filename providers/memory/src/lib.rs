@@ -88,6 +88,7 @@ impl DiskSnapshot for Memory {
             access: Access::Source {
                 source: source.clone(),
                 format: "raw".to_owned(),
+                backing: None,
             },
             size: Some(copy.size),
             details: [("copy.file".to_owned(), copy.file.display().to_string())].into(),

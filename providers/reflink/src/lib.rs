@@ -87,6 +87,7 @@ impl DiskSnapshot for Reflink {
                 file: made.file.clone(),
             },
             format: made.format.clone(),
+            backing: None,
         };
         let disks = prepared.targets.iter().map(|target| DiskResult {
             target: target.clone(),

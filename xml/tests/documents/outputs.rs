@@ -46,6 +46,7 @@ fn snapshot() -> Snapshot {
         Access::Source {
             source,
             format: "raw".to_owned(),
+            backing: None,
         },
     );
     overlay.modified_disk = Some(Disk {
