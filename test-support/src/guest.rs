@@ -47,10 +47,10 @@ impl GuestSetup {
 }
 
 /// What makes booting under TCG quick: no self tests, no mitigations, no waiting for entropy.
-const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 reboot=t mitigations=off nokaslr \
+pub(crate) const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 reboot=t mitigations=off nokaslr \
      random.trust_cpu=on tsc=reliable no_timer_check cryptomgr.notests";
 
-fn file(name: &str) -> String {
+pub(crate) fn file(name: &str) -> String {
     let path = crate::tools::tools_dir().join("guest").join(name);
     assert!(path.is_file(), "{} is missing: run `./x tools`", path.display());
     path.to_string_lossy().into_owned()

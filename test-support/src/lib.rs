@@ -7,6 +7,7 @@
 //! - [`need!`], [`skip!`]: tests that not every machine can run
 //! - [`StorageDaemon`]: block nodes and jobs with no guest; the test is the guest
 //! - [`Qemu`]: a whole machine, idle or with the test guest ([`GuestSetup`])
+//! - [`LvmGuest`]: a guest in which tests run that need LVM
 //! - [`GuestDisk`], [`Writer`]: the guest's side of the disks
 //! - [`small_fs()`]: a file system that fills up; [`loop_fs()`]: btrfs or XFS
 //! - [`pattern`]: bytes, digests, repeatable random numbers
@@ -20,6 +21,7 @@ mod disk;
 mod domain_xml;
 mod guest;
 mod loop_fs;
+mod lvm_guest;
 pub mod pattern;
 mod process;
 mod qemu;
@@ -33,6 +35,7 @@ mod writer;
 pub use disk::{Bus, DiskSpec, Format, GuestDisk};
 pub use guest::GuestSetup;
 pub use loop_fs::{LoopFs, LoopFsKind, loop_fs};
+pub use lvm_guest::{GuestOutput, LvmGuest};
 pub use pattern::{GIB, KIB, MIB};
 pub use qemu::{Qemu, QemuBuilder};
 pub use qmp::Monitor;

@@ -13,8 +13,8 @@ pub const SKIPPED_ENV: &str = "DISKSNAP_SKIPPED";
 /// Why this machine lacks a capability, or `None` when it has it.
 ///
 /// Known are `fuse` (a storage daemon's disks are written through a FUSE export), `small-fs`
-/// ([`crate::small_fs`]), `btrfs` and `xfs` ([`crate::loop_fs`]); `guest` (a kernel and initrd to boot),
-/// `qemu-7.2` and the names of programs, which only `DISKSNAP_TOOLS=system` can lack: otherwise they
+/// ([`crate::small_fs`]), `btrfs` and `xfs` ([`crate::loop_fs`]); `guest` and `lvm` (kernels and initrds to boot,
+/// the latter for [`crate::LvmGuest`]), `qemu-7.2` and the names of programs, which only `DISKSNAP_TOOLS=system` can lack: otherwise they
 /// panic, since `./x tools` gets them.
 #[must_use]
 pub fn lacking(capability: &str) -> Option<String> {
@@ -23,7 +23,7 @@ pub fn lacking(capability: &str) -> Option<String> {
         "small-fs" => crate::small_fs::lacking(),
         "btrfs" => crate::loop_fs::lacking(crate::LoopFsKind::Btrfs),
         "xfs" => crate::loop_fs::lacking(crate::LoopFsKind::Xfs),
-        "guest" => {
+        "guest" | "lvm" => {
             crate::tools::are_systems().then(|| "DISKSNAP_TOOLS=system brings no test guest".to_owned())
         }
         "qemu-7.2" => (crate::tools::are_systems() && env::var_os(crate::tools::QEMU_7_2_ENV).is_none())

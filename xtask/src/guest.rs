@@ -1,7 +1,7 @@
 //! The test guest: Debian's cloud kernel and an initrd with the real guest agent, made without root.
 //!
-//! `vmlinux` and `initrd.img` are the small guest, which boots in seconds and has no root disk. A root
-//! image with more in it would stand beside them.
+//! `vmlinux` and `initrd.img` are the small guest, which boots in seconds and has no root disk.
+//! `lvm-initrd.img` is another, for the same kernel, that has LVM and runs what a test puts into it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::kernel;
 use crate::tools::{beside, install, write_versions};
 
 /// Raise it when the way of building changes; a change of the sources below is noticed by itself.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 
 /// What is asked of Debian for the initrd. `usr-is-merged` keeps perl out.
 pub(crate) const PACKAGES: &[&str] = &[
@@ -46,6 +46,52 @@ const MODULES: &[&str] = &[
 const INIT: &str = include_str!("../guest/init.sh");
 const WRITER: &str = include_str!("../guest/writer.rs");
 
+/// What is asked of Debian for the guest that has LVM; the storage daemon comes from backports.
+const LVM_PACKAGES: &[&str] = &[
+    "btrfs-progs",
+    "busybox-static",
+    "e2fsprogs",
+    "libgcc-s1",
+    "lvm2",
+    "qemu-utils",
+    "thin-provisioning-tools",
+    "usr-is-merged",
+    "util-linux",
+];
+
+const LVM_PROGRAMS: &[&str] = &[
+    "blkdiscard",
+    "busybox",
+    "dmsetup",
+    "e2fsck",
+    "lvm",
+    "mke2fs",
+    "mkfs.btrfs",
+    "pdata_tools",
+    "qemu-img",
+    "qemu-io",
+    "qemu-storage-daemon",
+];
+
+/// What the tests' programs, which come from the host, need besides what the programs above do.
+const LVM_LIBRARIES: &[&str] = &["libgcc_s.so.1", "libm.so.6"];
+
+const LVM_MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "dm_mod",
+    "dm_snapshot",
+    "dm_thin_pool",
+    "loop",
+    "fuse",
+    "crc32c_generic",
+    "btrfs",
+];
+
+const LVM_INIT: &str = include_str!("../guest/lvm-init.sh");
+const RUNNER: &str = include_str!("../guest/runner.rs");
+
 /// Where it is, below the directory of the tools.
 pub(crate) fn dir(tools: &Path) -> PathBuf {
     tools.join("guest")
@@ -53,7 +99,10 @@ pub(crate) fn dir(tools: &Path) -> PathBuf {
 
 /// Tells one state of the sources from another.
 pub(crate) fn stamp() -> String {
-    let sources = format!("{RECIPE} {PACKAGES:?} {KERNEL} {PROGRAMS:?} {MODULES:?} {INIT} {WRITER}");
+    let small = format!("{PACKAGES:?} {KERNEL} {PROGRAMS:?} {MODULES:?} {INIT} {WRITER}");
+    let lvm =
+        format!("{LVM_PACKAGES:?} {LVM_PROGRAMS:?} {LVM_LIBRARIES:?} {LVM_MODULES:?} {LVM_INIT} {RUNNER}");
+    let sources = format!("{RECIPE} {small} {lvm}");
     let digest = Sha256::digest(sources.as_bytes());
     digest
         .iter()
@@ -70,19 +119,29 @@ pub(crate) fn forget(tools: &Path) {
 pub(crate) fn make(tools: &Path, apt: &Apt) -> Result<()> {
     println!("  guest");
     let new = beside(&dir(tools))?;
-    let (root, kernel) = (new.join("root"), new.join("kernel"));
+    let [root, lvm_root, kernel] = ["root", "lvm-root", "kernel"].map(|x| new.join(x));
     let packages = apt.resolve(PACKAGES, None)?;
     apt.unpack(&packages, Libc::Own, &root)?;
+    let lvm_packages = apt.resolve(LVM_PACKAGES, Some("bookworm-backports"))?;
+    apt.unpack(&lvm_packages, Libc::Own, &lvm_root)?;
     let all = apt.resolve(&[KERNEL], None)?;
     let image: Vec<_> = all.iter().filter(|x| is_kernel(&x.name)).cloned().collect();
     ensure!(image.len() == 1, "{KERNEL} depends on {} kernels", image.len());
     apt.unpack(&image, Libc::System, &kernel)?;
 
     make_kernel(&kernel, &new)?;
-    make_initrd(&root, &kernel, &new)?;
-    write_versions(&new, &[packages, image].concat())?;
-    fs::remove_dir_all(&root)?;
-    fs::remove_dir_all(&kernel)?;
+    let modules = ["lib/modules", "usr/lib/modules"].map(|x| kernel.join(x));
+    let modules = modules.iter().find(|x| x.is_dir());
+    let modules = modules.context("the kernel's package has no modules")?;
+    make_initrd(&root, modules, &new)?;
+    make_lvm_initrd(&lvm_root, modules, &new)?;
+    let mut all = [packages, image, lvm_packages].concat();
+    all.sort_by(|a, b| (&a.name, &a.version).cmp(&(&b.name, &b.version)));
+    all.dedup();
+    write_versions(&new, &all)?;
+    for tree in [&root, &lvm_root, &kernel] {
+        fs::remove_dir_all(tree)?;
+    }
     install(&new, &dir(tools), &stamp())
 }
 
@@ -108,26 +167,40 @@ fn make_kernel(tree: &Path, new: &Path) -> Result<()> {
     Ok(fs::write(new.join("vmlinux"), kernel)?)
 }
 
-fn make_initrd(root: &Path, kernel: &Path, new: &Path) -> Result<()> {
-    let mut initrd = Initrd::default();
-    for path in ["dev", "proc", "sys", "run", "mnt", "tmp", "etc"] {
-        initrd.directory(path);
-    }
-    for program in PROGRAMS {
-        initrd.program(root, program)?;
-    }
-    let modules = ["lib/modules", "usr/lib/modules"].map(|x| kernel.join(x));
-    let modules = modules.iter().find(|x| x.is_dir());
-    initrd.modules(modules.context("the kernel's package has no modules")?, MODULES)?;
-    initrd.file("bin/guest-writer", compile_writer(new)?);
+fn make_initrd(root: &Path, modules: &Path, new: &Path) -> Result<()> {
+    let mut initrd = with_programs(root, PROGRAMS)?;
+    initrd.modules(modules, MODULES)?;
+    initrd.file("bin/guest-writer", compile(WRITER, new)?);
     initrd.file("init", INIT.as_bytes().to_vec());
     initrd.write(&new.join("initrd.img"))
 }
 
+fn make_lvm_initrd(root: &Path, modules: &Path, new: &Path) -> Result<()> {
+    let mut initrd = with_programs(root, LVM_PROGRAMS)?;
+    for library in LVM_LIBRARIES {
+        initrd.library(root, library)?;
+    }
+    initrd.modules(modules, LVM_MODULES)?;
+    initrd.file("bin/guest-runner", compile(RUNNER, new)?);
+    initrd.file("init", LVM_INIT.as_bytes().to_vec());
+    initrd.write(&new.join("lvm-initrd.img"))
+}
+
+fn with_programs(root: &Path, programs: &[&str]) -> Result<Initrd> {
+    let mut initrd = Initrd::default();
+    for path in ["dev", "proc", "sys", "run", "mnt", "tmp", "etc"] {
+        initrd.directory(path);
+    }
+    for program in programs {
+        initrd.program(root, program)?;
+    }
+    Ok(initrd)
+}
+
 /// Built with the compiler at hand, and static: the target for musl is seldom installed.
-fn compile_writer(new: &Path) -> Result<Vec<u8>> {
-    let (source, program) = (new.join("writer.rs"), new.join("writer"));
-    fs::write(&source, WRITER)?;
+fn compile(text: &str, new: &Path) -> Result<Vec<u8>> {
+    let (source, program) = (new.join("program.rs"), new.join("program"));
+    fs::write(&source, text)?;
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let flags = ["--edition=2024", "-O", "-Cpanic=abort", "-Cstrip=symbols"];
     let output = Command::new(rustc)
@@ -139,7 +212,7 @@ fn compile_writer(new: &Path) -> Result<Vec<u8>> {
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(
         output.status.success(),
-        "the guest's writer does not build: {errors}"
+        "a program of the guest does not build: {errors}"
     );
     let built = fs::read(&program)?;
     fs::remove_file(source)?;

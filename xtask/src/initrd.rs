@@ -46,6 +46,15 @@ impl Initrd {
         self.elf(root, path, &format!("bin/{name}"))
     }
 
+    /// A library that no program here names, with those it needs.
+    pub(crate) fn library(&mut self, root: &Path, name: &str) -> Result<()> {
+        let place = format!("{LIBRARIES}/{name}");
+        if self.entries.contains_key(&place) {
+            return Ok(());
+        }
+        self.elf(root, &library(root, name)?, &place)
+    }
+
     fn elf(&mut self, root: &Path, from: &Path, to: &str) -> Result<()> {
         let contents = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
         let elf = goblin::elf::Elf::parse(&contents)
@@ -54,10 +63,7 @@ impl Initrd {
         let loader = elf.interpreter.map(|x| x.trim_start_matches('/').to_owned());
         self.file(to, contents);
         for name in needed {
-            let place = format!("{LIBRARIES}/{name}");
-            if !self.entries.contains_key(&place) {
-                self.elf(root, &library(root, &name)?, &place)?;
-            }
+            self.library(root, &name)?;
         }
         if let Some(loader) = loader
             && !self.entries.contains_key(&loader)
