@@ -1,12 +1,12 @@
 //! Making what a fleece needs: the image, its nodes, the filter that waits for the guest's writes.
 
-use disksnap_core::{Batch, Command, Error, ErrorKind, Host, Owner, Result, SnapshotId, Step, TakePlan};
+use disksnap_core::{Batch, Command, Error, Host, Owner, Result, SnapshotId, Step, TakePlan};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::choice::{Choice, Seat};
 use crate::encrypted;
-use crate::jobs::{self, Job};
+use crate::image::Content;
 use crate::names::Names;
 use crate::offers::Sparing;
 use crate::settings::Way;
@@ -33,7 +33,7 @@ pub(crate) async fn build(host: &dyn Host, fleeces: &[Fleece]) -> Result<()> {
         make_file(fleece, owner).map_err(|e| e.with("disk", &fleece.target))?;
     }
     let unreachable = |error: Error| explain_owner(error, owner);
-    make_formats(host, fleeces).await.map_err(unreachable)?;
+    encrypt(host, fleeces).await.map_err(unreachable)?;
     let mut commands = Vec::new();
     for fleece in fleeces {
         let names = fleece.names();
@@ -57,26 +57,24 @@ fn explain_owner(error: Error, owner: Option<Owner>) -> Error {
 }
 
 fn make_file(fleece: &Fleece, owner: Option<Owner>) -> Result<()> {
-    let size = if has_format(&fleece.choice) {
-        0
-    } else {
-        fleece.choice.size
+    let Choice {
+        image,
+        size,
+        way,
+        encrypted,
+        ..
+    } = &fleece.choice;
+    let content = match (way, encrypted) {
+        // `qemu-img` writes the format, and grows the file.
+        (_, true) => Content::Nothing,
+        (Way::Classic, false) => Content::Qcow2(*size),
+        (Way::Filter | Way::Job, false) => Content::Raw(*size),
     };
-    fleece.choice.image.create(size, owner)
+    image.create(content, owner)
 }
 
-/// Whether the fleece image has a format, which grows the file by itself.
-fn has_format(choice: &Choice) -> bool {
-    choice.encrypted || choice.way == Way::Classic
-}
-
-/// Whether QEMU writes that format, into a node of its own.
-fn has_file_node(choice: &Choice) -> bool {
-    !choice.encrypted && choice.way == Way::Classic
-}
-
-/// Writes the formats of the images that have one.
-async fn make_formats(host: &dyn Host, fleeces: &[Fleece]) -> Result<()> {
+/// Writes the formats of the encrypted images, and gives QEMU their keys.
+async fn encrypt(host: &dyn Host, fleeces: &[Fleece]) -> Result<()> {
     for fleece in fleeces.iter().filter(|f| f.choice.encrypted) {
         let key = encrypted::random_key()?;
         encrypted::make(&fleece.choice, &key)
@@ -85,40 +83,7 @@ async fn make_formats(host: &dyn Host, fleeces: &[Fleece]) -> Result<()> {
         let secret = json!({ "qom-type": "secret", "id": fleece.names().secret(), "data": key });
         each(host, vec![(fleece, Command::new("object-add", secret))]).await?;
     }
-    let plain: Vec<&Fleece> = fleeces.iter().filter(|f| has_file_node(&f.choice)).collect();
-    let (mut nodes, mut jobs) = (Vec::new(), Vec::new());
-    for fleece in &plain {
-        let (names, choice) = (fleece.names(), &fleece.choice);
-        let mut node = file_options(choice);
-        node["node-name"] = json!(names.file());
-        nodes.push((*fleece, Command::new("blockdev-add", node)));
-        let options = json!({ "driver": "qcow2", "file": names.file(), "size": choice.size });
-        let create = json!({ "job-id": names.create_job(), "options": options });
-        jobs.push((*fleece, Command::new("blockdev-create", create)));
-    }
-    each(host, nodes).await?;
-    each(host, jobs).await?;
-    for fleece in plain {
-        wait_created(host, fleece).await?;
-    }
     Ok(())
-}
-
-async fn wait_created(host: &dyn Host, fleece: &Fleece) -> Result<()> {
-    let job = fleece.names().create_job();
-    let Some(job) = jobs::wait(host, &job, Job::has_ended).await? else {
-        return Ok(());
-    };
-    jobs::end(host, &job).await?;
-    match job.error {
-        None => Ok(()),
-        Some(error) => Err(Error::new(
-            ErrorKind::Refused,
-            format!("QEMU cannot make the fleece image: {error}"),
-        )
-        .with("disk", &fleece.target)
-        .with("path", fleece.choice.image.path.display())),
-    }
 }
 
 fn file_options(choice: &Choice) -> Value {
@@ -128,11 +93,7 @@ fn file_options(choice: &Choice) -> Value {
 /// The node that old data is copied to.
 fn fleece_node(names: &Names, choice: &Choice) -> Value {
     let mut node = json!({ "node-name": names.fleece(), "discard": "unmap" });
-    node["file"] = if has_file_node(choice) {
-        json!(names.file())
-    } else {
-        file_options(choice)
-    };
+    node["file"] = file_options(choice);
     match (choice.way, choice.encrypted) {
         (Way::Classic, encrypted) => {
             node["driver"] = json!("qcow2");

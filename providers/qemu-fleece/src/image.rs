@@ -8,7 +8,19 @@ use std::path::{Path, PathBuf};
 use disksnap_core::{Error, ErrorKind, Host, Owner, Result, SnapshotId};
 use serde::{Deserialize, Serialize};
 
+use crate::qcow2;
 use crate::settings::Settings;
+
+/// What a new fleece image holds; sizes are the disk's, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// Nothing: somebody else writes a format into it.
+    Nothing,
+    /// A hole.
+    Raw(u64),
+    /// An empty qcow2 image.
+    Qcow2(u64),
+}
 
 /// Where one fleece image is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,8 +55,8 @@ impl Image {
         }
     }
 
-    /// Makes an empty image of `size` bytes, mode 0600, owned by whoever must open it. Never overwrites.
-    pub(crate) fn create(&self, size: u64, owner: Option<Owner>) -> Result<()> {
+    /// Makes an image, mode 0600, owned by whoever must open it. Never overwrites.
+    pub(crate) fn create(&self, content: Content, owner: Option<Owner>) -> Result<()> {
         let first = self.mark.as_ref().unwrap_or(&self.path);
         let file = OpenOptions::new()
             .write(true)
@@ -52,7 +64,7 @@ impl Image {
             .mode(0o600)
             .open(first);
         let file = file.map_err(|e| self.refused("cannot create the fleece image", e))?;
-        self.fill_in(&file, size, owner)
+        self.fill_in(&file, content, owner)
             .map_err(|e| self.refused("cannot set up the fleece image", e))?;
         if self.mark.is_some() {
             std::fs::hard_link(first, &self.path)
@@ -62,11 +74,15 @@ impl Image {
     }
 
     #[expect(clippy::unused_self, reason = "reads as what is done to the image")]
-    fn fill_in(&self, file: &File, size: u64, owner: Option<Owner>) -> io::Result<()> {
+    fn fill_in(&self, file: &File, content: Content, owner: Option<Owner>) -> io::Result<()> {
         if let Some(Owner { uid, gid }) = owner {
             std::os::unix::fs::fchown(file, Some(uid), Some(gid))?;
         }
-        file.set_len(size)
+        match content {
+            Content::Nothing => Ok(()),
+            Content::Raw(size) => file.set_len(size),
+            Content::Qcow2(size) => qcow2::write_empty(file, size),
+        }
     }
 
     fn refused(&self, what: &str, error: io::Error) -> Error {
@@ -75,6 +91,7 @@ impl Image {
                 "An existing file is never overwritten: name another, or remove it."
             }
             io::ErrorKind::NotFound => "The directory must exist.",
+            io::ErrorKind::InvalidInput => "A way with raw images has no such limit (fleece.way=filter).",
             io::ErrorKind::StorageFull => {
                 "Free some space, or name a place with more of it (fleece.file=PATH)."
             }
@@ -165,7 +182,7 @@ mod tests {
         let image = given(dir.path());
         std::fs::write(&image.path, "precious").unwrap();
         assert_eq!(
-            image.create(4096, None).unwrap_err().kind(),
+            image.create(Content::Raw(4096), None).unwrap_err().kind(),
             ErrorKind::AlreadyExists
         );
         image.remove_if_ours().unwrap();
@@ -177,12 +194,12 @@ mod tests {
     fn what_we_made_is_removed_whether_or_not_the_create_came_to_its_end() {
         let dir = tempfile::tempdir().unwrap();
         let image = given(dir.path());
-        image.create(4096, None).unwrap();
+        image.create(Content::Raw(4096), None).unwrap();
         let made = std::fs::metadata(&image.path).unwrap();
         assert_eq!((made.len(), made.mode() & 0o777), (4096, 0o600));
         image.remove_if_ours().unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        image.create(4096, None).unwrap();
+        image.create(Content::Raw(4096), None).unwrap();
         image.unmark().unwrap();
         image.remove().unwrap();
         image.remove().unwrap();

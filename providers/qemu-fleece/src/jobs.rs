@@ -10,9 +10,6 @@ use serde_json::json;
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub(crate) struct Job {
     pub(crate) id: String,
-    /// `backup`, `mirror`, `create`, …
-    #[serde(rename = "type")]
-    pub(crate) kind: String,
     /// `created`, `running`, `ready`, `concluded`, …
     pub(crate) status: String,
     #[serde(default)]
@@ -26,7 +23,7 @@ impl Job {
     }
 }
 
-/// How long a job of ours may take to end once it should: making an empty image, or cancelling.
+/// How long a job of ours may take to end once it should: reading a little, or cancelling.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// All jobs (`query-jobs`).
@@ -64,12 +61,7 @@ pub(crate) async fn wait(host: &dyn Host, id: &str, done: impl Fn(&Job) -> bool)
 /// Ends a job, whatever it does, and forgets it. Idempotent.
 pub(crate) async fn end(host: &dyn Host, job: &Job) -> Result<()> {
     let id = json!({ "id": job.id });
-    if job.kind == "create" {
-        // It ends by itself at once; cancelled in the middle, it is a path that QEMU seldom goes.
-        if wait(host, &job.id, Job::has_ended).await?.is_none() {
-            return Ok(());
-        }
-    } else if !job.has_ended() {
+    if !job.has_ended() {
         // Refused when it ends by itself at this very moment; then the wait sees that.
         let cancelled = host.monitor(Command::new("job-cancel", id.clone())).await;
         if wait(host, &job.id, Job::has_ended).await?.is_none() {

@@ -21,6 +21,7 @@ mod inspect;
 mod jobs;
 mod names;
 mod offers;
+mod qcow2;
 mod settings;
 mod teardown;
 

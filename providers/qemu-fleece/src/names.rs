@@ -56,11 +56,6 @@ impl Names {
         self.role("fl")
     }
 
-    /// The protocol node of the fleece image, where it has one of its own.
-    pub(crate) fn file(&self) -> String {
-        self.role("img")
-    }
-
     /// The node to read the snapshot through.
     pub(crate) fn access(&self) -> String {
         self.role("acc")
@@ -69,11 +64,6 @@ impl Names {
     /// The backup job.
     pub(crate) fn job(&self) -> String {
         self.role("job")
-    }
-
-    /// The job that makes the fleece image.
-    pub(crate) fn create_job(&self) -> String {
-        self.role("mk")
     }
 
     /// The secret that the fleece image is encrypted with.
@@ -111,7 +101,7 @@ mod tests {
             for name in [
                 names.filter(),
                 names.secret(),
-                names.file(),
+                names.fleece(),
                 names.probe('n', 255),
             ] {
                 assert!(name.len() <= 31, "{name}");

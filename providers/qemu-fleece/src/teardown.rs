@@ -48,8 +48,14 @@ async fn take_nodes_apart(host: &dyn Host, graph: &Graph, all: &[Names]) -> Resu
         }),
     )
     .await?;
-    let rest = |names| by_dependency(graph, names);
-    remove(host, all.iter().flat_map(rest).collect()).await
+    // What was below a filter that went with its job.
+    remove(
+        host,
+        among(graph, all, |node, names| {
+            node.name == names.fleece() && !is_seated(graph, names)
+        }),
+    )
+    .await
 }
 
 /// Whether the filter is one of our own, and not a job's.
@@ -150,18 +156,6 @@ fn unseating(graph: &Graph, names: &Names) -> Result<Vec<Command>> {
         commands.push(Command::new("blockdev-reopen", json!({ "options": [options] })));
     }
     Ok(commands)
-}
-
-/// What is left of a fleece's own nodes without readers and filter, each before those it is built on.
-fn by_dependency(graph: &Graph, names: &Names) -> Vec<String> {
-    let order = if is_seated(graph, names) {
-        vec![names.file()]
-    } else {
-        // The filter went with its job.
-        vec![names.fleece(), names.file()]
-    };
-    let is_there = |name: &String| graph.node(name).is_some();
-    order.into_iter().filter(is_there).collect()
 }
 
 fn names_of(graph: &Graph, names: &Names, which: impl Fn(&Node) -> bool) -> Vec<String> {
