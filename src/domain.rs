@@ -62,7 +62,7 @@ impl Disksnap {
 }
 
 /// Whether a domain is meant by the path of its document.
-fn is_path(given: &str) -> bool {
+pub(crate) fn is_path(given: &str) -> bool {
     let named = Path::new(given);
     let xml = named.extension().is_some_and(|e| e.eq_ignore_ascii_case("xml"));
     given.contains('/') || xml || named.is_file()

@@ -14,6 +14,7 @@ mod domain;
 mod open;
 mod reader;
 mod save;
+mod update;
 
 pub use disksnap_catalog::{SqliteCatalog, StateDir};
 pub use disksnap_core::*;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use disksnap::{DiskChoice, Listen, Quiesce, SnapshotName};
 
-use crate::values::{parse_disk, parse_name, parse_seconds, parse_size};
+use crate::values::{parse_disk, parse_name, parse_option, parse_seconds, parse_size};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -102,9 +102,15 @@ pub(crate) enum Command {
     Domain(DomainCommand),
     /// Tell per disk which method would be used, why, and what would happen; changes nothing
     Plan(Wanted),
-    /// Take, list, show and delete snapshots
+    /// Say how a domain's disk is snapshotted
+    #[command(subcommand)]
+    Disk(DiskCommand),
+    /// Take, list, show, merge, revert and delete snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
+    /// See and cancel merges that are under way
+    #[command(subcommand)]
+    Job(JobCommand),
     /// Serve snapshots over NBD
     #[command(subcommand)]
     Export(ExportCommand),
@@ -146,6 +152,8 @@ pub(crate) enum DomainCommand {
     },
     /// List the domains that are known
     List,
+    /// Bring the domain's document up to date, where a snapshot, merge or revert has given it other disks
+    Update,
     /// Print the domain's XML as it is now, with its exports and snapshots in it
     Show,
 }
@@ -173,7 +181,18 @@ pub(crate) enum SnapshotCommand {
         #[arg(value_parser = parse_name)]
         name: SnapshotName,
     },
-    /// Delete snapshots, with their exports and all that was made for them
+    /// Give a snapshot up by merging it, where the domain's disk stands on it; the guest goes on
+    ///
+    /// For methods that put an image of the snapshot below the disk (qemu-external-qcow2). A long merge shows how far it
+    /// is; Ctrl-C cancels it, and the disk goes on as before. After a kill, the same command takes it up again.
+    Merge(Bring),
+    /// Put a snapshot's content back into its disks: what was written since is lost
+    ///
+    /// The domain must be off, unless the method says otherwise.
+    Revert(Bring),
+    /// Delete snapshots, with their exports and all that was made for them; the disks keep their content
+    ///
+    /// A snapshot that the domain's disk stands on is merged for it.
     Delete {
         /// Their names
         #[arg(value_parser = parse_name, required_unless_present = "all")]
@@ -181,6 +200,70 @@ pub(crate) enum SnapshotCommand {
         /// All snapshots of the domain
         #[arg(long, conflicts_with = "names")]
         all: bool,
+        #[command(flatten)]
+        document: Keep,
+    },
+}
+
+/// Whether the domain's document follows its disks.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Keep {
+    /// Leave the domain's document as it is, where its disks become others
+    ///
+    /// Else it is brought up to date, in its file or where it was defined. The new `<disk>` is printed in any case.
+    #[arg(long)]
+    pub(crate) keep_document: bool,
+}
+
+/// Which snapshot, and which of its disks.
+#[derive(Debug, Args)]
+pub(crate) struct Bring {
+    /// The snapshot
+    #[arg(value_parser = parse_name)]
+    pub(crate) name: SnapshotName,
+    /// A disk of it, by its target; may be given several times; all its disks if none is given
+    #[arg(long = "disk", value_name = "TARGET")]
+    pub(crate) disks: Vec<String>,
+    /// How long a running guest's disk may stand still at the end of a merge, at most; 8 if nothing is said
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub(crate) deadline: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) document: Keep,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum JobCommand {
+    /// List the merges that are under way, of the domain or of all
+    List,
+    /// Show how far one is
+    Show {
+        /// Its id
+        id: uuid::Uuid,
+    },
+    /// Cancel one: its disks go on as before, and the snapshot stays
+    Cancel {
+        /// Its id
+        id: uuid::Uuid,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DiskCommand {
+    /// Say in the domain's document by which method a disk is to be snapshotted
+    ///
+    /// Changes the disk's <diskSnapshot> where it is, or puts one in.
+    SetMethod {
+        /// The disk, by its target
+        target: String,
+        /// The method
+        #[arg(required_unless_present = "none")]
+        method: Option<String>,
+        /// What the method is told: its options, see `disksnap methods METHOD`
+        #[arg(value_name = "KEY=VALUE", value_parser = parse_option)]
+        options: Vec<(String, String)>,
+        /// No method of its own any more
+        #[arg(long, conflicts_with_all = ["method", "options"])]
+        none: bool,
     },
 }
 
@@ -197,6 +280,8 @@ pub(crate) struct Create {
     /// How long the guest may stand still, at most; 8 if nothing is said
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     pub(crate) deadline: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) document: Keep,
 }
 
 /// [`Quiesce`], as the command line spells it.

@@ -16,6 +16,8 @@ pub(crate) struct Context {
 /// A domain to act on.
 #[derive(Debug)]
 pub(crate) struct Target {
+    /// As it was given with `-d`.
+    pub(crate) given: String,
     pub(crate) disksnap: Disksnap,
     pub(crate) document: DomainDocument,
     /// What was read from the document, with the sockets of the command line.
@@ -58,6 +60,7 @@ impl Context {
             }
         }
         Ok(Target {
+            given: given.to_owned(),
             disksnap,
             document,
             domain,

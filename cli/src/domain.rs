@@ -31,8 +31,20 @@ pub(crate) async fn run(context: &Context, command: DomainCommand) -> Outcome {
                 .show(&IdView::new(&id, "undefined"), || element(&id).to_document())
         }
         DomainCommand::List => list(context).await,
+        DomainCommand::Update => update(context).await,
         DomainCommand::Show => show(context).await,
     }
+}
+
+/// The catalog knows what the document does not: a kill between the two, or `--keep-document`, left it behind.
+async fn update(context: &Context) -> Outcome {
+    let target = context.target().await?;
+    let disks = target.disksnap.dispatcher().outdated(&target.domain).await?;
+    let document = target.disksnap.update(&target.given, &disks).await?;
+    let view = Updated {
+        targets: disks.into_iter().map(|disk| disk.target).collect(),
+    };
+    context.out.show(&view, || Ok(document.text().to_owned()))
 }
 
 async fn list(context: &Context) -> Outcome {
@@ -118,6 +130,22 @@ impl IdView {
             name: id.name.clone(),
             uuid: id.uuid.to_string(),
             what,
+        }
+    }
+}
+
+/// The disks that were brought up to date.
+#[derive(Debug, Serialize)]
+struct Updated {
+    targets: Vec<String>,
+}
+
+impl Text for Updated {
+    fn text(&self) -> String {
+        if self.targets.is_empty() {
+            "The document is up to date.\n".to_owned()
+        } else {
+            format!("brought up to date: {}\n", self.targets.join(", "))
         }
     }
 }

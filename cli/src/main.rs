@@ -1,12 +1,16 @@
 //! The `disksnap` command: a thin shell over the library. Here: the entry, and which room does what.
 
+mod altered_view;
 mod args;
+mod bring;
 mod conform;
 mod context;
+mod disk;
 mod domain;
 mod export;
 mod export_view;
 mod failure;
+mod job;
 mod methods;
 mod output;
 mod pages;
@@ -59,8 +63,10 @@ async fn run(context: &Context, command: Command) -> Outcome {
     match command {
         Command::Methods { method } => methods::run(context, method.as_deref()),
         Command::Domain(command) => domain::run(context, command).await,
+        Command::Disk(command) => disk::run(context, command).await,
         Command::Plan(wanted) => plan::run(context, wanted).await,
         Command::Snapshot(command) => snapshot::run(context, command).await,
+        Command::Job(command) => job::run(context, command).await,
         Command::Export(command) => export::run(context, command).await,
         Command::Read(read) => read::run(context, read).await,
         Command::Recover => recover::run(context).await,

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use disksnap::xml::{self, Element, SnapshotView};
-use disksnap::{Deleted, Error, Health, Inspected, Result, Snapshot, SnapshotName, Source};
+use disksnap::{Deleted, Deletion, Disk, Error, Health, Inspected, Result, Snapshot, SnapshotName, Source};
 use serde::Serialize;
 
-use crate::args::{Create, SnapshotCommand};
+use crate::args::{Create, Keep, SnapshotCommand};
+use crate::bring::{self, follow};
 use crate::context::{Context, Target};
 use crate::failure::{Failure, Outcome};
 use crate::output::Text;
@@ -19,7 +20,9 @@ pub(crate) async fn run(context: &Context, command: SnapshotCommand) -> Outcome 
         SnapshotCommand::Create(create) => self::create(context, create).await,
         SnapshotCommand::List => list(context).await,
         SnapshotCommand::Show { name } => show(context, &name).await,
-        SnapshotCommand::Delete { names, all } => delete(context, names, all).await,
+        SnapshotCommand::Merge(merge) => bring::merge(context, merge).await,
+        SnapshotCommand::Revert(revert) => bring::revert(context, revert).await,
+        SnapshotCommand::Delete { names, all, document } => delete(context, names, all, document).await,
     }
 }
 
@@ -35,8 +38,10 @@ async fn create(context: &Context, create: Create) -> Outcome {
         .dispatcher()
         .create(&target.domain, &request)
         .await?;
+    let disks: Vec<Disk> = snapshot.disks.iter().filter_map(|d| d.modified_disk.clone()).collect();
     let health = vec![Health::Active; snapshot.disks.len()];
     tell(context, &target, &Inspected { snapshot, health }).await?;
+    follow(context, &target, create.document, &disks).await?;
     stop.check()
 }
 
@@ -84,7 +89,7 @@ async fn list(context: &Context) -> Outcome {
 }
 
 /// Deletes as many as can be deleted; what cannot be is told at the end.
-async fn delete(context: &Context, names: Vec<SnapshotName>, all: bool) -> Outcome {
+async fn delete(context: &Context, names: Vec<SnapshotName>, all: bool, document: Keep) -> Outcome {
     let target = context.target().await?;
     let dispatcher = target.disksnap.dispatcher();
     let names = if all {
@@ -95,18 +100,27 @@ async fn delete(context: &Context, names: Vec<SnapshotName>, all: bool) -> Outco
     };
     let stop = Stop::listen(true)?;
     let (mut deleted, mut failed): (Vec<DeletedView>, Vec<Error>) = (Vec::new(), Vec::new());
+    let (mut domain, mut disks) = (target.domain.clone(), Vec::new());
     for name in names {
         if stop.heard().is_some() {
             break;
         }
-        match dispatcher.delete(&target.domain, &name).await {
-            Ok(how) => deleted.push(DeletedView::new(&name, how)),
+        match dispatcher.delete(&domain, &name).await {
+            Ok(Deletion { deleted: how, altered }) => {
+                deleted.push(DeletedView::new(&name, how));
+                altered.warnings.iter().for_each(|w| context.out.warn(w));
+                for disk in altered.disks {
+                    domain.replace_disk(disk.clone());
+                    disks.push(disk);
+                }
+            }
             Err(error) => failed.push(error),
         }
     }
     context
         .out
         .show(&DeletedList { deleted: &deleted }, || delete_document(&deleted))?;
+    follow(context, &target, document, &disks).await?;
     if failed.is_empty() {
         stop.check()
     } else {

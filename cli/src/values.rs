@@ -41,6 +41,14 @@ pub(crate) fn parse_name(text: &str) -> Result<SnapshotName, String> {
     })
 }
 
+/// `KEY=VALUE`.
+pub(crate) fn parse_option(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected KEY=VALUE".to_owned()),
+    }
+}
+
 /// `TARGET[,method=METHOD][,KEY=VALUE]…`, in which a comma in a value is written twice.
 pub(crate) fn parse_disk(text: &str) -> Result<DiskChoice, String> {
     let mut parts = split_at_commas(text).into_iter();

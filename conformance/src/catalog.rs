@@ -202,6 +202,10 @@ impl OfDomain {
     fn apply(&mut self, change: &Change) -> Result<()> {
         match change {
             Change::AddSnapshot(snapshot) => {
+                if let Some(known) = self.snapshots.iter_mut().find(|s| s.id == snapshot.id) {
+                    known.clone_from(snapshot);
+                    return Ok(());
+                }
                 if self.snapshots.iter().any(|s| s.name == snapshot.name) {
                     return Err(
                         Error::new(ErrorKind::AlreadyExists, "the snapshot exists already")

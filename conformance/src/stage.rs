@@ -194,7 +194,7 @@ impl Stage {
 
     pub(crate) async fn delete(&self, name: &SnapshotName) -> Step<Deleted> {
         let deleted = self.dispatcher()?.delete(self.domain(), name).await;
-        deleted.context(format!("deleting {name}"))
+        deleted.map(|done| done.deleted).context(format!("deleting {name}"))
     }
 
     /// Deletes a snapshot that must be there.

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
-    Alias, DiskRequest, Domain, DomainId, Export, NbdServer, Prepared, Result, Snapshot, SnapshotId,
-    SnapshotName,
+    Alias, Attached, DiskRequest, Domain, DomainId, Export, NbdServer, Prepared, Result, Snapshot,
+    SnapshotId, SnapshotName,
 };
 
 /// The durable catalog. Every method is one atomic, durable step: after a kill it has happened or not.
@@ -99,12 +99,34 @@ pub enum Act {
         /// Which.
         snapshot: SnapshotId,
     },
+    /// Units of a snapshot are being merged. In force for as long as the lease lives; then nobody drives it, and
+    /// whoever comes next ends it.
+    Merge {
+        /// Which snapshot.
+        snapshot: SnapshotId,
+        /// Its name.
+        name: SnapshotName,
+        /// The targets of the units' disks.
+        targets: Vec<String>,
+        /// The lease of the process that drives it.
+        lease: Uuid,
+    },
+    /// Units of a snapshot are being put back.
+    Revert {
+        /// Which snapshot.
+        snapshot: SnapshotId,
+        /// The targets of the units' disks.
+        targets: Vec<String>,
+    },
     /// Exports are being started, and the server with them if it does not run yet.
     Serve {
         /// The server.
         server: NbdServer,
         /// Whether this act starts it.
         starts: bool,
+        /// Whether this act starts the image server.
+        #[serde(default)]
+        starts_images: bool,
         /// The exports.
         exports: Vec<Export>,
     },
@@ -113,6 +135,20 @@ pub enum Act {
     Read {
         /// The reader's lease.
         lease: Uuid,
+        /// The export.
+        export: Alias,
+    },
+    /// A disk is being plugged into another domain's guest, over an export of its own.
+    Attach {
+        /// That domain, and what is plugged.
+        attached: Box<Attached>,
+        /// The export.
+        export: Alias,
+    },
+    /// A disk is being taken out of another domain's guest, and its export stopped.
+    Detach {
+        /// That domain, and what is taken out.
+        attached: Box<Attached>,
         /// The export.
         export: Alias,
     },
@@ -138,7 +174,7 @@ pub struct Part {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Change {
-    /// A snapshot has come to be. `AlreadyExists` when its name is taken.
+    /// A snapshot has come to be, or replaces the record of the same id. `AlreadyExists` when its name is another's.
     AddSnapshot(Box<Snapshot>),
     /// A snapshot is gone, or never was.
     RemoveSnapshot(SnapshotId),

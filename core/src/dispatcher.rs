@@ -4,19 +4,24 @@
 //! killed run left is in `recover`, the instant itself is in `window`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 
 use crate::names::nearest;
 use crate::resolve::resolve;
+use crate::standing::{present, refuse_stale};
 use crate::window::{self, Instantly, Take};
 use crate::{
-    Act, Catalog, Change, Connector, Consistency, Control, DiskRequest, DiskSnapshotRecord, Domain,
-    DomainLock, Effect, Error, ErrorKind, Fit, Health, Intent, Part, Plan, PlannedDisk, Registry, Result,
-    RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Unit, UnitRecord,
+    Act, Altered, Catalog, Change, Connector, Consistency, Control, Disk, DiskRequest, DiskSnapshotRecord,
+    Domain, DomainLock, Effect, Error, ErrorKind, Fit, Health, Intent, JobUnit, Part, Plan, PlannedDisk,
+    Registry, Result, RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Unit, UnitRecord,
 };
+
+/// For how long a running guest's disk may stand still at the end of the merge that a delete begins.
+const MERGE_DEADLINE: Duration = Duration::from_secs(8);
 
 /// Finds each disk's provider and drives it. Cheap to clone; every method may be called at any time,
 /// from any number of tasks and processes: the catalog's lock keeps those on one domain apart.
@@ -47,6 +52,15 @@ impl Inspected {
         };
         self.health.iter().max_by_key(rank).unwrap_or(&Health::Active)
     }
+}
+
+/// What a delete did.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Deletion {
+    /// Whether there was anything to delete.
+    pub deleted: Deleted,
+    /// What merging the disks that stood on the snapshot has changed.
+    pub altered: Altered,
 }
 
 /// What a delete found.
@@ -96,8 +110,8 @@ impl Dispatcher {
     /// What a request would do; changes nothing, takes no lock, and needs no running domain.
     pub async fn plan(&self, domain: &Domain, request: &SnapshotRequest) -> Result<Plan> {
         let control = self.connector.control(domain).await?;
-        let taken = aliases(&self.catalog.snapshots(&domain.id).await?);
-        resolve(&*control, &self.registry, request, &taken)
+        let existing = self.catalog.snapshots(&domain.id).await?;
+        self.plan_on(&*control, &control.state().await?, request, &existing)
             .await
             .map_err(|e| e.during("plan"))
     }
@@ -126,6 +140,17 @@ impl Dispatcher {
         Ok(list)
     }
 
+    /// The domain's disks as it uses them now, where a snapshot, merge or revert has changed what its document says.
+    /// Empty when the document is up to date.
+    pub async fn outdated(&self, domain: &Domain) -> Result<Vec<Disk>> {
+        let snapshots = self.catalog.snapshots(&domain.id).await?;
+        let now = domain.disks.iter().map(|disk| (disk, present(disk, &snapshots)));
+        Ok(now
+            .filter(|(said, now)| *said != now)
+            .map(|(_, now)| now)
+            .collect())
+    }
+
     /// One snapshot by name, looked at. `NotFound`, with the names that come near, when there is none.
     pub async fn show(&self, domain: &Domain, name: &SnapshotName) -> Result<Inspected> {
         let control = self.connector.control(domain).await?;
@@ -133,27 +158,55 @@ impl Dispatcher {
         self.look(&*control, snapshot).await
     }
 
-    /// Deletes a snapshot and all that was made for it: exports, jobs, nodes, images. Idempotent: a name
-    /// deleted before answers [`Deleted::Before`]; a name that never was is `NotFound`.
-    pub async fn delete(&self, domain: &Domain, name: &SnapshotName) -> Result<Deleted> {
-        let held = self.hold(domain).await.map_err(|e| e.during("delete"))?;
-        match self.find(domain, name).await {
-            Ok(snapshot) => {
-                self.delete_held(&held, domain, &snapshot).await.map_err(|e| {
-                    e.during("delete")
-                        .with("domain", &domain.id)
-                        .with("snapshot", name)
-                })?;
-                Ok(Deleted::Now)
-            }
+    /// Deletes a snapshot and all that was made for it: exports, jobs, nodes, images. The disks keep their content:
+    /// where they stand on the snapshot, it is merged first. Idempotent: a name deleted before answers
+    /// [`Deleted::Before`]; a name that never was is `NotFound`.
+    pub async fn delete(&self, domain: &Domain, name: &SnapshotName) -> Result<Deletion> {
+        let deleted = self.delete_inner(domain, name).await;
+        deleted.map_err(|e| {
+            e.during("delete")
+                .with("domain", &domain.id)
+                .with("snapshot", name)
+        })
+    }
+
+    async fn delete_inner(&self, domain: &Domain, name: &SnapshotName) -> Result<Deletion> {
+        let mut deletion = Deletion {
+            deleted: Deleted::Now,
+            altered: Altered::default(),
+        };
+        let held = self.hold(domain).await?;
+        let snapshot = match self.find(domain, name).await {
+            Ok(snapshot) => snapshot,
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                match self.catalog.deleted(&domain.id, name).await? {
-                    Some(_) => Ok(Deleted::Before),
-                    None => Err(error.during("delete")),
-                }
+                deletion.deleted = Deleted::Before;
+                let known = self.catalog.deleted(&domain.id, name).await?;
+                return known.map(|_| deletion).ok_or(error);
             }
-            Err(error) => Err(error.during("delete")),
+            Err(error) => return Err(error),
+        };
+        self.refuse_while_merging(&domain.id).await?;
+        let stood_on = self.stood_on(&snapshot);
+        if stood_on.is_empty() {
+            self.delete_held(&held, domain, &snapshot).await?;
+            return Ok(deletion);
         }
+        let stopped = self
+            .unserve_snapshot(&*held.control, &domain.id, snapshot.id)
+            .await?;
+        self.catalog.settle(Uuid::nil(), &domain.id, &stopped).await?;
+        // A merge is long, and locks the domain by itself at both its ends.
+        drop(held);
+        let mut go_on = |_: &[JobUnit]| ControlFlow::Continue(());
+        deletion.altered = self
+            .merge(domain, name, &stood_on, MERGE_DEADLINE, &mut go_on)
+            .await?;
+        if !deletion.altered.gone {
+            let held = self.hold(domain).await?;
+            let rest = self.find(domain, name).await?;
+            self.delete_held(&held, domain, &rest).await?;
+        }
+        Ok(deletion)
     }
 
     /// Locks and reaches the domain, and settles what a killed run left of it.
@@ -200,7 +253,7 @@ impl Dispatcher {
                     .hint("Wait until the migration has ended."),
             );
         }
-        let plan = resolve(control, &self.registry, request, &aliases(&existing)).await?;
+        let plan = self.plan_on(control, &state, request, &existing).await?;
         let mut parts = parts(&plan)?;
         let mut intent = Intent {
             id: request.id.0,
@@ -226,6 +279,19 @@ impl Dispatcher {
             Ok(()) => Ok(snapshot),
             Err(error) => Err(self.roll_back(control, &intent, &parts, error).await),
         }
+    }
+
+    async fn plan_on(
+        &self,
+        control: &dyn Control,
+        state: &RunState,
+        request: &SnapshotRequest,
+        existing: &[Snapshot],
+    ) -> Result<Plan> {
+        let plan = resolve(control, &self.registry, request, &aliases(existing)).await?;
+        let disks = plan.disks.iter().map(|planned| &planned.request.disk);
+        refuse_stale(state, disks, existing)?;
+        Ok(plan)
     }
 
     /// Prepares, takes and completes; whatever it did by the time of an error is the caller's to undo.
@@ -322,6 +388,8 @@ impl Dispatcher {
     }
 
     async fn delete_held(&self, held: &Held, domain: &Domain, snapshot: &Snapshot) -> Result<()> {
+        self.refuse_attached(&domain.id, |export| export.snapshot == snapshot.id)
+            .await?;
         let intent = Intent {
             id: Uuid::new_v4(),
             domain: domain.clone(),

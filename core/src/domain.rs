@@ -72,4 +72,11 @@ impl Domain {
                 .hint(crate::names::nearest("disks", target, known))
         })
     }
+
+    /// Puts a disk in the place of the one with its target, where there is one (`modifiedDisk`).
+    pub fn replace_disk(&mut self, disk: Disk) {
+        if let Some(old) = self.disks.iter_mut().find(|old| old.target == disk.target) {
+            *old = disk;
+        }
+    }
 }

@@ -9,6 +9,7 @@
 //! [`Host`] and [`Control`], which another crate implements.
 
 mod accessors;
+mod attach;
 mod catalog;
 mod disk;
 mod dispatcher;
@@ -16,29 +17,41 @@ mod domain;
 mod error;
 mod export;
 mod host;
+mod hotplug;
+mod image_server;
+mod ledger;
+mod merging;
 mod names;
+mod place;
 mod provider;
 mod reading;
 mod recover;
 mod registry;
 mod request;
 mod resolve;
+mod reverting;
 mod serve;
 mod snapshot;
 mod source;
+mod standing;
+mod wanted;
 mod window;
 
 pub use accessors::{Affected, Merge, Peer, Progress, Revert};
 pub use catalog::{Act, Catalog, Change, Definition, DomainLock, Intent, Part};
 pub use disk::{DeviceKind, Disk, Driver, MethodChoice, Options};
 
-pub use dispatcher::{Deleted, Dispatcher, Inspected};
+pub use dispatcher::{Deleted, Deletion, Dispatcher, Inspected};
 pub use domain::{Domain, DomainId, Sockets};
 pub use error::{Effect, Error, ErrorKind, Result};
-pub use export::{Export, ExportDisk, ExportRequest, Listen, NbdServer, Tls};
+pub use export::{Export, ExportDisk, ExportRequest, Listen, NbdServer, ServedBy, Tls};
 pub use host::{
     Command, Connector, Control, Freeze, Guard, Host, Owner, RunState, ServeNode, Verdict, Watch,
 };
+pub use hotplug::{Attached, Hotplug, PlugDisk};
+pub use image_server::{Image, ImageServer};
+pub use ledger::Altered;
+pub use merging::{Job, JobUnit, Watcher};
 pub use names::{Alias, SnapshotId, SnapshotName};
 pub use provider::{
     Access, Batch, Capability, DiskRequest, DiskResult, DiskSnapshot, Fit, Health, Method, OptionDoc,

@@ -1,8 +1,10 @@
 //! What a killed run left: finish it or undo it. Safe at any time, and twice.
 
 use serde::Serialize;
+use uuid::Uuid;
 
 use crate::dispatcher::Held;
+use crate::ledger::chosen;
 use crate::{Act, Dispatcher, Domain, DomainId, Error, Intent, Result, SnapshotId};
 
 /// What was done about one thing that a killed run left.
@@ -50,6 +52,7 @@ impl Dispatcher {
                 }),
             }
         }
+        all.extend(self.recover_image_servers(domain).await?);
         Ok(all)
     }
 
@@ -67,7 +70,20 @@ impl Dispatcher {
 
     /// Before a new act on a domain: settles what a killed one left, or refuses.
     pub(crate) async fn settle_leftovers(&self, held: &Held, domain: &DomainId) -> Result<()> {
+        self.settle_leftovers_but(held, domain, None).await
+    }
+
+    /// The same, but for one that is about to be taken up again.
+    pub(crate) async fn settle_leftovers_but(
+        &self,
+        held: &Held,
+        domain: &DomainId,
+        but: Option<Uuid>,
+    ) -> Result<()> {
         for intent in self.leftovers(domain).await? {
+            if but == Some(intent.id) {
+                continue;
+            }
             self.act_on(held, &intent).await.map_err(|error| {
                 error
                     .with("domain", domain)
@@ -77,12 +93,13 @@ impl Dispatcher {
         Ok(())
     }
 
-    /// The intents of a locked domain but for those of readers that still read.
+    /// The intents of a locked domain but for those of readers that still read and merges that are driven.
     async fn leftovers(&self, domain: &DomainId) -> Result<Vec<Intent>> {
         let mut left = Vec::new();
         for intent in self.catalog.intents(Some(domain)).await? {
             match &intent.act {
-                Act::Read { lease, .. } if self.catalog.lease_lives(*lease).await? => {}
+                Act::Read { lease, .. } | Act::Merge { lease, .. }
+                    if self.catalog.lease_lives(*lease).await? => {}
                 _ => left.push(intent),
             }
         }
@@ -101,7 +118,8 @@ impl Dispatcher {
         }
     }
 
-    /// A create and a start are undone, for nobody got their answer; a delete and a stop are finished.
+    /// A create, a start and a merge are undone, for nobody got their answer; a delete, a revert and a stop are
+    /// finished. A merge that has ended has ended.
     async fn act_on(&self, held: &Held, intent: &Intent) -> Result<RecoveredHow> {
         let control = &*held.control;
         match &intent.act {
@@ -117,6 +135,20 @@ impl Dispatcher {
                 self.redo_delete(held, intent, *snapshot).await?;
                 Ok(RecoveredHow::Finished)
             }
+            Act::Revert { snapshot, targets } => {
+                self.redo_revert(held, intent, *snapshot, targets).await?;
+                Ok(RecoveredHow::Finished)
+            }
+            Act::Merge {
+                snapshot, targets, ..
+            } => {
+                let ended = self.end_merge(held, intent, *snapshot, targets).await?;
+                Ok(if ended {
+                    RecoveredHow::Finished
+                } else {
+                    RecoveredHow::Undone
+                })
+            }
             Act::Unserve { exports } => {
                 self.finish_unserve(held, intent, exports).await?;
                 Ok(RecoveredHow::Finished)
@@ -126,6 +158,8 @@ impl Dispatcher {
                     .await?;
                 Ok(RecoveredHow::Undone)
             }
+            Act::Attach { attached, export } => self.settle_attach(held, intent, attached, export).await,
+            Act::Detach { attached, export } => self.settle_detach(held, intent, attached, export).await,
         }
     }
 
@@ -133,6 +167,25 @@ impl Dispatcher {
         let snapshots = self.catalog.snapshots(&intent.domain.id).await?;
         match snapshots.iter().find(|s| s.id == snapshot) {
             Some(snapshot) => self.finish_delete(held, intent, snapshot).await,
+            None => self.catalog.settle(intent.id, &intent.domain.id, &[]).await,
+        }
+    }
+
+    async fn redo_revert(
+        &self,
+        held: &Held,
+        intent: &Intent,
+        snapshot: SnapshotId,
+        targets: &[String],
+    ) -> Result<()> {
+        let snapshots = self.catalog.snapshots(&intent.domain.id).await?;
+        match snapshots.iter().find(|s| s.id == snapshot) {
+            Some(snapshot) => {
+                let entries = chosen(snapshot, targets)?;
+                self.finish_revert(held, intent, snapshot, &entries)
+                    .await
+                    .map(drop)
+            }
             None => self.catalog.settle(intent.id, &intent.domain.id, &[]).await,
         }
     }
@@ -148,7 +201,11 @@ fn describe(act: &Act) -> String {
         Act::Create { name, .. } => format!("create of snapshot '{name}'"),
         Act::Delete { snapshot } => format!("delete of snapshot {snapshot}"),
         Act::Serve { exports, .. } => format!("start of {} exports", exports.len()),
+        Act::Merge { name, .. } => format!("merge of snapshot '{name}'"),
+        Act::Revert { snapshot, .. } => format!("revert to snapshot {snapshot}"),
         Act::Unserve { exports } => format!("stop of {} exports", exports.len()),
         Act::Read { export, .. } => format!("reading through the export '{export}'"),
+        Act::Attach { attached, .. } => format!("attach to '{}'", attached.to.id),
+        Act::Detach { attached, .. } => format!("detach from '{}'", attached.to.id),
     }
 }

@@ -349,15 +349,15 @@ async fn deleted_is_not_unknown() {
     scene.log.take();
     let name = name_of("s");
     let delete = || scene.dispatcher.delete(&scene.domain, &name);
-    assert_eq!(delete().await.unwrap(), Deleted::Now);
+    assert_eq!(delete().await.unwrap().deleted, Deleted::Now);
     assert_eq!(scene.of_methods(), ["b.delete", "a.delete"]);
-    assert_eq!(delete().await.unwrap(), Deleted::Before);
+    assert_eq!(delete().await.unwrap().deleted, Deleted::Before);
     assert!(scene.of_methods().is_empty());
     let never = scene.dispatcher.delete(&scene.domain, &name_of("never")).await;
     assert_eq!(never.unwrap_err().kind(), ErrorKind::NotFound);
     // The name is free again, and means the new one.
     scene.create(&by_two_methods("s")).await.unwrap();
-    assert_eq!(delete().await.unwrap(), Deleted::Now);
+    assert_eq!(delete().await.unwrap().deleted, Deleted::Now);
 }
 
 #[tokio::test]
@@ -377,7 +377,11 @@ async fn a_failed_delete_is_finished_by_the_next_act() {
         .delete(&scene.domain, &name_of("s"))
         .await
         .unwrap();
-    assert_eq!(deleted, Deleted::Before, "what was left was finished first");
+    assert_eq!(
+        deleted.deleted,
+        Deleted::Before,
+        "what was left was finished first"
+    );
     assert_eq!(scene.of_methods(), ["b.delete", "a.delete"]);
 }
 

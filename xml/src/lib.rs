@@ -5,6 +5,7 @@
 //! | `<domain>` | [`DomainDocument::parse`] | edits in place: [`DomainDocument::with_exports`], … |
 //! | `<domainblocksnapshot>` | [`snapshot_request`] | [`snapshot_document`], [`snapshots_document`] |
 //! | `<blockexport>` | [`export_request`] | [`export_document`] |
+//! | what a merge or revert changed | | [`altered_element`] |
 //! | `<diskSnapshotPlan>`, `<diskSnapshotMethods>` | | [`plan_document`], [`methods_document`] |
 //!
 //! The reference of all elements and attributes is `docs/xml.md`. Every fault of a document is an
@@ -14,6 +15,7 @@
 //! [`MAX_NAMESPACES`]. In disksnap's own documents an unknown element is an error; in a `<domain>` it
 //! is carried along.
 
+mod altered;
 mod block_export;
 mod block_snapshot;
 mod disk;
@@ -27,6 +29,7 @@ mod splice;
 mod tree;
 mod write;
 
+pub use altered::altered_element;
 pub use block_export::{export_document, export_request, export_request_document};
 pub use block_snapshot::{SnapshotView, snapshot_document, snapshot_request, snapshots_document};
 pub use disk::new_disk_element;

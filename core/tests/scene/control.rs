@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Command, Connector, Control, Domain, Freeze, Guard, Host, NbdServer, Owner, Result, RunState, ServeNode,
-    Verdict, Watch,
+    Command, Connector, Control, Domain, Freeze, Guard, Host, Hotplug, ImageServer, NbdServer, Owner, Result,
+    RunState, ServeNode, Verdict, Watch,
 };
 use serde_json::Value;
 
@@ -77,6 +77,10 @@ impl Connector for FakeConnector {
             domain: domain.clone(),
             shared: Arc::clone(&self.shared),
         }))
+    }
+
+    fn image_server(&self) -> Option<&dyn ImageServer> {
+        None
     }
 }
 
@@ -181,6 +185,10 @@ impl Control for FakeControl {
 
     async fn served(&self) -> Result<Vec<String>> {
         Ok(self.shared.served.lock().unwrap().iter().cloned().collect())
+    }
+
+    fn hotplug(&self) -> Option<&dyn Hotplug> {
+        None
     }
 }
 

@@ -10,6 +10,7 @@ use disksnap_core::{
 use serde_json::{Value, json};
 
 use super::Log;
+use super::standing::{Merges, Standing, stood_on};
 
 /// What fixes the instant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +28,7 @@ pub(crate) struct FakeMethod {
     plan: Plan,
     fit: Fit,
     hangs: bool,
+    merges: Option<Merges>,
     health: Arc<Mutex<Health>>,
     log: Arc<Log>,
 }
@@ -39,6 +41,7 @@ impl FakeMethod {
             plan,
             fit: Fit::Possible,
             hangs: false,
+            merges: None,
             health: Arc::new(Mutex::new(Health::Active)),
             log: Arc::default(),
         }
@@ -63,6 +66,12 @@ impl FakeMethod {
         self
     }
 
+    /// The disks stand on its snapshots.
+    pub(crate) fn stood_on(mut self, merges: &Merges) -> Self {
+        self.merges = Some(Arc::clone(merges));
+        self
+    }
+
     /// All snapshots are in this health.
     pub(crate) fn health(&self) -> Arc<Mutex<Health>> {
         Arc::clone(&self.health)
@@ -71,6 +80,15 @@ impl FakeMethod {
     pub(crate) fn writing_to(mut self, log: &Arc<Log>) -> Self {
         self.log = Arc::clone(log);
         self
+    }
+
+    fn standing(&self) -> Option<Standing> {
+        let merges = Arc::clone(self.merges.as_ref()?);
+        Some(Standing {
+            name: self.name,
+            merges,
+            log: Arc::clone(&self.log),
+        })
     }
 
     fn note(&self, event: &str) -> Result<()> {
@@ -146,7 +164,7 @@ impl DiskSnapshot for FakeMethod {
     async fn complete(
         &self,
         _: &dyn Host,
-        _: SnapshotId,
+        id: SnapshotId,
         prepared: &Prepared,
         taken: &Taken,
     ) -> Result<Unit> {
@@ -158,14 +176,20 @@ impl DiskSnapshot for FakeMethod {
         };
         assert_eq!(taken.data, expected, "each unit gets back what its own take left");
         let alias = prepared.data["alias"].as_str().unwrap();
+        let result = DiskResult {
+            target: prepared.unit.clone(),
+            modified: None,
+            access: Access::Node(format!("node-{alias}")),
+            size: Some(1 << 20),
+            details: [].into(),
+        };
+        let stands = self.merges.is_some();
         Ok(Unit {
             unit: prepared.unit.clone(),
-            disks: vec![DiskResult {
-                target: prepared.unit.clone(),
-                modified: None,
-                access: Access::Node(format!("node-{alias}")),
-                size: Some(1 << 20),
-                details: [].into(),
+            disks: vec![if stands {
+                stood_on(&prepared.unit, id)
+            } else {
+                result
             }],
             data: prepared.data.clone(),
         })
@@ -194,10 +218,12 @@ impl DiskSnapshot for FakeMethod {
     }
 
     fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
-        None
+        self.standing()
+            .map(|standing| Arc::new(standing) as Arc<dyn Revert>)
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
-        None
+        self.standing()
+            .map(|standing| Arc::new(standing) as Arc<dyn Merge>)
     }
 }

@@ -4,6 +4,7 @@
 
 mod control;
 mod method;
+pub(crate) mod standing;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};

@@ -1,0 +1,484 @@
+//! Merging: the disks keep their present content, and the snapshot they stand on is given up.
+//!
+//! The work goes on where the disk is; here it is started, watched and brought to its end, by a process that holds
+//! a lease meanwhile. The domain is locked only at both ends: a merge may take hours.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::dispatcher::Held;
+use crate::ledger::{Altered, Entry, Ledger, chosen, refuse_exported};
+use crate::standing::refuse_stale;
+use crate::{
+    Act, Control, Dispatcher, Domain, DomainId, DomainLock, Effect, Error, ErrorKind, Intent, Merge,
+    Progress, Result, Snapshot, SnapshotId, SnapshotName, Verdict, Watch,
+};
+
+/// Between two looks at a merge that runs.
+const LOOKS: Duration = Duration::from_millis(100);
+
+/// A merge that is under way.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Job {
+    /// Unique.
+    pub id: Uuid,
+    /// Whose disks.
+    pub domain: DomainId,
+    /// The snapshot that is merged.
+    pub snapshot: SnapshotName,
+    /// When it was begun.
+    pub since: SystemTime,
+    /// Whether a process brings it to its end; else `merge` takes it up again, and `recover` cancels it.
+    pub driven: bool,
+    /// Its disks.
+    pub units: Vec<JobUnit>,
+}
+
+/// One unit of a job.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct JobUnit {
+    /// Its disks.
+    pub targets: Vec<String>,
+    /// How far it is.
+    pub progress: Progress,
+}
+
+/// A unit and what merges it.
+#[derive(Debug)]
+struct Part {
+    entry: Entry,
+    merge: Arc<dyn Merge>,
+}
+
+/// Told how far a merge is, again and again; it is cancelled when that breaks off.
+pub type Watcher<'a> = &'a mut (dyn FnMut(&[JobUnit]) -> ControlFlow<()> + Send);
+
+impl Dispatcher {
+    /// Merges a snapshot, or its part on the disks with these targets, and gives it up; the disks keep their present
+    /// content, and a running guest goes on. Takes up again what a process that died has left.
+    ///
+    /// `deadline` bounds the moment at the end in which a running guest's disk may stand still.
+    ///
+    /// # Errors
+    /// `Unsupported` for a method whose disks do not stand on the snapshot: there is nothing to merge; `Busy` when
+    /// the snapshot is served, another merge runs or something else is at work on the disk; `Refused` when it failed
+    /// or was cancelled. The snapshot and the disks are then as they were.
+    pub async fn merge(
+        &self,
+        domain: &Domain,
+        name: &SnapshotName,
+        targets: &[String],
+        deadline: Duration,
+        watcher: Watcher<'_>,
+    ) -> Result<Altered> {
+        let merged = self.merge_inner(domain, name, targets, deadline, watcher).await;
+        merged.map_err(|e| {
+            e.during("merge")
+                .with("domain", &domain.id)
+                .with("snapshot", name)
+        })
+    }
+
+    /// The merges that are under way, of one domain or of all.
+    pub async fn jobs(&self, domain: Option<&DomainId>) -> Result<Vec<Job>> {
+        let mut jobs = Vec::new();
+        for intent in self.catalog.intents(domain).await? {
+            if let Act::Merge {
+                snapshot,
+                name,
+                targets,
+                lease,
+            } = &intent.act
+            {
+                let control = self.connector.control(&intent.domain).await?;
+                let parts = self.parts_of(&intent.domain.id, *snapshot, targets).await?;
+                jobs.push(Job {
+                    id: intent.id,
+                    domain: intent.domain.id.clone(),
+                    snapshot: name.clone(),
+                    since: intent.since,
+                    driven: self.catalog.lease_lives(*lease).await?,
+                    units: look(&*control, *snapshot, &parts).await?,
+                });
+            }
+        }
+        Ok(jobs)
+    }
+
+    /// Cancels a merge: the disks go on as before it, and the snapshot stays. Idempotent while the job is known.
+    ///
+    /// # Errors
+    /// `NotFound` for a job that is not, or not any more, under way.
+    pub async fn cancel_job(&self, id: Uuid) -> Result<Job> {
+        let job = self.jobs(None).await?.into_iter().find(|job| job.id == id);
+        let intent = self.catalog.intents(None).await?.into_iter().find(|i| i.id == id);
+        let (Some(job), Some(intent)) = (job, intent) else {
+            return Err(
+                Error::new(ErrorKind::NotFound, format!("no job {id} is under way"))
+                    .hint("`disksnap job list` tells the jobs that there are."),
+            );
+        };
+        if job.driven {
+            // Its own process notices, and settles it.
+            let Act::Merge {
+                snapshot, targets, ..
+            } = &intent.act
+            else {
+                return Ok(job);
+            };
+            let control = self.connector.control(&intent.domain).await?;
+            let parts = self.parts_of(&intent.domain.id, *snapshot, targets).await?;
+            cancel(&*control, *snapshot, &parts).await?;
+        } else {
+            drop(self.hold(&intent.domain).await.map_err(|e| e.during("cancel"))?);
+        }
+        Ok(job)
+    }
+
+    /// Refuses to change a domain's snapshots while one of them is being merged.
+    pub(crate) async fn refuse_while_merging(&self, domain: &DomainId) -> Result<()> {
+        for intent in self.catalog.intents(Some(domain)).await? {
+            if let Act::Merge { name, lease, .. } = &intent.act
+                && self.catalog.lease_lives(*lease).await?
+            {
+                return Err(
+                    Error::new(ErrorKind::Busy, format!("the snapshot '{name}' is being merged")).hint(
+                        format!(
+                            "Wait until it has ended, or cancel it: `disksnap job cancel {}`.",
+                            intent.id
+                        ),
+                    ),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a snapshot has units that are given up by merging.
+    pub(crate) fn stood_on(&self, snapshot: &Snapshot) -> Vec<String> {
+        let stands = |record: &&crate::UnitRecord| {
+            let provider = self.registry.get(&record.method);
+            provider.is_ok_and(|provider| provider.merge(&record.unit).is_some())
+        };
+        let units = snapshot.units.iter().filter(stands);
+        units
+            .flat_map(|record| record.unit.disks.iter().map(|disk| disk.target.clone()))
+            .collect()
+    }
+
+    async fn merge_inner(
+        &self,
+        domain: &Domain,
+        name: &SnapshotName,
+        targets: &[String],
+        deadline: Duration,
+        watcher: Watcher<'_>,
+    ) -> Result<Altered> {
+        let started = self.start_merge(domain, name, targets).await?;
+        let watched = started.watch(watcher).await;
+        // The lock is taken without settling what was left: that this is under way, its lease says.
+        let lock = self.catalog.lock(&domain.id).await?;
+        let held = Held::new(Arc::clone(&started.control), lock);
+        let ended = match watched {
+            Ok(()) => started.finish(deadline).await,
+            Err(error) if error.effect() == Effect::Unknown => return Err(error),
+            Err(error) => Err(error),
+        };
+        let settled = self
+            .settle_merge(&held, &started.intent, started.id, started.parts)
+            .await?;
+        match ended {
+            Ok(()) if settled.left.is_empty() => Ok(settled.altered),
+            Ok(()) => Err(stopped(&settled.left)),
+            Err(error) => Err(error.leaving(Effect::RolledBack)),
+        }
+    }
+
+    async fn start_merge(&self, domain: &Domain, name: &SnapshotName, targets: &[String]) -> Result<Started> {
+        let lock = self.catalog.lock(&domain.id).await?;
+        let control = self.connector.control(domain).await?;
+        let held = Held::new(Arc::clone(&control), lock);
+        self.refuse_while_merging(&domain.id).await?;
+        let snapshot = self.find(domain, name).await?;
+        let (id, since) = match self.abandoned(&domain.id, snapshot.id, targets).await? {
+            Some(found) => found,
+            None => (Uuid::new_v4(), SystemTime::now()),
+        };
+        self.settle_leftovers_but(&held, &domain.id, Some(id)).await?;
+        refuse_exported(name, &self.catalog.exports(&domain.id).await?, snapshot.id)?;
+        let snapshots = self.catalog.snapshots(&domain.id).await?;
+        let own = domain.disks.iter().filter(|d| snapshot.disk(&d.target).is_some());
+        refuse_stale(&control.state().await?, own, &snapshots)?;
+        let parts = self.merging(chosen(&snapshot, targets)?)?;
+        let (lease, guard) = self.catalog.lease().await?;
+        let act = Act::Merge {
+            snapshot: snapshot.id,
+            name: name.clone(),
+            targets: parts.iter().flat_map(|part| part.entry.targets()).collect(),
+            lease,
+        };
+        let intent = Intent {
+            id,
+            domain: domain.clone(),
+            since,
+            act,
+        };
+        self.catalog.intend(&intent).await?;
+        let ledger = Ledger::new(snapshots, snapshot.id);
+        let mut begun = Ok(());
+        for part in &parts {
+            let peers = ledger.peers(&part.entry);
+            let start = part.merge.start(&*control, snapshot.id, &part.entry.unit, &peers);
+            begun = start.await.map_err(|e| e.by(&part.entry.method));
+            if begun.is_err() {
+                break;
+            }
+        }
+        if let Err(error) = begun {
+            let settled = self.settle_merge(&held, &intent, snapshot.id, parts).await;
+            return Err(match settled {
+                Ok(_) => error.leaving(Effect::RolledBack),
+                Err(failure) => error.rollback_failed(vec![failure]),
+            });
+        }
+        Ok(Started {
+            control,
+            intent,
+            id: snapshot.id,
+            parts,
+            _lease: guard,
+        })
+    }
+
+    /// The merge of just these disks that nobody drives any more.
+    async fn abandoned(
+        &self,
+        domain: &DomainId,
+        of: SnapshotId,
+        wanted: &[String],
+    ) -> Result<Option<(Uuid, SystemTime)>> {
+        let same = |intent: &Intent| match &intent.act {
+            Act::Merge {
+                snapshot, targets, ..
+            } => *snapshot == of && (wanted.is_empty() || targets.iter().all(|t| wanted.contains(t))),
+            _ => false,
+        };
+        let intents = self.catalog.intents(Some(domain)).await?;
+        Ok(intents.iter().find(|i| same(i)).map(|i| (i.id, i.since)))
+    }
+
+    fn merging(&self, entries: Vec<Entry>) -> Result<Vec<Part>> {
+        let mut parts = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let Some(merge) = self.registry.get(&entry.method)?.merge(&entry.unit) else {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!(
+                        "there is nothing to merge: the domain does not stand on a {} snapshot",
+                        entry.method
+                    ),
+                )
+                .with("disk", entry.targets().join(", "))
+                .hint(
+                    "`disksnap snapshot delete` gives the snapshot up and keeps the disk's content; `disksnap snapshot \
+                     revert` puts the snapshot's content back.",
+                ));
+            };
+            parts.push(Part { entry, merge });
+        }
+        Ok(parts)
+    }
+
+    /// The units that a merge is about, as far as they are still recorded.
+    async fn parts_of(&self, domain: &DomainId, id: SnapshotId, targets: &[String]) -> Result<Vec<Part>> {
+        let snapshots = self.catalog.snapshots(domain).await?;
+        let Some(snapshot) = snapshots.iter().find(|s| s.id == id) else {
+            return Ok(Vec::new());
+        };
+        let known: Vec<String> = targets
+            .iter()
+            .filter(|t| snapshot.disk(t).is_some())
+            .cloned()
+            .collect();
+        if known.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.merging(chosen(snapshot, &known)?)
+    }
+
+    /// What a dead process left of a merge: what has ended is recorded, the rest is cancelled. Says whether all had ended.
+    pub(crate) async fn end_merge(
+        &self,
+        held: &Held,
+        intent: &Intent,
+        id: SnapshotId,
+        targets: &[String],
+    ) -> Result<bool> {
+        let parts = self.parts_of(&intent.domain.id, id, targets).await?;
+        let settled = self.settle_merge(held, intent, id, parts).await?;
+        Ok(settled.left.is_empty())
+    }
+
+    /// Records the units whose merge has ended, and cancels the others.
+    async fn settle_merge(
+        &self,
+        held: &Held,
+        intent: &Intent,
+        id: SnapshotId,
+        parts: Vec<Part>,
+    ) -> Result<Settled> {
+        let (control, domain) = (&*held.control, &intent.domain.id);
+        let mut ledger = Ledger::new(self.catalog.snapshots(domain).await?, id);
+        let mut left = Vec::new();
+        for Part { entry, merge } in parts {
+            let named = |error: Error| error.by(&entry.method).leaving(Effect::Unknown);
+            let progress = merge.progress(control, id, &entry.unit).await.map_err(named)?;
+            if progress == Progress::Finished {
+                let peers = ledger.peers(&entry);
+                let affected = merge.conclude(control, id, &entry.unit, &peers).await;
+                ledger.record(&entry, affected.map_err(named)?);
+            } else {
+                merge.cancel(control, id, &entry.unit).await.map_err(named)?;
+                left.push((entry.targets().join(", "), progress));
+            }
+        }
+        let (changes, altered) = ledger.close();
+        self.catalog.settle(intent.id, domain, &changes).await?;
+        Ok(Settled { altered, left })
+    }
+}
+
+/// A merge whose units have been started, before it is brought to its end.
+#[derive(Debug)]
+struct Started {
+    control: Arc<dyn Control>,
+    intent: Intent,
+    id: SnapshotId,
+    parts: Vec<Part>,
+    _lease: Box<dyn DomainLock>,
+}
+
+/// How a merge was settled.
+#[derive(Debug)]
+struct Settled {
+    altered: Altered,
+    /// The disks whose merge came to nothing, and how far it was.
+    left: Vec<(String, Progress)>,
+}
+
+impl Started {
+    /// Until all units are ready, or one has failed or is gone.
+    async fn watch(&self, watcher: Watcher<'_>) -> Result<()> {
+        loop {
+            let units = look(&*self.control, self.id, &self.parts)
+                .await
+                .map_err(|error| {
+                    error.leaving(Effect::Unknown).hint(
+                    "The merge may still be under way: `disksnap job list` tells. Merging again takes it up.",
+                )
+                })?;
+            let over = |unit: &&JobUnit| matches!(unit.progress, Progress::Idle | Progress::Failed(_));
+            if let Some(unit) = units.iter().find(over) {
+                return Err(stopped(&[(unit.targets.join(", "), unit.progress.clone())]));
+            }
+            if watcher(&units).is_break() {
+                return Err(Error::new(ErrorKind::Refused, "the merge was cancelled"));
+            }
+            if !units
+                .iter()
+                .any(|unit| matches!(unit.progress, Progress::Running { .. }))
+            {
+                return Ok(());
+            }
+            tokio::time::sleep(LOOKS).await;
+        }
+    }
+
+    /// Ends the units that are ready, with the guardian armed while a running guest's disk may stand still.
+    async fn finish(&self, deadline: Duration) -> Result<()> {
+        if !self.control.state().await?.is_active() {
+            return self.finish_all().await;
+        }
+        let release: Vec<_> = self
+            .parts
+            .iter()
+            .flat_map(|part| part.merge.release(self.id, &part.entry.unit))
+            .collect();
+        let guard = match release.is_empty() {
+            true => None,
+            false => {
+                let watch = Watch {
+                    release: release.clone(),
+                    deadline,
+                    ..Watch::default()
+                };
+                Some(self.control.guard(watch).await.map_err(|e| e.during("guard"))?)
+            }
+        };
+        let finished = tokio::time::timeout(deadline, self.finish_all()).await;
+        let result = finished.unwrap_or_else(|_| {
+            Err(Error::new(
+                ErrorKind::Timeout,
+                format!(
+                    "the disk would have stood still for longer than {} ms",
+                    deadline.as_millis()
+                ),
+            )
+            .hint("Merge again when the host is less busy, or allow more time with a longer deadline."))
+        });
+        if result.is_err() && !release.is_empty() {
+            // Each is refused where there is nothing to let go.
+            self.control.monitor_each(release).await?;
+        }
+        match guard {
+            None => result,
+            Some(guard) => match guard.disarm().await.map_err(|e| e.during("guard"))? {
+                // What it cancelled, and what had ended before, is told apart when it is settled.
+                Verdict::Quiet | Verdict::Fired => result,
+            },
+        }
+    }
+
+    async fn finish_all(&self) -> Result<()> {
+        for part in &self.parts {
+            let unit = &part.entry.unit;
+            let finished = part.merge.finish(&*self.control, self.id, unit).await;
+            finished.map_err(|e| e.by(&part.entry.method))?;
+        }
+        Ok(())
+    }
+}
+
+async fn look(control: &dyn Control, id: SnapshotId, parts: &[Part]) -> Result<Vec<JobUnit>> {
+    let mut units = Vec::with_capacity(parts.len());
+    for part in parts {
+        let progress = part.merge.progress(control, id, &part.entry.unit).await;
+        units.push(JobUnit {
+            targets: part.entry.targets(),
+            progress: progress.map_err(|e| e.by(&part.entry.method))?,
+        });
+    }
+    Ok(units)
+}
+
+async fn cancel(control: &dyn Control, id: SnapshotId, parts: &[Part]) -> Result<()> {
+    for part in parts {
+        let cancelled = part.merge.cancel(control, id, &part.entry.unit).await;
+        cancelled.map_err(|e| e.by(&part.entry.method))?;
+    }
+    Ok(())
+}
+
+fn stopped(left: &[(String, Progress)]) -> Error {
+    let each = left.iter().map(|(targets, progress)| match progress {
+        Progress::Failed(why) => format!("the merge of {targets} failed: {why}"),
+        _ => format!("the merge of {targets} was cancelled"),
+    });
+    Error::new(ErrorKind::Refused, each.collect::<Vec<_>>().join("; ")).hint(
+        "The disks go on as before, and the snapshot is still there. Merge again once the cause is mended.",
+    )
+}

@@ -1,0 +1,123 @@
+//! Putting the instant of a snapshot back into its disks.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use uuid::Uuid;
+
+use crate::dispatcher::Held;
+use crate::ledger::{Altered, Entry, Ledger, chosen, refuse_exported};
+use crate::standing::refuse_stale;
+use crate::{
+    Act, Dispatcher, Domain, Effect, Error, ErrorKind, Intent, Result, Revert, Snapshot, SnapshotName,
+};
+
+impl Dispatcher {
+    /// Puts the content of a snapshot back into its disks, or into those with these targets: what was written
+    /// since is lost. The answer tells everything that it changed.
+    ///
+    /// Idempotent: what a kill interrupts, the next act on the domain, or `recover`, finishes.
+    ///
+    /// # Errors
+    /// `Unsupported` for a method that cannot; `Busy` when the domain must be off for it and is not, or the
+    /// snapshot is being served or merged; `Broken` when it cannot be trusted. Nothing is changed then.
+    pub async fn revert(&self, domain: &Domain, name: &SnapshotName, targets: &[String]) -> Result<Altered> {
+        let held = self.hold(domain).await.map_err(|e| e.during("revert"))?;
+        self.revert_held(&held, domain, name, targets).await.map_err(|e| {
+            e.during("revert")
+                .with("domain", &domain.id)
+                .with("snapshot", name)
+        })
+    }
+
+    async fn revert_held(
+        &self,
+        held: &Held,
+        domain: &Domain,
+        name: &SnapshotName,
+        targets: &[String],
+    ) -> Result<Altered> {
+        let snapshot = self.find(domain, name).await?;
+        self.refuse_while_merging(&domain.id).await?;
+        refuse_exported(name, &self.catalog.exports(&domain.id).await?, snapshot.id)?;
+        let entries = chosen(&snapshot, targets)?;
+        let state = held.control.state().await?;
+        let own = domain.disks.iter().filter(|d| snapshot.disk(&d.target).is_some());
+        refuse_stale(&state, own, &self.catalog.snapshots(&domain.id).await?)?;
+        for entry in &entries {
+            self.reverting(entry)?;
+            let disk = &entry.unit.disks[0].target;
+            let disk = crate::serve::disk_of(&snapshot, disk)?;
+            self.refuse_unless_healthy(&*held.control, &snapshot, disk)
+                .await?;
+        }
+        let intent = Intent {
+            id: Uuid::new_v4(),
+            domain: domain.clone(),
+            since: SystemTime::now(),
+            act: Act::Revert {
+                snapshot: snapshot.id,
+                targets: entries.iter().flat_map(Entry::targets).collect(),
+            },
+        };
+        self.catalog.intend(&intent).await?;
+        self.finish_revert(held, &intent, &snapshot, &entries).await
+    }
+
+    /// Everything that a revert does after its intent; also what finishes one that was killed.
+    ///
+    /// A unit that is refused ends it: those before it are put back and recorded so, and the error says which.
+    pub(crate) async fn finish_revert(
+        &self,
+        held: &Held,
+        intent: &Intent,
+        snapshot: &Snapshot,
+        entries: &[Entry],
+    ) -> Result<Altered> {
+        let domain = &intent.domain.id;
+        let mut ledger = Ledger::new(self.catalog.snapshots(domain).await?, snapshot.id);
+        let mut done = Vec::new();
+        for entry in entries {
+            let peers = ledger.peers(entry);
+            let revert = self.reverting(entry)?;
+            match revert
+                .revert(&*held.control, snapshot.id, &entry.unit, &peers)
+                .await
+            {
+                Ok(affected) => ledger.record(entry, affected),
+                Err(error) if error.effect() == Effect::Unknown => return Err(error.by(&entry.method)),
+                Err(error) => {
+                    let (changes, _) = ledger.close();
+                    self.catalog.settle(intent.id, domain, &changes).await?;
+                    return Err(partly(error.by(&entry.method), &done));
+                }
+            }
+            done.extend(entry.targets());
+        }
+        let (changes, altered) = ledger.close();
+        self.catalog.settle(intent.id, domain, &changes).await?;
+        Ok(altered)
+    }
+
+    fn reverting(&self, entry: &Entry) -> Result<Arc<dyn Revert>> {
+        let provider = self.registry.get(&entry.method)?;
+        provider.revert(&entry.unit).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unsupported,
+                format!("a {} snapshot cannot be put back into its disk", entry.method),
+            )
+            .with("disk", entry.targets().join(", "))
+            .hint("`disksnap read` gets its data, which can be copied over the disk while the domain is off.")
+        })
+    }
+}
+
+fn partly(error: Error, done: &[String]) -> Error {
+    if done.is_empty() {
+        return error;
+    }
+    error.leaving(Effect::Unknown).hint(format!(
+        "{} went back before this; the others are as they were. Mend the cause, then revert again.",
+        done.join(", ")
+    ))
+}
