@@ -6,6 +6,7 @@ use std::sync::Arc;
 use disksnap_catalog::{SqliteCatalog, StateDir};
 use disksnap_core::{Connector, Dispatcher, Domain, Registry, Result, SnapshotName};
 use disksnap_hypervisor::{Paths, QemuConnector};
+use disksnap_storage_daemon::StorageDaemons;
 
 use crate::SnapshotReader;
 
@@ -46,7 +47,8 @@ impl Disksnap {
         let connector = QemuConnector::new(Paths {
             images: state_dir.images(),
             run: state_dir.run(),
-        });
+        })
+        .images(Arc::new(StorageDaemons::new(state_dir.run())));
         let catalog = SqliteCatalog::open(state_dir.clone()).await?;
         let connector: Arc<dyn Connector> = Arc::new(connector);
         Ok(Self {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use disksnap_core::{
     Catalog, Change, Command, Connector, Control, Definition, DiskRequest, DiskSnapshot, Domain, DomainId,
-    DomainLock, Export, Freeze, Guard, Health, Host, Intent, Merge, Method, NbdServer, Owner, Prepared,
+    DomainLock, Export, Freeze, Guard, Health, Host, Hotplug, ImageServer, Intent, Merge, Method, NbdServer, Owner, Prepared,
     Probe, Result, Revert, RunState, ServeNode, Snapshot, SnapshotId, SnapshotName, TakePlan, Taken, Unit,
     Verdict, Watch,
 };
@@ -54,6 +54,10 @@ impl Connector for TimedConnector {
             inner: self.inner.control(domain).await?,
             watch: Arc::clone(&self.watch),
         }))
+    }
+
+    fn image_server(&self) -> Option<&dyn ImageServer> {
+        self.inner.image_server()
     }
 }
 
@@ -154,6 +158,10 @@ impl Control for TimedControl {
 
     async fn served(&self) -> Result<Vec<String>> {
         self.inner.served().await
+    }
+
+    fn hotplug(&self) -> Option<&dyn Hotplug> {
+        self.inner.hotplug()
     }
 }
 

@@ -211,7 +211,7 @@ impl Catalog for SqliteCatalog {
 
     async fn intend(&self, intent: &Intent) -> Result<()> {
         let space = match intent.act {
-            Act::Create { .. } | Act::Serve { .. } | Act::Read { .. } => Space::Ordinary,
+            Act::Create { .. } | Act::Serve { .. } | Act::Read { .. } | Act::Attach { .. } => Space::Ordinary,
             _ => Space::Reserve,
         };
         let intent = intent.clone();

@@ -361,9 +361,28 @@ pub(crate) struct Place {
 #[derive(Debug, Subcommand)]
 pub(crate) enum ServerCommand {
     /// Start the NBD server; it then stays when the last export stops
-    Start(Place),
+    Start(ServerStart),
     /// Stop the NBD server
-    Stop,
+    Stop {
+        #[command(flatten)]
+        which: WhichServer,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServerStart {
+    #[command(flatten)]
+    pub(crate) which: WhichServer,
+    #[command(flatten)]
+    pub(crate) place: Place,
+}
+
+/// Which of a domain's two servers.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct WhichServer {
+    /// The server for snapshots that lie on this host (btrfs, reflink, …), not the hypervisor's; needs no running domain
+    #[arg(long)]
+    pub(crate) images: bool,
 }
 
 #[derive(Debug, Args)]

@@ -107,9 +107,7 @@ fn active_document(
     serving: &Serving,
     snapshots: &[Inspected],
 ) -> Result<DomainDocument> {
-    document
-        .with_exports(serving.server.as_ref(), &serving.exports)?
-        .with_snapshots(&views(snapshots))
+    document.with_serving(serving)?.with_snapshots(&views(snapshots))
 }
 
 fn disks(domain: &Domain) -> Vec<DiskView> {

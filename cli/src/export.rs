@@ -4,12 +4,12 @@ use std::path::Path;
 
 use disksnap::xml::{self, Element};
 use disksnap::{
-    Alias, Error, ErrorKind, ExportDisk, ExportRequest, NbdServer, Result, Serving, Snapshot, StopExports,
-    Tls, read_document,
+    Alias, Error, ErrorKind, Export, ExportDisk, ExportRequest, Result, ServedBy, Serving, Snapshot,
+    StopExports, Tls, read_document,
 };
 use serde::Serialize;
 
-use crate::args::{ExportCommand, ExportStart, Place, ServerCommand};
+use crate::args::{ExportCommand, ExportStart, Place, ServerCommand, ServerStart, WhichServer};
 use crate::context::{Context, Target};
 use crate::export_view::{ServerView, ServingView, names_of};
 use crate::failure::Outcome;
@@ -21,8 +21,8 @@ pub(crate) async fn run(context: &Context, command: ExportCommand) -> Outcome {
         ExportCommand::Start(start) => self::start(context, start).await,
         ExportCommand::List => list(context).await,
         ExportCommand::Stop { which, all } => self::stop(context, which, all).await,
-        ExportCommand::Server(ServerCommand::Start(place)) => start_server(context, place).await,
-        ExportCommand::Server(ServerCommand::Stop) => stop_server(context).await,
+        ExportCommand::Server(ServerCommand::Start(start)) => start_server(context, start).await,
+        ExportCommand::Server(ServerCommand::Stop { which }) => stop_server(context, which).await,
     }
 }
 
@@ -39,8 +39,8 @@ async fn start(context: &Context, start: ExportStart) -> Outcome {
     let dispatcher = target.disksnap.dispatcher();
     let stop = Stop::listen(true)?;
     let exports = dispatcher.start_exports(&target.domain, &request).await?;
-    let server = dispatcher.serving(&target.domain).await?.server;
-    tell(context, &target, Serving { server, exports }).await?;
+    let serving = dispatcher.serving(&target.domain).await?;
+    tell(context, &target, only(serving, exports)).await?;
     stop.check()
 }
 
@@ -108,16 +108,24 @@ async fn tell(context: &Context, target: &Target, serving: Serving) -> Outcome {
     let catalog = target.disksnap.dispatcher().catalog();
     let names = names_of(&catalog.snapshots(&target.domain.id).await?);
     let view = ServingView::new(&serving, &names);
-    context
-        .out
-        .show(&view, || document(serving.server.as_ref(), &serving))
+    context.out.show(&view, || xml::serving_document(&serving))
 }
 
-/// The `<blockexport>`, or an empty list where there is no server to tell of.
-fn document(server: Option<&NbdServer>, serving: &Serving) -> Result<String> {
-    match server {
-        Some(server) => xml::export_document(server, &serving.exports),
-        None => Element::new("blockexports").to_document(),
+/// These exports, and the servers that serve them.
+fn only(serving: Serving, exports: Vec<Export>) -> Serving {
+    let used = |by: ServedBy| exports.iter().any(|export| export.served_by() == by);
+    Serving {
+        server: serving.server.filter(|_| used(ServedBy::Hypervisor)),
+        image_server: serving.image_server.filter(|_| used(ServedBy::ImageServer)),
+        exports,
+    }
+}
+
+fn served_by(which: WhichServer) -> ServedBy {
+    if which.images {
+        ServedBy::ImageServer
+    } else {
+        ServedBy::Hypervisor
     }
 }
 
@@ -174,13 +182,14 @@ fn unknown(target: &Target, given: &str) -> Error {
         .hint("See `disksnap export list` and `disksnap snapshot list`.")
 }
 
-async fn start_server(context: &Context, place: Place) -> Outcome {
+async fn start_server(context: &Context, start: ServerStart) -> Outcome {
+    let (by, place) = (served_by(start.which), start.place);
     let tls = tls(&place)?;
     let target = context.target().await?;
     let stop = Stop::listen(true)?;
     let dispatcher = target.disksnap.dispatcher();
     let server = dispatcher
-        .start_server(&target.domain, place.listen, tls, place.allow_remote)
+        .start_server(&target.domain, by, place.listen, tls, place.allow_remote)
         .await?;
     context
         .out
@@ -188,10 +197,11 @@ async fn start_server(context: &Context, place: Place) -> Outcome {
     stop.check()
 }
 
-async fn stop_server(context: &Context) -> Outcome {
+async fn stop_server(context: &Context, which: WhichServer) -> Outcome {
     let target = context.target().await?;
     let stop = Stop::listen(true)?;
-    target.disksnap.dispatcher().stop_server(&target.domain).await?;
+    let dispatcher = target.disksnap.dispatcher();
+    dispatcher.stop_server(&target.domain, served_by(which)).await?;
     context.out.show(&ServerStopped { server: None }, || {
         Element::new("blockexports").to_document()
     })?;

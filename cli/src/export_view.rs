@@ -23,8 +23,11 @@ pub(crate) fn names_of<'a>(snapshots: impl IntoIterator<Item = &'a Snapshot>) ->
 
 /// What a domain serves.
 #[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub(crate) struct ServingView {
     pub(crate) server: Option<ServerView>,
+    /// The server for what lies on this host.
+    pub(crate) image_server: Option<ServerView>,
     pub(crate) exports: Vec<ExportView>,
 }
 
@@ -47,6 +50,7 @@ struct TlsView {
 
 /// A disk being served.
 #[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub(crate) struct ExportView {
     alias: String,
     /// The snapshot's name.
@@ -55,15 +59,20 @@ pub(crate) struct ExportView {
     /// The export name that NBD clients ask for.
     name: String,
     uri: Option<String>,
+    /// The domain whose guest has it as a disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attached_to: Option<String>,
 }
 
 impl ServingView {
     pub(crate) fn new(serving: &Serving, names: &Names) -> Self {
-        let server = serving.server.as_ref();
         let exports = serving.exports.iter();
         Self {
-            server: server.map(ServerView::new),
-            exports: exports.map(|e| ExportView::new(e, server, names)).collect(),
+            server: serving.server.as_ref().map(ServerView::new),
+            image_server: serving.image_server.as_ref().map(ServerView::new),
+            exports: exports
+                .map(|e| ExportView::new(e, serving.server_of(e), names))
+                .collect(),
         }
     }
 }
@@ -127,28 +136,55 @@ impl ExportView {
             target: export.target.clone(),
             name: export.node.name.clone(),
             uri: server.and_then(|server| nbd_uri(&source(server))),
+            attached_to: export
+                .attached
+                .as_ref()
+                .map(|attached| attached.to.id.name.clone()),
+        }
+    }
+}
+
+impl ServingView {
+    /// The servers that run. The second is told apart where there are both.
+    fn servers(&self) -> String {
+        match (&self.server, &self.image_server) {
+            (Some(one), None) | (None, Some(one)) => one.text(),
+            (Some(server), Some(images)) => {
+                format!(
+                    "hypervisor\n{}\nimages on this host\n{}",
+                    server.text(),
+                    images.text()
+                )
+            }
+            (None, None) => String::new(),
         }
     }
 }
 
 impl Text for ServingView {
     fn text(&self) -> String {
-        let Some(server) = &self.server else {
+        let servers = self.servers();
+        if servers.is_empty() {
             return "Nothing is served; the NBD server does not run.\n".to_owned();
-        };
+        }
         if self.exports.is_empty() {
-            return server.text() + "\nNothing is served.\n";
+            return servers + "\nNothing is served.\n";
         }
         let header = ["ALIAS", "SNAPSHOT", "DISK", "URI"];
         let mut rows = vec![header.map(str::to_owned).to_vec()];
         rows.extend(self.exports.iter().map(|export| {
+            let uri = export.uri.clone().unwrap_or_default();
+            let uri = match &export.attached_to {
+                Some(domain) => format!("{uri} (a disk of '{domain}')"),
+                None => uri,
+            };
             vec![
                 export.alias.clone(),
                 export.snapshot.clone(),
                 export.target.clone(),
-                export.uri.clone().unwrap_or_default(),
+                uri,
             ]
         }));
-        format!("{}\n{}", server.text(), table(&rows))
+        format!("{servers}\n{}", table(&rows))
     }
 }

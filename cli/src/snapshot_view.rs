@@ -215,9 +215,14 @@ impl DiskView {
         let (state, reason) = state(health);
         let format = match &disk.access {
             Access::Node(_) => "raw",
-            Access::Source { format, .. } => format,
+            Access::Source { format, .. } => format.as_str(),
         };
         let source = sources.get(&disk.target);
+        // An export gives the disk's own bytes, whatever the image's format.
+        let format = match source {
+            Some(disksnap::Source::Network { .. }) => "raw",
+            _ => format,
+        };
         Ok(Self {
             target: disk.target.clone(),
             alias: disk.alias.to_string(),

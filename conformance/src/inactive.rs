@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Command, Connector, Control, Domain, Error, ErrorKind, Freeze, Guard, Host, NbdServer, Owner, Result,
-    RunState, ServeNode, Watch,
+    Command, Connector, Control, Domain, Error, ErrorKind, Freeze, Guard, Host, Hotplug, ImageServer,
+    NbdServer, Owner, Result, RunState, ServeNode, Watch,
 };
 use serde_json::Value;
 
@@ -32,6 +32,10 @@ impl Connector for InactiveConnector {
             domain: domain.clone(),
             image_dir: self.image_dir.clone(),
         }))
+    }
+
+    fn image_server(&self) -> Option<&dyn ImageServer> {
+        None
     }
 }
 
@@ -122,5 +126,9 @@ impl Control for Inactive {
 
     async fn served(&self) -> Result<Vec<String>> {
         Ok(Vec::new())
+    }
+
+    fn hotplug(&self) -> Option<&dyn Hotplug> {
+        None
     }
 }

@@ -8,8 +8,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use disksnap_core::{
     Catalog, Change, Command, Connector, Control, Definition, Domain, DomainId, DomainLock, Error, Export,
-    Freeze, Guard, Host, Intent, NbdServer, Owner, Result, RunState, ServeNode, Snapshot, SnapshotId,
-    SnapshotName, Verdict, Watch,
+    Freeze, Guard, Host, Hotplug, ImageServer, Intent, NbdServer, Owner, Result, RunState, ServeNode,
+    Snapshot, SnapshotId, SnapshotName, Verdict, Watch,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -31,6 +31,10 @@ impl Connector for TappedConnector {
             points: Arc::clone(&self.points),
             dead: AtomicBool::new(false),
         }))
+    }
+
+    fn image_server(&self) -> Option<&dyn ImageServer> {
+        self.inner.image_server()
     }
 }
 
@@ -153,6 +157,10 @@ impl Control for TappedControl {
 
     async fn served(&self) -> Result<Vec<String>> {
         self.tap("served", self.inner.served()).await
+    }
+
+    fn hotplug(&self) -> Option<&dyn Hotplug> {
+        self.inner.hotplug()
     }
 }
 

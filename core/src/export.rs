@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Alias, Error, ErrorKind, NetworkHost, Result, ServeNode, SnapshotId};
+use crate::{Alias, Attached, Error, ErrorKind, Image, NetworkHost, Result, ServeNode, SnapshotId};
 
 /// Where an NBD server listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -96,7 +96,7 @@ pub struct Tls {
     pub verify_client: bool,
 }
 
-/// The NBD server of a domain.
+/// An NBD server of a domain. There are at most two, one of each [`ServedBy`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NbdServer {
     /// Where it listens.
@@ -110,6 +110,16 @@ pub struct NbdServer {
     /// Which run of the hypervisor started it, as [`Control::instance`](crate::Control::instance) tells; another run has no server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instance: Option<String>,
+}
+
+/// Which of the two that can serve a domain's snapshots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ServedBy {
+    /// The hypervisor that runs the domain: what is a node of its block graph.
+    Hypervisor,
+    /// The [`ImageServer`](crate::ImageServer): what lies on this host, as an image or a device.
+    ImageServer,
 }
 
 /// A disk of a snapshot, being served.
@@ -126,6 +136,23 @@ pub struct Export {
     /// The lease of the reader that it was made for; `None` for one that was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<uuid::Uuid>,
+    /// What the image server serves; `None` for a node of the hypervisor's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<Image>,
+    /// The guest's disk that it was made for, in another domain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attached: Option<Box<Attached>>,
+}
+
+impl Export {
+    /// Who serves it.
+    #[must_use]
+    pub fn served_by(&self) -> ServedBy {
+        match self.image {
+            Some(_) => ServedBy::ImageServer,
+            None => ServedBy::Hypervisor,
+        }
+    }
 }
 
 /// What is to be exported, and where.

@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Domain, NbdServer, Result};
+use crate::{Domain, Hotplug, ImageServer, NbdServer, Result};
 
 /// A command for the hypervisor's monitor, as its protocol spells it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -211,6 +211,12 @@ pub trait Control: Host {
 /// Finds the place where a domain runs.
 #[async_trait]
 pub trait Connector: fmt::Debug + Send + Sync {
+
+    /// What plugs disks into this domain's guest; `None` where nothing can.
+    fn hotplug(&self) -> Option<&dyn Hotplug>;
     /// A control for this domain. Does not fail because the domain is off.
     async fn control(&self, domain: &Domain) -> Result<Arc<dyn Control>>;
 }
+
+    /// What serves images on this host; `None` where nothing does.
+    fn image_server(&self) -> Option<&dyn ImageServer>;

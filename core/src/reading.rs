@@ -1,7 +1,8 @@
 //! Opening one disk of a snapshot for a reader, through an export of its own where it needs one.
 
 use crate::dispatcher::Held;
-use crate::serve::{disk_of, network_source, suffix};
+use crate::serve::network_source;
+use crate::wanted::{Purpose, disk_of};
 use crate::{
     Access, Act, Alias, Dispatcher, Domain, DomainLock, Error, ErrorKind, ExportDisk, ExportRequest, Intent,
     Result, SnapshotName, Source, Tls,
@@ -28,8 +29,13 @@ struct Reading {
     _lease: Box<dyn DomainLock>,
 }
 
+/// Whether the bytes at a source are the disk's.
+fn is_plain(source: &Source, format: &str) -> bool {
+    format == "raw" && matches!(source, Source::File { .. } | Source::Block { .. })
+}
+
 impl Dispatcher {
-    /// Opens one disk of a snapshot for reading: as it is where any program can open it, else through an
+    /// Opens one disk of a snapshot for reading: as it is where the bytes lie there plainly, else through an
     /// export of its own that ends with [`Dispatcher::close`], or after this process.
     ///
     /// # Errors
@@ -52,20 +58,21 @@ impl Dispatcher {
         self.refuse_unless_healthy(&*held.control, &snapshot, disk)
             .await?;
         match &disk.access {
-            Access::Source { source, format, .. } => Ok(Opened {
+            Access::Source { source, format, .. } if is_plain(source, format) => Ok(Opened {
                 source: source.clone(),
                 format: format.clone(),
                 tls: None,
                 reading: None,
             }),
-            Access::Node(_) => self.open_export(held, domain, &disk.alias).await,
+            _ => self.open_export(held, domain, &disk.alias).await,
         }
     }
 
     /// Serves the disk for this reader alone. The intent outlives the call: it is in force while the lease lives.
     async fn open_export(&self, held: &Held, domain: &Domain, disk: &Alias) -> Result<Opened> {
         let (lease, guard) = self.catalog.lease().await?;
-        let export = Alias(format!("{disk}{}", suffix(lease)));
+        let purpose = Purpose::Reader(lease);
+        let export = purpose.alias(disk);
         let intent = self
             .intend(
                 domain,
@@ -90,14 +97,20 @@ impl Dispatcher {
             allow_remote: false,
             disks,
         };
-        let started = match self.start_held(held, domain, &request, Some(lease)).await {
+        let started = match self.start_held(held, domain, &request, &purpose).await {
             Ok(started) => started,
             Err(error) => {
                 self.catalog.settle(reading.intent.id, &domain.id, &[]).await?;
                 return Err(error);
             }
         };
-        let (server, _) = self.truly_served(&*held.control, &domain.id).await?;
+        let server = match started.first() {
+            Some(export) => {
+                let place = self.place(export.served_by(), &*held.control, &domain.id);
+                self.truly_served(&place).await?.0
+            }
+            None => None,
+        };
         let (Some(export), Some(server)) = (started.first(), server) else {
             return Err(Error::new(
                 ErrorKind::Internal,

@@ -1,16 +1,18 @@
-//! The acts on exports: the domain's one NBD server starts with the first and stops with the last,
-//! or is started and stopped by itself.
+//! The acts on exports. Each of a domain's two servers starts with the first export and stops with the
+//! last, or is started and stopped by itself. What is to be exported is found in `wanted`, who serves in `place`.
 
 use std::time::SystemTime;
 
 use uuid::Uuid;
 
 use crate::dispatcher::Held;
-use crate::names::nearest;
+use crate::place::Place;
+pub(crate) use crate::wanted::disk_of;
+use crate::wanted::{Purpose, refuse_one_address_for_two, unknown_alias};
 use crate::{
     Access, Act, Alias, Change, Control, Dispatcher, Domain, DomainId, Effect, Error, ErrorKind, Export,
-    ExportDisk, ExportRequest, Health, Intent, Listen, NbdServer, NetworkHost, Result, ServeNode, Snapshot,
-    SnapshotId, SnapshotName, Source, Tls,
+    ExportRequest, ImageServer, Intent, Listen, NbdServer, NetworkHost, Recovered, RecoveredHow, Result,
+    ServedBy, Snapshot, SnapshotId, SnapshotName, Source, Tls,
 };
 
 /// Which exports to stop.
@@ -27,32 +29,77 @@ pub enum StopExports {
 /// What a domain serves.
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize)]
 pub struct Serving {
-    /// The server, when it runs.
+    /// The hypervisor's server, when it runs.
     pub server: Option<NbdServer>,
+    /// The server for images on this host, when it runs.
+    pub image_server: Option<NbdServer>,
     /// The exports that were asked for, by alias.
     pub exports: Vec<Export>,
 }
 
+impl Serving {
+    /// The server that serves an export.
+    #[must_use]
+    pub fn server_of(&self, export: &Export) -> Option<&NbdServer> {
+        match export.served_by() {
+            ServedBy::Hypervisor => self.server.as_ref(),
+            ServedBy::ImageServer => self.image_server.as_ref(),
+        }
+    }
+
+    /// The servers that run, each with its exports.
+    #[must_use]
+    pub fn by_server(&self) -> Vec<(&NbdServer, Vec<Export>)> {
+        let with_exports = |(by, server)| {
+            let its = |export: &&Export| export.served_by() == by;
+            (server, self.exports.iter().filter(its).cloned().collect())
+        };
+        let hypervisors = self.server.iter().map(|server| (ServedBy::Hypervisor, server));
+        let images = self
+            .image_server
+            .iter()
+            .map(|server| (ServedBy::ImageServer, server));
+        hypervisors.chain(images).map(with_exports).collect()
+    }
+}
+
+/// What one of the two servers has to do for a request.
+struct Side<'a> {
+    place: Place<'a>,
+    server: NbdServer,
+    starts: bool,
+    exports: Vec<Export>,
+}
+
 impl Dispatcher {
-    /// Starts exports, and the server with the first one. All of the request or nothing.
+    /// Starts exports, and the servers with their first ones. All of the request or nothing.
+    ///
+    /// What is a node of the hypervisor's is served by the hypervisor, what lies on this host by the image
+    /// server: a request with both makes two servers listen, each on a unix socket of its own.
     ///
     /// # Errors
     /// `NotFound` for an unknown alias; `AlreadyExists` for one that is being served or an export name
     /// in use; `Broken` for a snapshot that must not be read; `Busy` when the server listens elsewhere;
+    /// `Invalid` when an address is given and two servers would have to listen on it;
     /// `Denied` for a place other hosts reach without TLS that is not expressly allowed.
     pub async fn start_exports(&self, domain: &Domain, request: &ExportRequest) -> Result<Vec<Export>> {
         let held = self.hold(domain).await.map_err(|e| e.during("export"))?;
-        self.start_held(&held, domain, request, None)
+        self.start_held(&held, domain, request, &Purpose::Asked)
             .await
             .map_err(|e| e.during("export").with("domain", &domain.id))
     }
 
-    /// Stops exports, and the server with the last one unless it was started by itself. Idempotent.
+    /// Stops exports, and each server with its last one unless it was started by itself. Idempotent.
     /// Returns the aliases that were being served.
+    ///
+    /// # Errors
+    /// `Busy` for one that a guest has as its disk.
     pub async fn stop_exports(&self, domain: &Domain, which: &StopExports) -> Result<Vec<Alias>> {
         let held = self.hold(domain).await.map_err(|e| e.during("export stop"))?;
         let act = async {
             let aliases = self.aliases_to_stop(domain, which).await?;
+            self.refuse_attached(&domain.id, |export| aliases.contains(&export.alias))
+                .await?;
             let intent = self
                 .intend(
                     domain,
@@ -67,18 +114,27 @@ impl Dispatcher {
             .map_err(|e: Error| e.during("export stop").with("domain", &domain.id))
     }
 
-    /// What the domain serves now; asks the hypervisor, not only the catalog.
+    /// What the domain serves now; asks the servers, not only the catalog.
     pub async fn serving(&self, domain: &Domain) -> Result<Serving> {
         let control = self.connector.control(domain).await?;
-        let (server, mut exports) = self.truly_served(&*control, &domain.id).await?;
+        let [hypervisor, images] = self.both(&*control, &domain.id);
+        let (server, mut exports) = self.truly_served(&hypervisor).await?;
+        let (image_server, more) = self.truly_served(&images).await?;
+        exports.extend(more);
         exports.retain(|export| export.lease.is_none());
-        Ok(Serving { server, exports })
+        exports.sort_by(|a, b| a.alias.cmp(&b.alias));
+        Ok(Serving {
+            server,
+            image_server,
+            exports,
+        })
     }
 
-    /// Starts the server by itself; it then stays until [`Dispatcher::stop_server`]. Idempotent for the same place.
+    /// Starts a server by itself; it then stays until [`Dispatcher::stop_server`]. Idempotent for the same place.
     pub async fn start_server(
         &self,
         domain: &Domain,
+        by: ServedBy,
         listen: Option<Listen>,
         tls: Option<Tls>,
         allow_remote: bool,
@@ -90,34 +146,49 @@ impl Dispatcher {
             allow_remote,
             disks: Vec::new(),
         };
-        let act = async {
-            let (running, _) = self.truly_served(&*held.control, &domain.id).await?;
-            let starts = running.is_none();
-            let mut server = self.server_for(&*held.control, running, &request).await?;
-            server.explicit = true;
-            let act = Act::Serve {
-                server: server.clone(),
-                starts,
-                exports: Vec::new(),
-            };
-            let intent = self.intend(domain, act).await?;
-            if starts && let Err(error) = held.control.start_server(&server).await {
-                self.catalog.settle(intent.id, &domain.id, &[]).await?;
-                return Err(error);
-            }
-            self.catalog
-                .settle(intent.id, &domain.id, &[Change::SetServer(server.clone())])
-                .await?;
-            Ok(server)
-        };
-        act.await
-            .map_err(|e: Error| e.during("server start").with("domain", &domain.id))
+        let started = self.start_server_held(&held, domain, by, &request).await;
+        started.map_err(|e: Error| e.during("server start").with("domain", &domain.id))
     }
 
-    /// Stops the server. `Busy` while it serves exports. Idempotent.
-    pub async fn stop_server(&self, domain: &Domain) -> Result<()> {
+    async fn start_server_held(
+        &self,
+        held: &Held,
+        domain: &Domain,
+        by: ServedBy,
+        request: &ExportRequest,
+    ) -> Result<NbdServer> {
+        let place = self.place(by, &*held.control, &domain.id);
+        let (running, _) = self.truly_served(&place).await?;
+        let starts = running.is_none();
+        let was_explicit = running.as_ref().is_some_and(|server| server.explicit);
+        let mut server = place.server_for(running, request).await?;
+        server.explicit = true;
+        let act = Act::Serve {
+            server: server.clone(),
+            starts: starts && by == ServedBy::Hypervisor,
+            starts_images: starts && by == ServedBy::ImageServer,
+            exports: Vec::new(),
+        };
+        let intent = self.intend(domain, act).await?;
+        // The image server keeps its own record: one that runs is told that it stays.
+        let tell = by == ServedBy::ImageServer && !was_explicit;
+        if (starts || tell)
+            && let Err(error) = place.start(&server).await
+        {
+            self.catalog.settle(intent.id, &domain.id, &[]).await?;
+            return Err(error);
+        }
+        let recorded = (by == ServedBy::Hypervisor).then(|| Change::SetServer(server.clone()));
+        let changes: Vec<Change> = recorded.into_iter().collect();
+        self.catalog.settle(intent.id, &domain.id, &changes).await?;
+        Ok(server)
+    }
+
+    /// Stops a server. `Busy` while it serves exports. Idempotent.
+    pub async fn stop_server(&self, domain: &Domain, by: ServedBy) -> Result<()> {
         let held = self.hold(domain).await.map_err(|e| e.during("server stop"))?;
-        let (server, exports) = self.truly_served(&*held.control, &domain.id).await?;
+        let place = self.place(by, &*held.control, &domain.id);
+        let (server, exports) = self.truly_served(&place).await?;
         if let Some(export) = exports.first() {
             return Err(Error::new(
                 ErrorKind::Busy,
@@ -129,29 +200,37 @@ impl Dispatcher {
             .hint("Stop them first: `disksnap export stop -d DOMAIN --all`."));
         }
         if server.is_some() {
-            held.control
-                .stop_server()
-                .await
-                .map_err(|e| e.during("server stop"))?;
+            place.stop().await.map_err(|e| e.during("server stop"))?;
         }
-        self.catalog
-            .settle(Uuid::nil(), &domain.id, &[Change::ClearServer])
-            .await
+        if by == ServedBy::Hypervisor {
+            let cleared = [Change::ClearServer];
+            self.catalog.settle(Uuid::nil(), &domain.id, &cleared).await?;
+        }
+        Ok(())
     }
 
     /// Where a snapshot's disk is, or will be once it is exported (`backupSource`).
+    ///
+    /// What lies on this host is there, and while it is exported it is the export.
     pub async fn backup_source(&self, domain: &Domain, snapshot: &Snapshot, target: &str) -> Result<Source> {
         let control = self.connector.control(domain).await?;
         let disk = disk_of(snapshot, target)?;
-        if let Access::Source { source, .. } = &disk.access {
-            return Ok(source.clone());
-        }
-        let server = self.catalog.server(&domain.id).await?;
         let exports = self.catalog.exports(&domain.id).await?;
-        let export = exports
-            .iter()
-            .find(|e| e.alias == disk.alias && e.lease.is_none());
+        let asked = |e: &&Export| e.alias == disk.alias && e.lease.is_none();
+        let export = exports.iter().find(asked);
+        if let Access::Source { source, .. } = &disk.access {
+            let place = self.place(ServedBy::ImageServer, &*control, &domain.id);
+            let (server, served) = match export {
+                Some(_) => self.truly_served(&place).await?,
+                None => (None, Vec::new()),
+            };
+            return Ok(match (server, served.iter().find(asked)) {
+                (Some(server), Some(export)) => network_source(&server, &export.node.name),
+                _ => source.clone(),
+            });
+        }
         let name = export.map_or(disk.alias.0.as_str(), |e| e.node.name.as_str());
+        let server = self.catalog.server(&domain.id).await?;
         let server = server.unwrap_or_else(|| default_server(&*control));
         Ok(network_source(&server, name))
     }
@@ -172,31 +251,73 @@ impl Dispatcher {
         held: &Held,
         domain: &Domain,
         request: &ExportRequest,
-        lease: Option<Uuid>,
+        purpose: &Purpose,
     ) -> Result<Vec<Export>> {
         let control = &*held.control;
-        let (running, present) = self.truly_served(control, &domain.id).await?;
-        let exports = self
-            .new_exports(control, domain, request, &present, lease)
-            .await?;
-        let starts = running.is_none();
-        let server = self.server_for(control, running, request).await?;
+        let sides = self.sides(control, domain, request, purpose).await?;
+        let exports: Vec<Export> = sides.iter().flat_map(|side| side.exports.clone()).collect();
+        let Some(first) = sides.first() else {
+            return Err(Error::new(ErrorKind::Internal, "nobody is to serve the exports"));
+        };
+        let starts = |by| sides.iter().any(|side| side.place.by == by && side.starts);
         let act = Act::Serve {
-            server: server.clone(),
-            starts,
+            server: first.server.clone(),
+            starts: starts(ServedBy::Hypervisor),
+            starts_images: starts(ServedBy::ImageServer),
             exports: exports.clone(),
         };
+        let starts = starts(ServedBy::Hypervisor);
         let intent = self.intend(domain, act).await?;
-        if let Err(error) = serve_all(control, &server, starts, &exports).await {
+        if let Err(error) = serve_all(&sides).await {
             return Err(match self.undo_serve(control, &intent, starts, &exports).await {
                 Ok(()) => error.leaving(Effect::RolledBack),
                 Err(failure) => error.rollback_failed(vec![failure]),
             });
         }
-        let mut changes = vec![Change::SetServer(server)];
+        let hypervisors = sides.iter().find(|side| side.place.by == ServedBy::Hypervisor);
+        let mut changes: Vec<Change> = Vec::new();
+        changes.extend(hypervisors.map(|side| Change::SetServer(side.server.clone())));
         changes.extend(exports.iter().cloned().map(Change::AddExport));
         self.catalog.settle(intent.id, &domain.id, &changes).await?;
         Ok(exports)
+    }
+
+    /// What each server has to do for a request; those that have nothing to do are left out.
+    async fn sides<'a>(
+        &'a self,
+        control: &'a dyn Control,
+        domain: &'a Domain,
+        request: &ExportRequest,
+        purpose: &Purpose,
+    ) -> Result<Vec<Side<'a>>> {
+        let mut present = Vec::new();
+        let mut running = Vec::new();
+        for place in self.both(control, &domain.id) {
+            let (server, exports) = self.truly_served(&place).await?;
+            running.push((place, server));
+            present.extend(exports);
+        }
+        let exports = self
+            .new_exports(control, domain, request, &present, purpose)
+            .await?;
+        if request.listen.is_some() {
+            refuse_one_address_for_two(&exports)?;
+        }
+        let mut sides = Vec::new();
+        for (place, server) in running {
+            let its = |export: &&Export| export.served_by() == place.by;
+            let exports: Vec<Export> = exports.iter().filter(its).cloned().collect();
+            if exports.is_empty() {
+                continue;
+            }
+            sides.push(Side {
+                place,
+                starts: server.is_none(),
+                server: place.server_for(server, request).await?,
+                exports,
+            });
+        }
+        Ok(sides)
     }
 
     /// Takes back what a start of exports has done, and settles its intent.
@@ -207,15 +328,31 @@ impl Dispatcher {
         starts: bool,
         exports: &[Export],
     ) -> Result<()> {
-        if control.state().await?.is_active() {
-            for export in exports {
-                control.unserve(&export.node.id).await?;
+        let domain = &intent.domain.id;
+        let [hypervisor, images] = self.both(control, domain);
+        let starts_images = matches!(
+            intent.act,
+            Act::Serve {
+                starts_images: true,
+                ..
+            }
+        );
+        if starts_images {
+            images.stop().await?;
+        }
+        for (place, starts) in [(hypervisor, starts), (images, false)] {
+            let its: Vec<&Export> = exports.iter().filter(|e| e.served_by() == place.by).collect();
+            if (its.is_empty() && !starts) || !place.is_up().await? {
+                continue;
+            }
+            for export in its {
+                place.unserve(export).await?;
             }
             if starts {
-                control.stop_server().await?;
+                place.stop().await?;
             }
         }
-        self.catalog.settle(intent.id, &intent.domain.id, &[]).await
+        self.catalog.settle(intent.id, domain, &[]).await
     }
 
     /// Everything that a stop does after its intent; also what finishes one that was killed.
@@ -253,49 +390,63 @@ impl Dispatcher {
         which: impl Fn(&Export) -> bool,
     ) -> Result<(Vec<Alias>, Vec<Change>)> {
         let recorded = self.catalog.exports(domain).await?;
-        let (server, served) = self.truly_served(control, domain).await?;
-        let (stop, keep): (Vec<&Export>, Vec<&Export>) = recorded.iter().partition(|export| which(export));
-        let mut stopped = Vec::new();
-        for export in &stop {
-            if served.contains(export) {
-                control.unserve(&export.node.id).await?;
-                stopped.push(export.alias.clone());
+        let (mut stopped, mut changes) = (Vec::new(), Vec::new());
+        for place in self.both(control, domain) {
+            let its = recorded.iter().filter(|export| export.served_by() == place.by);
+            let (stop, keep): (Vec<&Export>, Vec<&Export>) = its.partition(|export| which(export));
+            let (server, served) = self.truly_served(&place).await?;
+            for export in stop {
+                if served.contains(export) {
+                    place.unserve(export).await?;
+                    stopped.push(export.alias.clone());
+                }
+                changes.push(Change::RemoveExport(export.alias.clone()));
             }
-        }
-        let mut changes: Vec<Change> = stop
-            .iter()
-            .map(|e| Change::RemoveExport(e.alias.clone()))
-            .collect();
-        let left = keep.iter().any(|export| served.contains(export));
-        match server {
-            Some(server) if !left && !server.explicit => {
-                control.stop_server().await?;
+            let left = keep.iter().any(|export| served.contains(export));
+            let ends = server.as_ref().is_some_and(|server| !left && !server.explicit);
+            if ends {
+                place.stop().await?;
+            }
+            if place.by == ServedBy::Hypervisor && (ends || server.is_none()) {
                 changes.push(Change::ClearServer);
             }
-            Some(_) => {}
-            None => changes.push(Change::ClearServer),
         }
         Ok((stopped, changes))
     }
 
-    /// The recorded server and exports that the hypervisor still has.
-    pub(crate) async fn truly_served(
-        &self,
-        control: &dyn Control,
-        domain: &DomainId,
-    ) -> Result<(Option<NbdServer>, Vec<Export>)> {
-        let Some(server) = self.catalog.server(domain).await? else {
-            return Ok((None, Vec::new()));
+    /// Ends image servers that serve nothing and were not told to stay; of one domain, or of all.
+    pub(crate) async fn recover_image_servers(&self, only: Option<&DomainId>) -> Result<Vec<Recovered>> {
+        let mut ended = Vec::new();
+        let Some(images) = self.connector.image_server() else {
+            return Ok(ended);
         };
-        if !control.state().await?.is_active() || control.instance().await? != server.instance {
-            return Ok((None, Vec::new()));
+        for domain in images.domains().await? {
+            if only.is_some_and(|only| only.uuid != domain.uuid) {
+                continue;
+            }
+            let _lock = self.catalog.lock(&domain).await?;
+            let idle = match images.running(&domain).await? {
+                Some(server) => !server.explicit && !self.any_served(images, &domain).await?,
+                // What was never wholly started is not there for those who come later.
+                None => true,
+            };
+            if !idle {
+                continue;
+            }
+            let how = match images.stop(&domain).await {
+                Ok(()) => RecoveredHow::Undone,
+                Err(error) => RecoveredHow::Left(error.to_string()),
+            };
+            let what = "the image server without exports".to_owned();
+            ended.push(Recovered { domain, what, how });
         }
-        let mut exports = self.catalog.exports(domain).await?;
-        if !exports.is_empty() {
-            let served = control.served().await?;
-            exports.retain(|export| served.contains(&export.node.id));
-        }
-        Ok((Some(server), exports))
+        Ok(ended)
+    }
+
+    async fn any_served(&self, images: &dyn ImageServer, domain: &DomainId) -> Result<bool> {
+        let served = images.served(domain).await?;
+        let recorded = self.catalog.exports(domain).await?;
+        Ok(recorded.iter().any(|export| served.contains(&export.node.id)))
     }
 
     async fn aliases_to_stop(&self, domain: &Domain, which: &StopExports) -> Result<Vec<Alias>> {
@@ -325,204 +476,19 @@ impl Dispatcher {
         let of_disks = snapshots.into_iter().flat_map(|s| s.disks).map(|disk| disk.alias);
         Ok(of_disks.chain(recorded.iter().map(|e| e.alias.clone())).collect())
     }
-
-    /// The exports that a request asks for, each checked against its snapshot and against those there are.
-    async fn new_exports(
-        &self,
-        control: &dyn Control,
-        domain: &Domain,
-        request: &ExportRequest,
-        present: &[Export],
-        lease: Option<Uuid>,
-    ) -> Result<Vec<Export>> {
-        if request.disks.is_empty() {
-            return Err(Error::new(ErrorKind::Invalid, "there is no disk to export"));
-        }
-        let snapshots = self.catalog.snapshots(&domain.id).await?;
-        let mut exports: Vec<Export> = Vec::with_capacity(request.disks.len());
-        for wanted in &request.disks {
-            let (snapshot, disk) = by_alias(domain, &snapshots, &wanted.alias)?;
-            self.refuse_unless_healthy(control, snapshot, disk).await?;
-            let Access::Node(node) = &disk.access else {
-                return Err(
-                    Error::new(ErrorKind::Unsupported, "this snapshot is read without an export")
-                        .by(&disk.method)
-                        .with("export", &wanted.alias)
-                        .hint("Open its backupSource read-only; `disksnap snapshot show` tells it."),
-                );
-            };
-            let export = new_export(wanted, snapshot.id, &disk.target, node, lease);
-            let clash = |e: &&Export| e.alias == export.alias || e.node.name == export.node.name;
-            if let Some(other) = present.iter().chain(&exports).find(clash) {
-                let what = format!("'{}' is being exported already", other.node.name);
-                return Err(Error::new(ErrorKind::AlreadyExists, what)
-                    .with("export", &other.alias)
-                    .hint("Stop that export first, or give this one another export name."));
-            }
-            exports.push(export);
-        }
-        Ok(exports)
-    }
-
-    pub(crate) async fn refuse_unless_healthy(
-        &self,
-        control: &dyn Control,
-        snapshot: &Snapshot,
-        disk: &crate::DiskSnapshotRecord,
-    ) -> Result<()> {
-        let (what, reason) = match self.health(control, snapshot, disk).await? {
-            Health::Active => return Ok(()),
-            Health::Broken(reason) => ("broken", reason),
-            Health::Gone(reason) => ("gone", reason),
-        };
-        Err(
-            Error::new(ErrorKind::Broken, format!("the snapshot is {what}: {reason}"))
-                .with("snapshot", &snapshot.name)
-                .with("disk", &disk.target)
-                .hint("Its data must not be used. Delete it, and take a new one."),
-        )
-    }
-
-    /// The server that a request will use: the running one, when that is what it wants, or a new one.
-    async fn server_for(
-        &self,
-        control: &dyn Control,
-        running: Option<NbdServer>,
-        request: &ExportRequest,
-    ) -> Result<NbdServer> {
-        if let Some(server) = running {
-            let elsewhere = request
-                .listen
-                .as_ref()
-                .is_some_and(|listen| *listen != server.listen);
-            if elsewhere || (request.tls.is_some() && request.tls != server.tls) {
-                let tls = if server.tls.is_some() {
-                    " with TLS"
-                } else {
-                    " without TLS"
-                };
-                return Err(Error::new(
-                    ErrorKind::Busy,
-                    format!(
-                        "a domain has one NBD server, and this one's listens on {}{tls}",
-                        server.listen
-                    ),
-                )
-                .hint("Export there (leave the address out), or stop its exports first."));
-            }
-            return Ok(server);
-        }
-        let listen = request
-            .listen
-            .clone()
-            .unwrap_or_else(|| Listen::Unix(control.default_socket()));
-        refuse_careless(&listen, request)?;
-        Ok(NbdServer {
-            listen,
-            tls: request.tls.clone(),
-            explicit: false,
-            instance: control.instance().await?,
-        })
-    }
 }
 
-fn refuse_careless(listen: &Listen, request: &ExportRequest) -> Result<()> {
-    if request.tls.is_some() && matches!(listen, Listen::Unix(_)) {
-        return Err(Error::new(
-            ErrorKind::Invalid,
-            "TLS is for TCP; a unix socket is guarded by its permissions",
-        ));
-    }
-    if listen.is_local() || request.allow_remote || request.tls.as_ref().is_some_and(|tls| tls.verify_client)
-    {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorKind::Denied,
-        format!("anyone who reaches {listen} could read the disks"),
-    )
-    .hint("Use TLS with client verification, or say --allow-remote if the network is trusted."))
-}
-
-async fn serve_all(
-    control: &dyn Control,
-    server: &NbdServer,
-    starts: bool,
-    exports: &[Export],
-) -> Result<()> {
-    if starts {
-        control.start_server(server).await?;
-    }
-    for export in exports {
-        control
-            .serve(&export.node)
-            .await
-            .map_err(|e| e.with("export", &export.alias))?;
+async fn serve_all(sides: &[Side<'_>]) -> Result<()> {
+    for side in sides {
+        if side.starts {
+            side.place.start(&side.server).await?;
+        }
+        for export in &side.exports {
+            let served = side.place.serve(export).await;
+            served.map_err(|e| e.with("export", &export.alias))?;
+        }
     }
     Ok(())
-}
-
-/// An export of a snapshot's disk; one made for a reader gets names of its own.
-fn new_export(
-    wanted: &ExportDisk,
-    snapshot: SnapshotId,
-    target: &str,
-    node: &str,
-    lease: Option<Uuid>,
-) -> Export {
-    let suffix = lease.map(suffix).unwrap_or_default();
-    let alias = Alias(format!("{}{suffix}", wanted.alias));
-    let name = wanted.name.clone().unwrap_or_else(|| alias.0.clone());
-    let id = format!("{node}{suffix}");
-    Export {
-        alias,
-        snapshot,
-        target: target.to_owned(),
-        node: ServeNode {
-            id,
-            node: node.to_owned(),
-            name,
-        },
-        lease,
-    }
-}
-
-/// What tells a reader's export from all others.
-pub(crate) fn suffix(lease: Uuid) -> String {
-    format!("-{}", &lease.simple().to_string()[..8])
-}
-
-fn by_alias<'a>(
-    domain: &Domain,
-    snapshots: &'a [Snapshot],
-    alias: &Alias,
-) -> Result<(&'a Snapshot, &'a crate::DiskSnapshotRecord)> {
-    let all = || snapshots.iter().flat_map(|s| s.disks.iter().map(move |d| (s, d)));
-    all().find(|(_, disk)| disk.alias == *alias).ok_or_else(|| {
-        let known: Vec<Alias> = all().map(|(_, disk)| disk.alias.clone()).collect();
-        unknown_alias(domain, alias, &known)
-    })
-}
-
-fn unknown_alias(domain: &Domain, alias: &Alias, known: &[Alias]) -> Error {
-    Error::new(
-        ErrorKind::NotFound,
-        format!("no snapshot's disk has the alias '{alias}'"),
-    )
-    .with("domain", &domain.id)
-    .hint(nearest("aliases", &alias.0, known.iter().map(|a| a.0.as_str())))
-}
-
-pub(crate) fn disk_of<'a>(snapshot: &'a Snapshot, target: &str) -> Result<&'a crate::DiskSnapshotRecord> {
-    snapshot.disk(target).ok_or_else(|| {
-        let known = snapshot.disks.iter().map(|d| d.target.as_str());
-        Error::new(
-            ErrorKind::NotFound,
-            format!("the snapshot has no disk '{target}'"),
-        )
-        .with("snapshot", &snapshot.name)
-        .hint(nearest("disks", target, known))
-    })
 }
 
 fn default_server(control: &dyn Control) -> NbdServer {

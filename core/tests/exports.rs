@@ -6,8 +6,8 @@ mod scene;
 use std::sync::{Arc, Mutex};
 
 use disksnap_core::{
-    Alias, Catalog, ErrorKind, Export, ExportDisk, ExportRequest, Health, Listen, Result, RunState, Source,
-    StopExports, Tls,
+    Alias, Catalog, ErrorKind, Export, ExportDisk, ExportRequest, Health, Listen, Result, RunState, ServedBy,
+    Source, StopExports, Tls,
 };
 use scene::{FakeMethod, Plan, Scene, by_two_methods, name_of};
 
@@ -108,22 +108,38 @@ async fn stopping_is_idempotent_and_knows_aliases() {
 async fn a_server_started_by_itself_stays() {
     let vm = with_snapshot().await;
     let (dispatcher, domain) = (&vm.scene.dispatcher, &vm.scene.domain);
-    let server = dispatcher.start_server(domain, None, None, false).await.unwrap();
+    let server = dispatcher
+        .start_server(domain, ServedBy::Hypervisor, None, None, false)
+        .await
+        .unwrap();
     assert!(server.explicit);
     assert_eq!(
-        dispatcher.start_server(domain, None, None, false).await.unwrap(),
+        dispatcher
+            .start_server(domain, ServedBy::Hypervisor, None, None, false)
+            .await
+            .unwrap(),
         server
     );
     assert_eq!(vm.events(), [format!("start server {SOCKET}")]);
     vm.start(&request(None, &["vda-backup"])).await.unwrap();
     assert_eq!(
-        dispatcher.stop_server(domain).await.unwrap_err().kind(),
+        dispatcher
+            .stop_server(domain, ServedBy::Hypervisor)
+            .await
+            .unwrap_err()
+            .kind(),
         ErrorKind::Busy
     );
     vm.stop(&["vda-backup"]).await.unwrap();
     assert!(!vm.events().contains(&"stop server".to_owned()));
-    dispatcher.stop_server(domain).await.unwrap();
-    dispatcher.stop_server(domain).await.unwrap();
+    dispatcher
+        .stop_server(domain, ServedBy::Hypervisor)
+        .await
+        .unwrap();
+    dispatcher
+        .stop_server(domain, ServedBy::Hypervisor)
+        .await
+        .unwrap();
     assert_eq!(vm.events(), ["stop server"]);
 }
 
@@ -133,7 +149,10 @@ async fn a_running_server_can_be_kept() {
     let vm = with_snapshot().await;
     let (dispatcher, domain) = (&vm.scene.dispatcher, &vm.scene.domain);
     vm.start(&request(None, &["vda-backup"])).await.unwrap();
-    dispatcher.start_server(domain, None, None, false).await.unwrap();
+    dispatcher
+        .start_server(domain, ServedBy::Hypervisor, None, None, false)
+        .await
+        .unwrap();
     vm.stop(&["vda-backup"]).await.unwrap();
     assert!(!vm.events().contains(&"stop server".to_owned()));
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use async_trait::async_trait;
-use disksnap_core::{Connector, Control, Domain, Error, ErrorKind, Result};
+use disksnap_core::{Connector, Control, Domain, Error, ErrorKind, ImageServer, Result};
 
 use crate::control::{Links, QemuControl};
 use crate::guard::GuardianProgram;
@@ -32,6 +32,7 @@ pub(crate) struct Settings {
     pub(crate) paths: Paths,
     pub(crate) timeouts: Timeouts,
     pub(crate) guardian: GuardianProgram,
+    pub(crate) images: Option<Arc<dyn ImageServer>>,
 }
 
 /// Connects to QEMUs by the sockets that a domain names. Clones share their connections.
@@ -49,6 +50,7 @@ impl QemuConnector {
             paths,
             timeouts: Timeouts::default(),
             guardian: GuardianProgram::default(),
+            images: None,
         })
     }
 
@@ -73,6 +75,15 @@ impl QemuConnector {
     pub fn guardian(self, guardian: GuardianProgram) -> Self {
         Self::with(Settings {
             guardian,
+            ..(*self.settings).clone()
+        })
+    }
+
+    /// The same with something that serves images, and connections of its own.
+    #[must_use]
+    pub fn images(self, images: Arc<dyn ImageServer>) -> Self {
+        Self::with(Settings {
+            images: Some(images),
             ..(*self.settings).clone()
         })
     }
@@ -103,6 +114,10 @@ impl QemuConnector {
 impl Connector for QemuConnector {
     async fn control(&self, domain: &Domain) -> Result<Arc<dyn Control>> {
         Ok(Arc::new(Self::control(self, domain)?))
+    }
+
+    fn image_server(&self) -> Option<&dyn ImageServer> {
+        self.settings.images.as_deref()
     }
 }
 

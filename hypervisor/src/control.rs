@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Command, Control, Domain, Error, ErrorKind, Freeze, Guard, Host, NbdServer, Owner, Result, RunState,
+    Command, Control, Domain, Error, ErrorKind, Freeze, Guard, Host, Hotplug, NbdServer, Owner, Result, RunState,
     ServeNode, Sockets, Watch,
 };
 use serde_json::Value;
@@ -82,11 +82,11 @@ impl QemuControl {
     }
 
     fn nbd(&self) -> Result<NbdServerControl<'_>> {
-        Ok(NbdServerControl {
-            session: self.session()?,
-            run: &self.settings.paths.run,
-            patience: self.settings.timeouts.command,
-        })
+        Ok(NbdServerControl::new(
+            self.session()?,
+            &self.settings.paths.run,
+            self.settings.timeouts.command,
+        ))
     }
 
     async fn execute(&self, command: Command) -> Result<Value> {
@@ -335,6 +335,10 @@ impl Control for QemuControl {
     async fn served(&self) -> Result<Vec<String>> {
         let result = self.nbd()?.served().await;
         result.map_err(|error| error.with("domain", &self.domain.id))
+    }
+
+    fn hotplug(&self) -> Option<&dyn Hotplug> {
+        Some(self)
     }
 }
 

@@ -19,17 +19,27 @@ const CREDENTIALS: &str = "disksnap-nbd-tls";
 /// How often the exports are asked for while one is being taken down and no event tells.
 const POLL: Duration = Duration::from_millis(100);
 
-/// The NBD server of the QEMU at the other end of a session.
-#[derive(Debug)]
-pub(crate) struct NbdServerControl<'a> {
-    pub(crate) session: &'a Session,
-    pub(crate) run: &'a Path,
-    pub(crate) patience: Duration,
+/// The NBD server of the QEMU or storage daemon at the other end of a session.
+#[derive(Debug, Clone, Copy)]
+pub struct NbdServerControl<'a> {
+    session: &'a Session,
+    run: &'a Path,
+    patience: Duration,
 }
 
-impl NbdServerControl<'_> {
+impl<'a> NbdServerControl<'a> {
+    /// `run` is the directory whose stale sockets are ours to remove; `patience` is for an export to end.
+    #[must_use]
+    pub fn new(session: &'a Session, run: &'a Path, patience: Duration) -> Self {
+        Self {
+            session,
+            run,
+            patience,
+        }
+    }
+
     /// Starts it. Sockets and credentials that this made are taken back when it fails.
-    pub(crate) async fn start(&self, server: &NbdServer) -> Result<()> {
+    pub async fn start(&self, server: &NbdServer) -> Result<()> {
         if let Listen::Unix(path) = &server.listen {
             self.clear_the_way(path)?;
         }
@@ -156,7 +166,7 @@ impl NbdServerControl<'_> {
     }
 
     /// Stops it with all its exports. Idempotent.
-    pub(crate) async fn stop(&self) -> Result<()> {
+    pub async fn stop(&self) -> Result<()> {
         match self.session.execute(Command::bare("nbd-server-stop")).await {
             Ok(_) => {}
             Err(error) if error.message().contains("not running") => {}
@@ -167,7 +177,7 @@ impl NbdServerControl<'_> {
     }
 
     /// Serves a node, read-only.
-    pub(crate) async fn serve(&self, node: &ServeNode) -> Result<()> {
+    pub async fn serve(&self, node: &ServeNode) -> Result<()> {
         let arguments = json!({"type": "nbd", "id": node.id, "node-name": node.node, "name": node.name,
             "writable": false});
         let result = self
@@ -197,7 +207,7 @@ impl NbdServerControl<'_> {
     }
 
     /// Stops serving and waits until the node is free. Idempotent.
-    pub(crate) async fn unserve(&self, id: &str) -> Result<()> {
+    pub async fn unserve(&self, id: &str) -> Result<()> {
         let mut events = self.session.subscribe();
         let arguments = json!({"id": id, "mode": "hard"});
         let deleted = self
@@ -239,7 +249,7 @@ impl NbdServerControl<'_> {
     }
 
     /// The ids of the NBD exports that are served now.
-    pub(crate) async fn served(&self) -> Result<Vec<String>> {
+    pub async fn served(&self) -> Result<Vec<String>> {
         let nbd = |export: &Value| export["type"] == "nbd" && export["shutting-down"] != true;
         let id = |export: &Value| export["id"].as_str().map(str::to_owned);
         let exports = self.exports().await?;

@@ -174,6 +174,18 @@ impl Session {
         Ok(answers)
     }
 
+    /// Which run of which process answers: `None` where nobody listens, or it cannot be told.
+    ///
+    /// # Errors
+    /// Why the connection came to nothing although somebody listens.
+    pub async fn instance(&self) -> Result<Option<String>> {
+        match self.connection().await {
+            Ok(connection) => Ok(connection.peer.instance()),
+            Err(failure) if failure.nobody => Ok(None),
+            Err(failure) => Err(failure.error),
+        }
+    }
+
     /// Closes the connection; the next command makes a new one. Frees the monitor for other clients.
     pub async fn disconnect(&self) {
         *self.slot.lock().await = None;

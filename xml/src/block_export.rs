@@ -3,7 +3,9 @@
 use std::collections::HashSet;
 use std::net::IpAddr;
 
-use disksnap_core::{Alias, ErrorKind, Export, ExportDisk, ExportRequest, Listen, NbdServer, Result, Tls};
+use disksnap_core::{
+    Alias, ErrorKind, Export, ExportDisk, ExportRequest, Listen, NbdServer, Result, Serving, Tls,
+};
 
 use crate::source::{absolute, port, unicode};
 use crate::tree::{Elem, Tree};
@@ -135,6 +137,25 @@ fn disk(elem: Elem<'_, '_>) -> Result<ExportDisk> {
 /// `Unsupported` for a path or name that XML cannot hold.
 pub fn export_document(server: &NbdServer, exports: &[Export]) -> Result<String> {
     export_element(server, exports)?.to_document()
+}
+
+/// What a domain serves: its `<blockexport>` where one server runs, else `<blockexports>` with one for each.
+///
+/// # Errors
+/// `Unsupported` for a path or name that XML cannot hold.
+pub fn serving_document(serving: &Serving) -> Result<String> {
+    match serving_elements(serving)?.as_slice() {
+        [one] => one.to_document(),
+        all => Element::new("blockexports").children(all.to_vec()).to_document(),
+    }
+}
+
+pub(crate) fn serving_elements(serving: &Serving) -> Result<Vec<Element>> {
+    let servers = serving.by_server();
+    servers
+        .iter()
+        .map(|(server, exports)| export_element(server, exports))
+        .collect()
 }
 
 /// A `<blockexport>` document of a request.

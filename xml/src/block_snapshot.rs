@@ -228,6 +228,8 @@ impl<'a> SnapshotView<'a> {
         let Some(source) = self.backup_sources.get(&disk.target).or(own) else {
             return Ok(None);
         };
+        // An export gives the disk's own bytes, whatever the image's format.
+        let format = if own.is_some_and(|own| own == source) { format } else { "raw" };
         Ok(Some(
             Element::new("backupSource")
                 .attr("type", source.kind())

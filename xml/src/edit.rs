@@ -1,8 +1,8 @@
 //! New domain documents from old ones: each differs in one place, and all other bytes stay.
 
-use disksnap_core::{Disk, Error, ErrorKind, Export, MethodChoice, NbdServer, Result, SnapshotName, Source};
+use disksnap_core::{Disk, Error, ErrorKind, Export, MethodChoice, NbdServer, Result, Serving, SnapshotName, Source};
 
-use crate::block_export::export_element;
+use crate::block_export::{export_element, serving_elements};
 use crate::block_snapshot::SnapshotView;
 use crate::disk::driver_element;
 use crate::domain::{DOMAIN_NAMESPACE, DomainDocument, disk_elements, metadata_disks, our_metadata};
@@ -23,6 +23,14 @@ impl DomainDocument {
     pub fn with_exports(&self, server: Option<&NbdServer>, exports: &[Export]) -> Result<Self> {
         let new = server.map(|server| export_element(server, exports)).transpose()?;
         self.in_devices("blockexport", &Vec::from_iter(new))
+    }
+
+    /// [`DomainDocument::with_exports`] for each of a domain's servers that runs.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn with_serving(&self, serving: &Serving) -> Result<Self> {
+        self.in_devices("blockexport", &serving_elements(serving)?)
     }
 
     /// The active domain's document with its snapshots: a `<domainblocksnapshot>` each in `<devices>`, in the

@@ -30,7 +30,7 @@ mod tree;
 mod write;
 
 pub use altered::altered_element;
-pub use block_export::{export_document, export_request, export_request_document};
+pub use block_export::{export_document, export_request, export_request_document, serving_document};
 pub use block_snapshot::{SnapshotView, snapshot_document, snapshot_request, snapshots_document};
 pub use disk::new_disk_element;
 pub use domain::{DOMAIN_NAMESPACE, DomainDocument, text_of};

@@ -123,5 +123,7 @@ pub(crate) fn export(alias: &str, target: &str) -> Export {
             name: alias.to_owned(),
         },
         lease: Some(Uuid::new_v4()),
+        image: None,
+        attached: None,
     }
 }

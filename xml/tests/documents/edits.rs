@@ -29,6 +29,8 @@ fn export(alias: &str, name: &str) -> Export {
             name: name.to_owned(),
         },
         lease: None,
+        image: None,
+        attached: None,
     }
 }
 

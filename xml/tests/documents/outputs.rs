@@ -245,6 +245,8 @@ fn exports() {
             name: name.to_owned(),
         },
         lease: None,
+        image: None,
+        attached: None,
     };
     let exports = [
         export("vda-backup", "vda-backup"),
@@ -327,6 +329,7 @@ fn a_plan_and_the_methods() {
     ");
     let method = Method {
         name: "qemu-fleece".to_owned(),
+        aliases: Vec::new(),
         summary: "Copy before write inside QEMU".to_owned(),
         options: vec![OptionDoc {
             key: "fleece.file".to_owned(),

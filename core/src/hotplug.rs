@@ -1,0 +1,54 @@
+//! What attaching a snapshot's disk to another running domain needs of the place where that one runs.
+
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::{Domain, Listen, Result};
+
+/// A disk over NBD, to be seen read-only by a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlugDisk {
+    /// The id of the device in the hypervisor.
+    pub device: String,
+    /// The node below it.
+    pub node: String,
+    /// Where the NBD server listens.
+    pub listen: Listen,
+    /// The export name.
+    pub name: String,
+    /// The serial number that the guest sees, at most 20 characters.
+    pub serial: String,
+}
+
+/// The domain that a snapshot's disk is attached to, and as what.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// The domain, with what is needed to reach it again; without its disks.
+    pub to: Domain,
+    /// The disk there.
+    pub disk: PlugDisk,
+}
+
+/// Puts disks into a running guest, and takes them out again.
+#[async_trait]
+pub trait Hotplug: fmt::Debug + Send + Sync {
+    /// Adds a disk, read-only. Idempotent: one that is there stays.
+    ///
+    /// # Errors
+    /// `NoSpace` when the machine has no free place that can be plugged into; `Denied` when the hypervisor
+    /// may not connect to the server. Nothing of it is left then.
+    async fn plug(&self, disk: &PlugDisk) -> Result<()>;
+
+    /// Takes a disk out, and returns when the guest has let it go, or after `patience`. Idempotent.
+    ///
+    /// # Errors
+    /// `Timeout` when the guest does not let it go in time, `Refused` when it says that it will not: the
+    /// disk stays.
+    async fn unplug(&self, disk: &PlugDisk, patience: Duration) -> Result<()>;
+
+    /// Whether the disk's device is there; `false` where the domain is off.
+    async fn plugged(&self, disk: &PlugDisk) -> Result<bool>;
+}

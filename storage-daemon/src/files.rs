@@ -1,0 +1,195 @@
+//! What is in the run directory of one storage daemon: its lock, its record, its sockets, its log.
+//!
+//! The lock file is the daemon's standard input, so that it is locked for exactly as long as the daemon lives,
+//! from before its first instruction on and however it ends; it holds the domain's id. The record says where it
+//! listens, and which run of which process it is; it is there once the daemon serves.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use disksnap_core::{DomainId, Error, ErrorKind, NbdServer, Result};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+/// The longest path of a unix socket, in bytes (unix(7)).
+const LONGEST_SOCKET: usize = 107;
+const LOCK: &str = ".images.lock";
+/// Somebody who asks whether the daemon lives holds the lock for a moment.
+const MOMENT: Duration = Duration::from_secs(5);
+
+/// The files of one domain's daemon.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Files {
+    run: PathBuf,
+    stem: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    server: NbdServer,
+}
+
+impl Files {
+    pub(crate) fn of(run: &Path, domain: &DomainId) -> Self {
+        let uuid = domain.uuid.simple().to_string();
+        Self {
+            run: run.to_owned(),
+            stem: uuid[..12].to_owned(),
+        }
+    }
+
+    fn path(&self, suffix: &str) -> PathBuf {
+        self.run.join(format!("{}{suffix}", self.stem))
+    }
+
+    pub(crate) fn lock(&self) -> PathBuf {
+        self.path(LOCK)
+    }
+
+    fn record(&self) -> PathBuf {
+        self.path(".images.json")
+    }
+
+    pub(crate) fn log(&self) -> PathBuf {
+        self.path(".images.log")
+    }
+
+    pub(crate) fn monitor(&self) -> PathBuf {
+        self.path(".img.qmp")
+    }
+
+    /// Where it listens when nobody says otherwise.
+    pub(crate) fn socket(&self) -> Result<PathBuf> {
+        let socket = self.path(".img.sock");
+        if socket.as_os_str().len() <= LONGEST_SOCKET {
+            return Ok(socket);
+        }
+        let what = format!("the path of a unix socket has at most {LONGEST_SOCKET} bytes");
+        Err(Error::new(ErrorKind::Invalid, what)
+            .with("socket", socket.display())
+            .hint("Choose a shorter state directory."))
+    }
+
+    /// Makes the lock file anew, and takes the lock.
+    pub(crate) fn take_lock(&self, domain: &DomainId) -> Result<File> {
+        let failed = |e: io::Error| {
+            Error::io("cannot make the image server's lock", e).with("path", self.lock().display())
+        };
+        write_whole(&self.lock(), domain).map_err(failed)?;
+        let lock = OpenOptions::new().read(true).write(true).open(self.lock());
+        let lock = lock.map_err(failed)?;
+        let since = Instant::now();
+        loop {
+            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(lock),
+                Err(Errno::WOULDBLOCK | Errno::INTR) if since.elapsed() < MOMENT => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                Err(error) => return Err(failed(error.into())),
+            }
+        }
+    }
+
+    /// Whether the daemon lives.
+    pub(crate) fn is_held(&self) -> Result<bool> {
+        let failed = |e: io::Error| {
+            Error::io("cannot look at the image server's lock", e).with("path", self.lock().display())
+        };
+        let lock = match File::open(self.lock()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            other => other.map_err(failed)?,
+        };
+        match flock(&lock, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => Ok(false),
+            Err(Errno::WOULDBLOCK) => Ok(true),
+            Err(error) => Err(failed(error.into())),
+        }
+    }
+
+    /// The process that lives by this lock: the one whose standard input it is.
+    pub(crate) fn holder(&self) -> Option<i32> {
+        let lock = std::fs::metadata(self.lock()).ok()?;
+        let processes = std::fs::read_dir("/proc").ok()?;
+        let pid = |name: std::ffi::OsString| name.to_str()?.parse::<i32>().ok();
+        let mut pids = processes.flatten().filter_map(|entry| pid(entry.file_name()));
+        pids.find(|pid| holds(*pid, (lock.dev(), lock.ino())))
+    }
+
+    /// Whether this process still is the one.
+    pub(crate) fn is_holder(&self, pid: i32) -> bool {
+        std::fs::metadata(self.lock()).is_ok_and(|lock| holds(pid, (lock.dev(), lock.ino())))
+    }
+
+    pub(crate) fn remember(&self, server: &NbdServer) -> Result<()> {
+        let record = Record {
+            server: server.clone(),
+        };
+        write_whole(&self.record(), &record)
+            .map_err(|e| Error::io("cannot record the image server", e).with("path", self.record().display()))
+    }
+
+    /// `None` where it was never wholly started.
+    pub(crate) fn remembered(&self) -> Result<Option<NbdServer>> {
+        let path = self.record();
+        let failed = |e| Error::io("cannot read the image server's record", e).with("path", path.display());
+        let text = match std::fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(failed)?,
+        };
+        let record: std::result::Result<Record, _> = serde_json::from_slice(&text);
+        Ok(record.ok().map(|record| record.server))
+    }
+
+    /// Removes all files of a daemon that is no more; idempotent. The lock goes last: it is how they are found.
+    pub(crate) fn remove(&self) -> Result<()> {
+        let socket = self.path(".img.sock");
+        for path in [self.record(), self.monitor(), socket, self.log(), self.lock()] {
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io("cannot remove what the image server left", error)
+                        .with("path", path.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn holds(pid: i32, lock: (u64, u64)) -> bool {
+    std::fs::metadata(format!("/proc/{pid}/fd/0")).is_ok_and(|found| (found.dev(), found.ino()) == lock)
+}
+
+/// The domains that have a lock file here.
+pub(crate) fn domains(run: &Path) -> Result<Vec<DomainId>> {
+    let failed = |e| Error::io("cannot look for image servers", e).with("path", run.display());
+    let mut domains = Vec::new();
+    for entry in std::fs::read_dir(run).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let is_lock = path.to_str().is_some_and(|path| path.ends_with(LOCK));
+        // One that has just been removed is none.
+        if let Some(text) = is_lock.then(|| std::fs::read(&path).ok()).flatten() {
+            domains.extend(serde_json::from_slice::<DomainId>(&text).ok());
+        }
+    }
+    Ok(domains)
+}
+
+/// Writes a file whole or not at all.
+fn write_whole(path: &Path, value: &impl Serialize) -> io::Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    let new = PathBuf::from(name);
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)?;
+    file.write_all(&serde_json::to_vec(value)?)?;
+    std::fs::rename(&new, path)
+}

@@ -1,0 +1,228 @@
+//! Serves snapshots that lie on this host, as images or devices: core's `ImageServer` by a
+//! `qemu-storage-daemon`, one per domain, that outlives the command which started it.
+//!
+//! Here: what is asked of it. The process and its files are in `process`, what is remembered of it in `files`, how
+//! an image becomes nodes in `nodes`.
+
+mod files;
+mod nodes;
+mod process;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use disksnap_core::{
+    Command, DomainId, Error, ErrorKind, Image, ImageServer, Listen, NbdServer, Result, ServeNode,
+};
+use disksnap_hypervisor::{NbdServerControl, Session, Timeouts};
+use serde_json::{Value, json};
+
+use crate::files::Files;
+
+/// Names the program where it is none of [`StorageDaemons::PLACES`], by absolute path.
+pub const PROGRAM_ENV: &str = "DISKSNAP_STORAGE_DAEMON";
+
+/// How long an export may take to end: a client's request may be stuck in slow storage.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The storage daemons of a state directory. Keeps nothing in memory: any process may carry on.
+#[derive(Debug, Clone)]
+pub struct StorageDaemons {
+    run: PathBuf,
+    program: Option<PathBuf>,
+}
+
+impl StorageDaemons {
+    /// Where the program is looked for.
+    pub const PLACES: [&str; 4] = [
+        "/usr/bin/qemu-storage-daemon",
+        "/usr/local/bin/qemu-storage-daemon",
+        "/usr/libexec/qemu-storage-daemon",
+        "/usr/sbin/qemu-storage-daemon",
+    ];
+
+    /// Those whose sockets and records are in this directory, which is private to disksnap. The program is the one that
+    /// the environment names ([`PROGRAM_ENV`]), else the first of [`StorageDaemons::PLACES`].
+    #[must_use]
+    pub fn new(run: PathBuf) -> Self {
+        let program = std::env::var_os(PROGRAM_ENV).map(PathBuf::from);
+        Self { run, program }
+    }
+
+    /// The same with this program.
+    #[must_use]
+    pub fn program(self, program: PathBuf) -> Self {
+        Self {
+            program: Some(program),
+            ..self
+        }
+    }
+
+    fn files(&self, domain: &DomainId) -> Files {
+        Files::of(&self.run, domain)
+    }
+
+    fn find_program(&self) -> Result<PathBuf> {
+        let there = |path: &Path| path.is_absolute() && path.is_file();
+        let own = self.program.clone().into_iter();
+        let places = Self::PLACES.iter().map(PathBuf::from);
+        let mut candidates: Box<dyn Iterator<Item = PathBuf>> = match self.program {
+            Some(_) => Box::new(own),
+            None => Box::new(places),
+        };
+        candidates.find(|path| there(path)).ok_or_else(|| {
+            let what = match &self.program {
+                Some(path) => format!("there is no program {}", path.display()),
+                None => "there is no qemu-storage-daemon on this host".to_owned(),
+            };
+            Error::new(ErrorKind::Unavailable, what).hint(format!(
+                "It serves what lies on this host: install QEMU's storage daemon (Debian: qemu-system-common; Fedora: \
+                 qemu-img), or name it with {PROGRAM_ENV}. It is looked for as {}.",
+                Self::PLACES.join(", ")
+            ))
+        })
+    }
+
+    async fn start_new(&self, domain: &DomainId, server: &NbdServer) -> Result<()> {
+        let program = self.find_program()?;
+        let files = self.files(domain);
+        let launched = process::launch(&files, domain, &program).await?;
+        let session = session(&files);
+        let control = NbdServerControl::new(&session, &self.run, PATIENCE);
+        let started = async {
+            control.start(server).await?;
+            let server = NbdServer {
+                instance: session.instance().await?,
+                ..server.clone()
+            };
+            files.remember(&server)
+        };
+        match started.await {
+            Ok(()) => {
+                launched.let_go();
+                Ok(())
+            }
+            Err(error) => {
+                session.disconnect().await;
+                let failed = launched.end(&files).await.err();
+                Err(error.rollback_failed(failed.into_iter().collect()))
+            }
+        }
+    }
+}
+
+fn session(files: &Files) -> Session {
+    Session::new(files.monitor(), Timeouts::default())
+}
+
+#[async_trait]
+impl ImageServer for StorageDaemons {
+    fn default_listen(&self, domain: &DomainId) -> Result<Listen> {
+        self.files(domain).socket().map(Listen::Unix)
+    }
+
+    async fn running(&self, domain: &DomainId) -> Result<Option<NbdServer>> {
+        let files = self.files(domain);
+        if files.is_held()? {
+            files.remembered()
+        } else {
+            Ok(None)
+        }
+    }
+
+    async fn start(&self, domain: &DomainId, server: &NbdServer) -> Result<()> {
+        if let Some(running) = self.running(domain).await? {
+            if running.listen != server.listen || running.tls != server.tls {
+                let what = "the domain's image server already runs";
+                return Err(Error::new(ErrorKind::Busy, what)
+                    .with("listen", &running.listen)
+                    .hint("Export there (leave the address out), or stop its exports first."));
+            }
+            let told = NbdServer {
+                instance: running.instance,
+                ..server.clone()
+            };
+            return self.files(domain).remember(&told);
+        }
+        self.stop(domain).await?;
+        self.start_new(domain, server).await
+    }
+
+    async fn stop(&self, domain: &DomainId) -> Result<()> {
+        let files = self.files(domain);
+        if files.is_held()? {
+            process::end(&files).await?;
+        }
+        files.remove()
+    }
+
+    async fn serve(&self, domain: &DomainId, node: &ServeNode, image: &Image) -> Result<()> {
+        let files = self.files(domain);
+        let session = session(&files);
+        let control = NbdServerControl::new(&session, &self.run, PATIENCE);
+        let add = nodes::of(&node.node, image)?;
+        let delete = || Command::new("blockdev-del", json!({ "node-name": node.node }));
+        let added = session.execute(Command::new("blockdev-add", add.clone())).await;
+        let added = match added {
+            // Left by a start that was killed.
+            Err(error) if error.message().contains("uplicate") => {
+                control.unserve(&node.id).await?;
+                session.execute(delete()).await?;
+                session.execute(Command::new("blockdev-add", add)).await
+            }
+            other => other,
+        };
+        added.map_err(|error| {
+            error
+                .with("image", &image.source)
+                .hint("The image cannot be opened by the record of its snapshot; `qemu-img info` tells more.")
+        })?;
+        match control.serve(node).await {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                let failed = session.execute(delete()).await.err();
+                Err(error.rollback_failed(failed.into_iter().collect()))
+            }
+        }
+    }
+
+    async fn unserve(&self, domain: &DomainId, node: &ServeNode) -> Result<()> {
+        let files = self.files(domain);
+        if !files.is_held()? {
+            return Ok(());
+        }
+        let session = session(&files);
+        let control = NbdServerControl::new(&session, &self.run, PATIENCE);
+        control.unserve(&node.id).await?;
+        let delete = Command::new("blockdev-del", json!({ "node-name": node.node }));
+        match session.execute(delete).await {
+            Err(error) if !error.message().contains("Failed to find node") => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    async fn served(&self, domain: &DomainId) -> Result<Vec<String>> {
+        let files = self.files(domain);
+        if !files.is_held()? {
+            return Ok(Vec::new());
+        }
+        let session = session(&files);
+        NbdServerControl::new(&session, &self.run, PATIENCE)
+            .served()
+            .await
+    }
+
+    async fn domains(&self) -> Result<Vec<DomainId>> {
+        files::domains(&self.run)
+    }
+}
+
+/// The answer of a monitor that has ended as it was told to is none.
+fn ended_by_quit(answer: Result<Value>) -> Result<()> {
+    match answer {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::Unavailable => Ok(()),
+        Err(error) => Err(error),
+    }
+}
