@@ -24,6 +24,12 @@ pub trait Fixture: fmt::Debug + Send + Sync + 'static {
     /// storage allows it, make the size no multiple of a cluster (2 MiB + 512 bytes), so that the tail is
     /// tried too. What the setting made is removed when it is dropped.
     async fn setting(&self, disks: usize) -> Result<Box<dyn Setting>>;
+
+    /// What went wrong below the provider in settings that were dropped since the last call: a hypervisor that
+    /// ended by itself, with its exit status and what it said. A case that fails tells it.
+    fn postmortem(&self) -> Option<String> {
+        None
+    }
 }
 
 /// One domain with its disks, for the length of one case.

@@ -96,6 +96,14 @@ pub fn assert_conforms(fixture: impl Fixture) {
 }
 
 async fn run_case(fixture: &Arc<dyn Fixture>, case: &Case) -> Outcome {
+    let outcome = try_case(fixture, case).await;
+    match (outcome, fixture.postmortem()) {
+        (Outcome::Failed(why), Some(below)) => Outcome::Failed(format!("{why}\n{below}")),
+        (outcome, _) => outcome,
+    }
+}
+
+async fn try_case(fixture: &Arc<dyn Fixture>, case: &Case) -> Outcome {
     let running = tokio::spawn((case.run)(Arc::clone(fixture)));
     let stop = running.abort_handle();
     match tokio::time::timeout(CASE_LIMIT, running).await {

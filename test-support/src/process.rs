@@ -2,12 +2,15 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+
+use crate::qmp::Monitor;
 
 /// How long a process may take to start answering, or to end when asked; far more than it needs.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(2);
@@ -62,6 +65,22 @@ impl Process {
         // Both fail only when it has ended already.
         let _ = child.kill();
         let _ = child.wait();
+    }
+
+    /// Kills it. Where it had ended by itself before: how it ended, and what it printed.
+    ///
+    /// One whose monitor has closed the connection is on its way out, and is waited for.
+    pub(crate) fn last_words(&self, monitor: &Mutex<Monitor>) -> Option<String> {
+        let mut monitor = monitor.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let begun = Instant::now();
+        while monitor.is_closed() && self.is_running() && begun.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        drop(monitor);
+        self.kill();
+        let status = self.lock().wait().ok()?;
+        let by_itself = status.signal() != Some(Signal::KILL.as_raw());
+        by_itself.then(|| format!("{} ended by itself: {status}\n{}", self.name, self.log()))
     }
 
     /// Waits for it to end by itself.

@@ -320,6 +320,12 @@ impl Qemu {
         self.process.kill();
     }
 
+    /// SIGKILL. Where it had ended by itself before: its exit status and what it printed.
+    #[must_use]
+    pub fn last_words(&self) -> Option<String> {
+        self.process.last_words(&self.monitor)
+    }
+
     /// Ends it in an orderly way (QMP `quit`), which saves persistent bitmaps.
     pub fn quit(&self) -> ExitStatus {
         self.qmp("quit", json!({}));

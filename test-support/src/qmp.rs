@@ -105,6 +105,13 @@ impl Monitor {
         }
     }
 
+    /// Whether the other end has closed the connection.
+    pub(crate) fn is_closed(&mut self) -> bool {
+        use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+        let asked = self.try_execute("query-version", &json!({}));
+        asked.is_err_and(|e| matches!(e.kind(), BrokenPipe | ConnectionReset | UnexpectedEof))
+    }
+
     /// Takes the first event of that name, waiting for it; events of other names are kept.
     pub fn wait_event(&mut self, name: &str) -> Value {
         loop {

@@ -50,6 +50,14 @@ impl Running {
         Ok(document.domain().clone())
     }
 
+    /// Ends it. Where it had ended by itself before: its exit status and what it printed.
+    pub(crate) fn last_words(&self) -> Option<String> {
+        match self {
+            Self::Machine(qemu) => qemu.last_words(),
+            Self::StorageDaemon(daemon) => daemon.last_words(),
+        }
+    }
+
     pub(crate) fn disk(&self, target: &str) -> GuestDisk {
         match self {
             Self::Machine(qemu) => qemu.disk(target),

@@ -5,7 +5,7 @@ mod setting;
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use disksnap_conformance::{Fixture, Setting};
@@ -34,6 +34,8 @@ pub struct QemuFixture {
     pub(crate) options: Options,
     pub(crate) images: Option<PathBuf>,
     pub(crate) guardian: GuardianProgram,
+    /// Of the QEMUs that ended by themselves, for the postmortem.
+    pub(crate) last_words: Arc<Mutex<Vec<String>>>,
 }
 
 impl fmt::Debug for QemuFixture {
@@ -61,6 +63,7 @@ impl QemuFixture {
             options: Options::default(),
             images: None,
             guardian: GuardianProgram::Automatic,
+            last_words: Arc::default(),
         }
     }
 
@@ -149,5 +152,10 @@ impl Fixture for QemuFixture {
             options: self.options.clone(),
         };
         Ok(Box::new(QemuSetting::new(self, disks, choice)?))
+    }
+
+    fn postmortem(&self) -> Option<String> {
+        let words = std::mem::take(&mut *self.last_words.lock().unwrap_or_else(PoisonError::into_inner));
+        (!words.is_empty()).then(|| words.join("\n"))
     }
 }

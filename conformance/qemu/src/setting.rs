@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use disksnap_conformance::{Setting, read_file};
@@ -29,8 +29,17 @@ pub(crate) struct QemuSetting {
     domain: Domain,
     choice: MethodChoice,
     connector: QemuConnector,
+    last_words: Arc<Mutex<Vec<String>>>,
     /// Removed last: QEMU must be gone first.
     dirs: Dirs,
+}
+
+impl Drop for QemuSetting {
+    /// Nothing here ends a QEMU before this: one that has ended is why the case fails.
+    fn drop(&mut self) {
+        let mut all = self.last_words.lock().unwrap_or_else(PoisonError::into_inner);
+        all.extend(self.running.last_words());
+    }
 }
 
 struct Dirs {
@@ -73,6 +82,7 @@ impl QemuSetting {
             running,
             choice,
             connector: QemuConnector::new(paths).guardian(fixture.guardian.clone()),
+            last_words: Arc::clone(&fixture.last_words),
             dirs,
         })
     }
