@@ -150,6 +150,7 @@ fn memory(scratch: &Path) -> Vec<Run> {
         Capability::Inactive,
         Capability::DirectRead,
         Capability::GuestSafe,
+        Capability::Revert,
     ];
     let off = RawFiles::new(scratch, capabilities, linked("memory"));
     let running = QemuFixture::new(Process::Machine, capabilities, linked("memory")).raw_images_in(scratch);

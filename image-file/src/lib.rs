@@ -2,10 +2,12 @@
 //! hypervisor.
 //!
 //! [`ImageFile::of`] looks at the file; [`ImageFile::stands_alone`] says whether the one file is all of
-//! the disk, [`Live`] what the hypervisor that has it open says. [`file_system`], [`mount_options`] and [`room`] tell of the place it is in.
+//! the disk, [`Live`] what the hypervisor that has it open says. [`file_system`], [`mount_options`] and [`room`] tell of
+//! the place it is in; [`put_back`] makes images again what a snapshot has of them.
 
 mod live;
 mod place;
+mod put_back;
 mod qcow2;
 
 use std::fs::{File, Metadata};
@@ -16,6 +18,7 @@ use disksnap_core::{BackingStore, Disk, Error, ErrorKind, Probe, Source};
 
 pub use live::Live;
 pub use place::{file_system, mount_options, room};
+pub use put_back::{PutBack, can_put_back, forget, like_in_cow, put_back};
 pub use qcow2::Qcow2;
 
 /// What stands against a disk: what a probe answers with, and what a create fails with.

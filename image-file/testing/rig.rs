@@ -81,6 +81,11 @@ impl Rig {
         }
     }
 
+    /// Gives the domain other disks, as a newer document would.
+    pub fn disks_are(&mut self, disks: Vec<Disk>) {
+        self.domain.disks = disks;
+    }
+
     pub async fn control(&self) -> Arc<dyn Control> {
         self.connector.control(&self.domain).await.unwrap()
     }
@@ -143,6 +148,20 @@ impl Rig {
 
     pub async fn create(&self, name: &str) -> Snapshot {
         self.try_create(name, &[]).await.unwrap()
+    }
+
+    /// Puts a snapshot back; gives what the operator should know.
+    pub async fn revert(&self, snapshot: &Snapshot) -> Result<Vec<String>, Error> {
+        let control = self.control().await;
+        let mut warnings = Vec::new();
+        for record in &snapshot.units {
+            let revert = self.provider.revert(&record.unit).unwrap();
+            let affected = revert.revert(&*control, snapshot.id, &record.unit, &[]).await?;
+            assert_eq!(affected.unit.as_ref(), Some(&record.unit), "the snapshot stays");
+            assert!(affected.disks.is_empty() && affected.peers.is_empty());
+            warnings.extend(affected.warnings);
+        }
+        Ok(warnings)
     }
 
     pub async fn delete(&self, name: &str) {

@@ -2,10 +2,11 @@
 //!
 //! The subvolume is found from the image; disks whose images are in one subvolume share one snapshot. Here:
 //! the contract. Which subvolume and where its snapshot goes is in `place`, the layers of an image in
-//! `chain`, the snapshot itself in `snapshot`, btrfs's system calls in `subvolume`.
+//! `chain`, the snapshot itself in `snapshot`, putting it back in `revert`, btrfs's system calls in `subvolume`.
 
 mod chain;
 mod place;
+mod revert;
 mod snapshot;
 mod subvolume;
 
@@ -18,13 +19,14 @@ use disksnap_core::{
     Host, Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan,
     Taken, Unit,
 };
-use disksnap_image_file::{ImageFile, Live, Unfit, room};
+use disksnap_image_file::{ImageFile, Live, Unfit, forget, room};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
 
 use crate::chain::Layer;
 use crate::place::{Group, SNAPSHOT_DIR, groups, root};
+use crate::revert::PutBackImages;
 use crate::snapshot::{Image, Made, MadeImage, Planned, remove};
 
 disksnap_core::register!(|| Arc::new(Btrfs));
@@ -127,13 +129,19 @@ impl DiskSnapshot for Btrfs {
         blocking(move || Ok(made.health())).await
     }
 
-    async fn delete(&self, _: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
+    async fn delete(&self, _: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()> {
         let made: Made = remembered(&unit.data)?;
-        blocking(move || remove(&made.place(), |found| found.uuid == made.uuid)).await
+        let deleted = move || {
+            for file in made.files() {
+                forget(&file.image, id)?;
+            }
+            remove(&made.place(), |found| found.uuid == made.uuid)
+        };
+        blocking(deleted).await
     }
 
-    fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
-        None
+    fn revert(&self, unit: &Unit) -> Option<Arc<dyn Revert>> {
+        Some(Arc::new(PutBackImages::of(unit)?))
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
@@ -143,7 +151,12 @@ impl DiskSnapshot for Btrfs {
 
 /// Not `GuestSafe`: what the guest overwrites takes new room, and without room its write fails.
 fn capabilities() -> Vec<Capability> {
-    vec![Capability::Active, Capability::Inactive, Capability::DirectRead]
+    vec![
+        Capability::Active,
+        Capability::Inactive,
+        Capability::DirectRead,
+        Capability::Revert,
+    ]
 }
 
 /// What the hypervisor says of a disk.

@@ -48,6 +48,9 @@ pub(crate) struct Image {
 /// What is remembered of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Made {
+    /// The root of the subvolume that it is a snapshot of; empty in a record of old.
+    #[serde(default)]
+    pub(crate) root: PathBuf,
     pub(crate) dir: PathBuf,
     pub(crate) name: PathBuf,
     /// The snapshot's own id.
@@ -163,6 +166,7 @@ impl Planned {
         let at = self.dir.join(&self.name);
         let images = self.images.iter().map(|image| image.in_snapshot(&at));
         Ok(Made {
+            root: self.root.clone(),
             dir: self.dir.clone(),
             name: self.name.clone(),
             uuid: info.uuid,

@@ -14,7 +14,12 @@ use disksnap_test_support::need;
 use support::{InSubvolumes, btrfs};
 
 /// Not `GuestSafe`: a guest that overwrites shared extents can run out of room.
-const CAPABILITIES: [Capability; 3] = [Capability::Active, Capability::Inactive, Capability::DirectRead];
+const CAPABILITIES: [Capability; 4] = [
+    Capability::Active,
+    Capability::Inactive,
+    Capability::DirectRead,
+    Capability::Revert,
+];
 
 #[test]
 fn becomes_the_guardian_when_asked() {

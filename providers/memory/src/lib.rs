@@ -12,8 +12,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
-    Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
+    Access, Affected, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host,
+    Merge, Method, OptionDoc, Peer, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan,
+    Taken, Unit,
 };
 use rustix::fs::{FallocateFlags, fallocate, statfs};
 use serde::{Deserialize, Serialize};
@@ -72,8 +73,7 @@ impl DiskSnapshot for Memory {
 
     async fn take(&self, _: &dyn Host, prepared: &Prepared) -> Result<Taken> {
         let copy: Copy = remembered(&prepared.data)?;
-        let copied = tokio::task::spawn_blocking(move || copy_image(&copy)).await;
-        copied.map_err(|e| Error::new(ErrorKind::Internal, "the copying task died").because(e))??;
+        copied(copy.image, copy.file).await?;
         Ok(Taken::default())
     }
 
@@ -136,11 +136,41 @@ impl DiskSnapshot for Memory {
     }
 
     fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
-        None
+        Some(Arc::new(Self))
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
         None
+    }
+}
+
+#[async_trait]
+impl Revert for Memory {
+    /// Copies the copy back into the image. Killed half way it leaves half of each; called again it copies
+    /// all of it again.
+    async fn revert(&self, host: &dyn Host, id: SnapshotId, unit: &Unit, _: &[Peer]) -> Result<Affected> {
+        let copy: Copy = remembered(&unit.data)?;
+        if host.state().await?.is_active() {
+            return Err(
+                Error::new(ErrorKind::Busy, "the domain is not off, and its image is in use")
+                    .hint("Shut the domain down, then revert again."),
+            );
+        }
+        if let Health::Broken(why) | Health::Gone(why) = self.inspect(host, id, unit).await? {
+            return Err(Error::new(ErrorKind::Broken, why));
+        }
+        let image = OpenOptions::new().write(true).open(&copy.image);
+        // The room first: what was sparse is so no more, and an image half put back would be worse than none.
+        let ready = image.and_then(|image| {
+            fallocate(&image, FallocateFlags::empty(), 0, copy.size)?;
+            image.set_len(copy.size)
+        });
+        ready.map_err(|e| Error::io(format!("cannot put back {}", copy.image.display()), e))?;
+        copied(copy.file, copy.image).await?;
+        Ok(Affected {
+            unit: Some(unit.clone()),
+            ..Affected::default()
+        })
     }
 }
 
@@ -150,6 +180,7 @@ fn capabilities() -> Vec<Capability> {
         Capability::Inactive,
         Capability::DirectRead,
         Capability::GuestSafe,
+        Capability::Revert,
     ]
 }
 
@@ -241,16 +272,17 @@ fn reserve(id: SnapshotId, request: &DiskRequest) -> Result<Prepared> {
     })
 }
 
-fn copy_image(copy: &Copy) -> Result<()> {
-    let failed = |e| {
-        Error::io(
-            format!("cannot copy {} to {}", copy.image.display(), copy.file.display()),
-            e,
-        )
-    };
-    let mut from = File::open(&copy.image).map_err(failed)?;
-    let mut to = OpenOptions::new().write(true).open(&copy.file).map_err(failed)?;
-    io::copy(&mut from, &mut to).map(|_| ()).map_err(failed)
+/// Copies the content of one file into another, where that does not keep others waiting.
+async fn copied(from: PathBuf, to: PathBuf) -> Result<()> {
+    let copied = tokio::task::spawn_blocking(move || copy_file(&from, &to)).await;
+    copied.map_err(|e| Error::new(ErrorKind::Internal, "the copying task died").because(e))?
+}
+
+fn copy_file(from: &Path, to: &Path) -> Result<()> {
+    let failed = |e| Error::io(format!("cannot copy {} to {}", from.display(), to.display()), e);
+    let mut source = File::open(from).map_err(failed)?;
+    let mut target = OpenOptions::new().write(true).open(to).map_err(failed)?;
+    io::copy(&mut source, &mut target).map(|_| ()).map_err(failed)
 }
 
 fn remove(path: &Path) -> Result<()> {

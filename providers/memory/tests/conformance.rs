@@ -8,11 +8,12 @@ use disksnap_conformance_qemu::{Process, QemuFixture, become_guardian_when_asked
 use disksnap_core::Capability;
 use disksnap_memory::Memory;
 
-const CAPABILITIES: [Capability; 4] = [
+const CAPABILITIES: [Capability; 5] = [
     Capability::Active,
     Capability::Inactive,
     Capability::DirectRead,
     Capability::GuestSafe,
+    Capability::Revert,
 ];
 
 #[test]

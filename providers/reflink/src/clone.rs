@@ -6,8 +6,8 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use disksnap_core::{Error, ErrorKind, Health, Result};
-use disksnap_image_file::{ImageFile, Qcow2, room};
-use rustix::fs::{IFlags, OFlags, ioctl_ficlone, ioctl_getflags, ioctl_setflags};
+use disksnap_image_file::{ImageFile, Qcow2, like_in_cow, room};
+use rustix::fs::{OFlags, ioctl_ficlone};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,9 @@ pub(crate) struct Clone {
 /// What is remembered of a finished clone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Made {
+    /// The image that it is a clone of, by its own path; empty in a record of old.
+    #[serde(default)]
+    pub(crate) image: PathBuf,
     pub(crate) file: PathBuf,
     pub(crate) format: String,
     /// The virtual size in bytes.
@@ -105,6 +108,7 @@ impl Clone {
             _ => metadata.len(),
         };
         Ok(Made {
+            image: self.image.clone(),
             file: self.file.clone(),
             format: self.format.clone(),
             size,
@@ -151,21 +155,14 @@ impl Made {
     }
 }
 
-/// Gives the clone the image's owner, and on btrfs its NOCOW attribute: files that differ in it cannot
-/// share extents. It can be set on an empty file only.
+/// Gives the clone the image's owner, and on btrfs its NOCOW attribute.
 fn like_image(file: &File, image: &ImageFile) -> io::Result<()> {
     match fchown(file, Some(image.metadata.uid()), Some(image.metadata.gid())) {
         // Only root gives files away; then it stays ours.
         Err(error) if error.kind() != io::ErrorKind::PermissionDenied => return Err(error),
         _ => {}
     }
-    let (Ok(wanted), Ok(is)) = (ioctl_getflags(&image.file), ioctl_getflags(file)) else {
-        return Ok(());
-    };
-    if (wanted ^ is).contains(IFlags::NOCOW) {
-        ioctl_setflags(file, (is - IFlags::NOCOW) | (wanted & IFlags::NOCOW))?;
-    }
-    Ok(())
+    like_in_cow(file, &image.file)
 }
 
 /// Removes the file of a clone. Idempotent.

@@ -3,10 +3,11 @@
 //!
 //! A clone is made in one system call and takes no room at first; whatever the guest then overwrites
 //! takes new room. The call takes longer the more pieces the image lies in. Here: the contract. Where a
-//! clone goes is in `place`, the clone itself in `clone`.
+//! clone goes is in `place`, the clone itself in `clone`, putting it back in `revert`.
 
 mod clone;
 mod place;
+mod revert;
 
 use std::sync::Arc;
 
@@ -15,13 +16,14 @@ use disksnap_core::{
     Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
     Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
 };
-use disksnap_image_file::{ImageFile, Live, Unfit, path_of};
+use disksnap_image_file::{ImageFile, Live, Unfit, forget, path_of};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
 
 use crate::clone::{Clone as ImageClone, Made};
 use crate::place::CLONE_DIR;
+use crate::revert::PutBackClone;
 
 disksnap_core::register!(|| Arc::new(Reflink));
 
@@ -127,12 +129,14 @@ impl DiskSnapshot for Reflink {
         Ok(made.health())
     }
 
-    async fn delete(&self, _: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
-        clone::remove(&remembered::<Made>(&unit.data)?.file)
+    async fn delete(&self, _: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()> {
+        let made: Made = remembered(&unit.data)?;
+        forget(&made.image, id)?;
+        clone::remove(&made.file)
     }
 
-    fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
-        None
+    fn revert(&self, unit: &Unit) -> Option<Arc<dyn Revert>> {
+        Some(Arc::new(PutBackClone::of(unit)?))
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
@@ -142,7 +146,12 @@ impl DiskSnapshot for Reflink {
 
 /// Not `GuestSafe`: what the guest overwrites takes new room, and without room its write fails.
 fn capabilities() -> Vec<Capability> {
-    vec![Capability::Active, Capability::Inactive, Capability::DirectRead]
+    vec![
+        Capability::Active,
+        Capability::Inactive,
+        Capability::DirectRead,
+        Capability::Revert,
+    ]
 }
 
 /// What the hypervisor says of a disk.

@@ -10,7 +10,12 @@ use disksnap_reflink::Reflink;
 use disksnap_test_support::{LoopFsKind, loop_fs, need};
 
 /// Not `GuestSafe`: a guest that overwrites shared extents can run out of room.
-const CAPABILITIES: [Capability; 3] = [Capability::Active, Capability::Inactive, Capability::DirectRead];
+const CAPABILITIES: [Capability; 4] = [
+    Capability::Active,
+    Capability::Inactive,
+    Capability::DirectRead,
+    Capability::Revert,
+];
 
 const ROOM: u64 = 512 << 20;
 
