@@ -97,6 +97,9 @@ pub trait DiskSnapshot: fmt::Debug + Send + Sync {
 pub struct Method {
     /// Its name: lower-case letters, digits and dashes.
     pub name: String,
+    /// Other names that it is asked for by (`qemu` in `seeds/live-disk-snapshot-rfc.txt`); records hold its name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<String>,
     /// One line: what it does.
     pub summary: String,
     /// What it can be told.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::names::nearest;
-use crate::{DiskSnapshot, Error, ErrorKind, Result};
+use crate::{DiskSnapshot, Error, ErrorKind, Method, Result};
 
 /// A static registration; submit one with [`register!`](crate::register).
 #[derive(Debug)]
@@ -30,6 +30,8 @@ macro_rules! register {
 #[derive(Debug, Clone, Default)]
 pub struct Registry {
     providers: BTreeMap<String, Arc<dyn DiskSnapshot>>,
+    /// The name that each alias stands for.
+    aliases: BTreeMap<String, String>,
 }
 
 impl Registry {
@@ -57,32 +59,31 @@ impl Registry {
     /// `AlreadyExists` when the name is taken; `Invalid` for a name that is not lower-case letters,
     /// digits and dashes.
     pub fn add(&mut self, provider: Arc<dyn DiskSnapshot>) -> Result<()> {
-        let name = provider.method().name;
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-        if name.is_empty() || name.starts_with('-') || !name.chars().all(plain) {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!("{name:?} cannot be the name of a method"),
-            )
-            .hint("A method's name is lower-case letters, digits and dashes."));
+        let Method { name, aliases, .. } = provider.method();
+        for name in aliases.iter().chain([&name]) {
+            check(name)?;
+            if self.get(name).is_ok() {
+                return Err(Error::new(
+                    ErrorKind::AlreadyExists,
+                    format!("two providers register the method '{name}'"),
+                )
+                .hint("Leave one of them out of the build, or rename it."));
+            }
         }
-        if self.providers.contains_key(&name) {
-            return Err(Error::new(
-                ErrorKind::AlreadyExists,
-                format!("two providers register the method '{name}'"),
-            )
-            .hint("Leave one of them out of the build, or rename it."));
+        for alias in aliases {
+            self.aliases.insert(alias, name.clone());
         }
         self.providers.insert(name, provider);
         Ok(())
     }
 
-    /// The provider of a method.
+    /// The provider of a method, by its name or one of its aliases.
     ///
     /// # Errors
     /// `NotFound`, naming the methods there are.
     pub fn get(&self, method: &str) -> Result<&Arc<dyn DiskSnapshot>> {
-        self.providers.get(method).ok_or_else(|| {
+        let name = self.aliases.get(method).map_or(method, String::as_str);
+        self.providers.get(name).ok_or_else(|| {
             let known = self.providers.keys().map(String::as_str);
             Error::new(ErrorKind::NotFound, format!("there is no method '{method}'"))
                 .hint(nearest("methods", method, known))
@@ -95,4 +96,16 @@ impl Registry {
             .iter()
             .map(|(name, provider)| (name.as_str(), provider))
     }
+}
+
+fn check(name: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if name.is_empty() || name.starts_with('-') || !name.chars().all(plain) {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!("{name:?} cannot be the name of a method"),
+        )
+        .hint("A method's name is lower-case letters, digits and dashes."));
+    }
+    Ok(())
 }

@@ -78,14 +78,16 @@ pub(crate) async fn resolve(
     request: &SnapshotRequest,
     taken: &BTreeSet<String>,
 ) -> Result<Plan> {
-    let (chosen, skipped) = choose(host, &request.disks, taken)?;
-    for disk in &chosen {
-        if let Some(method) = &disk.method {
+    let (mut chosen, skipped) = choose(host, &request.disks, taken)?;
+    for disk in &mut chosen {
+        if let Some(named) = &mut disk.method {
             let method = registry
-                .get(method)
+                .get(named)
                 .map_err(|e| e.with("disk", &disk.request.disk.target))?
                 .method();
             check_options(&method, &disk.request)?;
+            // From here on an alias is the method itself.
+            *named = method.name;
         } else {
             check_any_knows(registry, &disk.request)?;
         }

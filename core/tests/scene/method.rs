@@ -105,6 +105,7 @@ impl DiskSnapshot for FakeMethod {
         };
         Method {
             name: self.name.to_owned(),
+            aliases: Vec::new(),
             summary: "for tests".to_owned(),
             options: vec![option("size"), option("colour")],
             capabilities: vec![Capability::Active, Capability::Inactive, Capability::Export],

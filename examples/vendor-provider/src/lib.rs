@@ -56,6 +56,7 @@ impl DiskSnapshot for AcmeCopy {
         };
         Method {
             name: "acme-copy".to_owned(),
+            aliases: Vec::new(),
             summary: "a copy of the volume, made by the ACME array that holds it".to_owned(),
             options: vec![
                 option(ARRAY, "the array's address"),

@@ -42,6 +42,7 @@ impl DiskSnapshot for Btrfs {
             "the directory for the snapshot, on the image's file system; beside the subvolume when not given";
         Method {
             name: "btrfs".to_owned(),
+            aliases: Vec::new(),
             summary: "makes a read-only snapshot of the btrfs subvolume that holds the image".to_owned(),
             options: vec![OptionDoc {
                 key: SNAPSHOT_DIR.to_owned(),

@@ -45,6 +45,7 @@ impl DiskSnapshot for Memory {
         let help = "the directory for the copy; beside the image when not given";
         Method {
             name: "memory".to_owned(),
+            aliases: Vec::new(),
             summary: "copies a raw image that lives in memory (tmpfs), while the guest is paused".to_owned(),
             options: vec![OptionDoc {
                 key: COPY_DIR.to_owned(),

@@ -53,6 +53,7 @@ impl DiskSnapshot for QemuFleece {
     fn method(&self) -> Method {
         Method {
             name: "qemu-fleece".to_owned(),
+            aliases: Vec::new(),
             summary:
                 "copy-before-write inside QEMU; the domain keeps its disk, the snapshot is read over NBD"
                     .to_owned(),

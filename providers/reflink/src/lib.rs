@@ -41,6 +41,7 @@ impl DiskSnapshot for Reflink {
         let help = "the directory for the clone, on the image's file system; beside the image when not given";
         Method {
             name: "reflink".to_owned(),
+            aliases: Vec::new(),
             summary: "clones an image file that shares its extents with the clone (XFS, btrfs)".to_owned(),
             options: vec![OptionDoc {
                 key: CLONE_DIR.to_owned(),
