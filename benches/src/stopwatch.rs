@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Catalog, Change, Command, Connector, Control, Definition, DiskRequest, DiskSnapshot, Domain, DomainId,
-    DomainLock, Export, Freeze, Guard, Health, Host, Hotplug, ImageServer, Intent, Merge, Method, NbdServer, Owner, Prepared,
-    Probe, Result, Revert, RunState, ServeNode, Snapshot, SnapshotId, SnapshotName, TakePlan, Taken, Unit,
-    Verdict, Watch,
+    Catalog, Change, Command, Connector, Control, Definition, Disk, DiskNode, DiskRequest, DiskSnapshot,
+    Domain, DomainId, DomainLock, Export, Freeze, Guard, Health, Host, Hotplug, ImageServer, Intent, Merge,
+    Method, NbdServer, Owner, Prepared, Probe, Result, Revert, RunState, ServeNode, Snapshot, SnapshotId,
+    SnapshotName, TakePlan, Taken, Unit, Verdict, Watch,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -116,8 +116,8 @@ impl Control for TimedControl {
         Ok(Box::new(TimedGuard { inner, watch }))
     }
 
-    async fn freeze(&self, deadline: Duration) -> Result<Freeze> {
-        self.inner.freeze(deadline).await
+    async fn freeze(&self, mountpoints: &[String], deadline: Duration) -> Result<Freeze> {
+        self.inner.freeze(mountpoints, deadline).await
     }
 
     async fn thaw(&self) -> Result<()> {
@@ -130,6 +130,16 @@ impl Control for TimedControl {
 
     async fn resume(&self) -> Result<()> {
         self.watch.time("monitor: cont", self.inner.resume()).await
+    }
+
+    async fn flush_nodes(&self, disks: &[&Disk]) -> Result<Vec<DiskNode>> {
+        self.watch
+            .time("monitor: flush nodes", self.inner.flush_nodes(disks))
+            .await
+    }
+
+    async fn flush(&self, nodes: &[DiskNode]) -> Result<()> {
+        self.watch.time("monitor: flush", self.inner.flush(nodes)).await
     }
 
     async fn instance(&self) -> Result<Option<String>> {

@@ -116,6 +116,10 @@ pub(crate) enum Command {
     Export(ExportCommand),
     /// Read a disk of a snapshot, or a part of it
     Read(Read),
+    /// Give a disk of a snapshot to another domain's running guest, read-only, or print the <disk> for it
+    Attach(Attach),
+    /// Take a disk of a snapshot out of the guests that it was attached to
+    Detach(Detach),
     /// Finish or undo what a killed run left behind; safe at any time
     Recover,
     /// Try a method's provider against the conformance suite
@@ -277,6 +281,9 @@ pub(crate) struct Create {
     /// Whether the guest's file systems are frozen around the instant
     #[arg(long, value_enum, value_name = "WHETHER")]
     pub(crate) quiesce: Option<Freeze>,
+    /// A file system to freeze, by its mount point in the guest; may be given several times; all if none is given
+    #[arg(long = "freeze", value_name = "MOUNTPOINT", requires = "quiesce")]
+    pub(crate) mountpoints: Vec<String>,
     /// How long the guest may stand still, at most; 8 if nothing is said
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     pub(crate) deadline: Option<Duration>,
@@ -403,4 +410,34 @@ pub(crate) struct Read {
     /// Never overwrites: the file appears under its name when it is complete and on disk, or not at all.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) to: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Attach {
+    /// The snapshot
+    #[arg(value_parser = parse_name)]
+    pub(crate) name: SnapshotName,
+    /// The disk, by its target
+    pub(crate) target: String,
+    /// The domain to attach it to: the path of its XML, or its name or UUID
+    #[arg(long, value_name = "DOMAIN", value_hint = ValueHint::FilePath, required_unless_present = "print")]
+    pub(crate) to: Option<String>,
+    /// Print the <disk> for that domain's XML, and do nothing
+    #[arg(long)]
+    pub(crate) print: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Detach {
+    /// The snapshot
+    #[arg(value_parser = parse_name)]
+    pub(crate) name: SnapshotName,
+    /// The disk, by its target
+    pub(crate) target: String,
+    /// Only from this domain: the path of its XML, or its name or UUID
+    #[arg(long, value_name = "DOMAIN", value_hint = ValueHint::FilePath)]
+    pub(crate) from: Option<String>,
+    /// How long a guest may take to let it go; 30 if nothing is said
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub(crate) wait: Option<Duration>,
 }

@@ -64,9 +64,9 @@ async fn tell(
 ) -> Outcome {
     altered.warnings.iter().for_each(|w| context.out.warn(w));
     let view = AlteredView::new(what, &asked.name, altered, &target.document)?;
-    context.out.show(&view, || {
-        document(what, &asked.name, altered, &target.document)
-    })?;
+    context
+        .out
+        .show(&view, || document(what, &asked.name, altered, &target.document))?;
     follow(context, target, asked.document, &altered.disks).await
 }
 
@@ -92,10 +92,12 @@ pub(crate) async fn follow(context: &Context, target: &Target, keep: Keep, disks
 
 /// The bytes done, and in all, of all units together.
 fn so_far(units: &[JobUnit]) -> (u64, u64) {
-    units.iter().fold((0, 0), |(done, total), unit| match unit.progress {
-        Progress::Running { done: d, total: t } => (done + d, total + t),
-        _ => (done, total),
-    })
+    units
+        .iter()
+        .fold((0, 0), |(done, total), unit| match unit.progress {
+            Progress::Running { done: d, total: t } => (done + d, total + t),
+            _ => (done, total),
+        })
 }
 
 fn bar(quiet: bool) -> ProgressBar {
@@ -103,8 +105,9 @@ fn bar(quiet: bool) -> ProgressBar {
         return ProgressBar::hidden();
     }
     let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-    let style =
-        ProgressStyle::with_template("merging {wide_bar} {percent:>3} %  {binary_bytes} of {binary_total_bytes}");
+    let style = ProgressStyle::with_template(
+        "merging {wide_bar} {percent:>3} %  {binary_bytes} of {binary_total_bytes}",
+    );
     match style {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,

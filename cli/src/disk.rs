@@ -37,7 +37,9 @@ pub(crate) async fn run(context: &Context, command: DiskCommand) -> Outcome {
     }
     let document = target
         .disksnap
-        .rewrite(&target.given, |document| document.with_method(&disk, choice.as_ref()))
+        .rewrite(&target.given, |document| {
+            document.with_method(&disk, choice.as_ref())
+        })
         .await?;
     let view = Set {
         target: disk,

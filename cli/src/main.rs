@@ -2,6 +2,7 @@
 
 mod altered_view;
 mod args;
+mod attach;
 mod bring;
 mod conform;
 mod context;
@@ -69,6 +70,8 @@ async fn run(context: &Context, command: Command) -> Outcome {
         Command::Job(command) => job::run(context, command).await,
         Command::Export(command) => export::run(context, command).await,
         Command::Read(read) => read::run(context, read).await,
+        Command::Attach(attach) => attach::attach(context, attach).await,
+        Command::Detach(detach) => attach::detach(context, detach).await,
         Command::Recover => recover::run(context).await,
         Command::Conform { method } => conform::run(context, &method).await,
         Command::Completions { shell } => pages::completions(shell),

@@ -30,6 +30,9 @@ async fn create(context: &Context, create: Create) -> Outcome {
     let mut request = plan::request(create.wanted)?;
     request.name = create.name.or(request.name);
     request.quiesce = create.quiesce.map_or(request.quiesce, Into::into);
+    if !create.mountpoints.is_empty() {
+        request.mountpoints = create.mountpoints;
+    }
     request.deadline = create.deadline.unwrap_or(request.deadline);
     let target = context.target().await?;
     let stop = Stop::listen(true)?;
@@ -38,7 +41,11 @@ async fn create(context: &Context, create: Create) -> Outcome {
         .dispatcher()
         .create(&target.domain, &request)
         .await?;
-    let disks: Vec<Disk> = snapshot.disks.iter().filter_map(|d| d.modified_disk.clone()).collect();
+    let disks: Vec<Disk> = snapshot
+        .disks
+        .iter()
+        .filter_map(|d| d.modified_disk.clone())
+        .collect();
     let health = vec![Health::Active; snapshot.disks.len()];
     tell(context, &target, &Inspected { snapshot, health }).await?;
     follow(context, &target, create.document, &disks).await?;
@@ -106,7 +113,10 @@ async fn delete(context: &Context, names: Vec<SnapshotName>, all: bool, document
             break;
         }
         match dispatcher.delete(&domain, &name).await {
-            Ok(Deletion { deleted: how, altered }) => {
+            Ok(Deletion {
+                deleted: how,
+                altered,
+            }) => {
                 deleted.push(DeletedView::new(&name, how));
                 altered.warnings.iter().for_each(|w| context.out.warn(w));
                 for disk in altered.disks {

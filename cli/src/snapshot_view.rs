@@ -53,6 +53,8 @@ struct ConsistencyView {
     reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     filesystems: Option<u64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    mountpoints: Vec<String>,
 }
 
 /// How long the guest stood still.
@@ -141,20 +143,26 @@ impl ConsistencyView {
         let (level, reason, filesystems) = match consistency {
             Consistency::Crash => ("crash", None, None),
             Consistency::Unquiesced { reason } => ("unquiesced", Some(reason.clone()), None),
-            Consistency::Filesystem { filesystems } => ("filesystem", None, Some(*filesystems)),
+            Consistency::Filesystem { filesystems, .. } => ("filesystem", None, Some(*filesystems)),
             Consistency::Inactive => ("inactive", None, None),
+        };
+        let mountpoints = match consistency {
+            Consistency::Filesystem { mountpoints, .. } => mountpoints.clone(),
+            _ => Vec::new(),
         };
         Self {
             level,
             reason,
             filesystems,
+            mountpoints,
         }
     }
 
     fn text(&self) -> String {
         match (&self.reason, self.filesystems) {
             (Some(reason), _) => format!("crash-consistent: not quiesced: {reason}"),
-            (_, Some(n)) => format!("{n} file systems frozen"),
+            (_, Some(n)) if self.mountpoints.is_empty() => format!("{n} file systems frozen"),
+            (_, Some(n)) => format!("{n} file systems frozen: {}", self.mountpoints.join(", ")),
             _ if self.level == "inactive" => "the domain was off".to_owned(),
             _ => "crash-consistent: as after a power cut".to_owned(),
         }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Command, Connector, Control, Domain, Error, ErrorKind, Freeze, Guard, Host, Hotplug, ImageServer,
-    NbdServer, Owner, Result, RunState, ServeNode, Watch,
+    Command, Connector, Control, Disk, DiskNode, Domain, Error, ErrorKind, Freeze, Guard, Host, Hotplug,
+    ImageServer, NbdServer, Owner, Result, RunState, ServeNode, Watch,
 };
 use serde_json::Value;
 
@@ -84,7 +84,7 @@ impl Control for Inactive {
         self.off()
     }
 
-    async fn freeze(&self, _: std::time::Duration) -> Result<Freeze> {
+    async fn freeze(&self, _: &[String], _: std::time::Duration) -> Result<Freeze> {
         self.off()
     }
 
@@ -98,6 +98,14 @@ impl Control for Inactive {
 
     async fn resume(&self) -> Result<()> {
         self.off()
+    }
+
+    async fn flush_nodes(&self, _: &[&Disk]) -> Result<Vec<DiskNode>> {
+        Ok(Vec::new())
+    }
+
+    async fn flush(&self, _: &[DiskNode]) -> Result<()> {
+        Ok(())
     }
 
     async fn instance(&self) -> Result<Option<String>> {

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Catalog, Change, Command, Connector, Control, Definition, Domain, DomainId, DomainLock, Error, Export,
-    Freeze, Guard, Host, Hotplug, ImageServer, Intent, NbdServer, Owner, Result, RunState, ServeNode,
-    Snapshot, SnapshotId, SnapshotName, Verdict, Watch,
+    Catalog, Change, Command, Connector, Control, Definition, Disk, DiskNode, Domain, DomainId, DomainLock,
+    Error, Export, Freeze, Guard, Host, Hotplug, ImageServer, Intent, NbdServer, Owner, Result, RunState,
+    ServeNode, Snapshot, SnapshotId, SnapshotName, Verdict, Watch,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -115,8 +115,8 @@ impl Control for TappedControl {
         Ok(Box::new(TappedGuard { inner, points }))
     }
 
-    async fn freeze(&self, deadline: Duration) -> Result<Freeze> {
-        self.tap("freeze", self.inner.freeze(deadline)).await
+    async fn freeze(&self, mountpoints: &[String], deadline: Duration) -> Result<Freeze> {
+        self.tap("freeze", self.inner.freeze(mountpoints, deadline)).await
     }
 
     async fn thaw(&self) -> Result<()> {
@@ -129,6 +129,14 @@ impl Control for TappedControl {
 
     async fn resume(&self) -> Result<()> {
         self.tap("resume", self.inner.resume()).await
+    }
+
+    async fn flush_nodes(&self, disks: &[&Disk]) -> Result<Vec<DiskNode>> {
+        self.tap("flush_nodes", self.inner.flush_nodes(disks)).await
+    }
+
+    async fn flush(&self, nodes: &[DiskNode]) -> Result<()> {
+        self.tap("flush", self.inner.flush(nodes)).await
     }
 
     async fn instance(&self) -> Result<Option<String>> {

@@ -313,7 +313,7 @@ impl Dispatcher {
         }
         self.catalog.intend(intent).await?;
         let takes = self.takes(parts)?;
-        let instant = window::open(control, state, request.quiesce, request.deadline, &takes).await?;
+        let instant = window::open(control, state, request, &takes).await?;
         let mut units = Vec::with_capacity(takes.len());
         for (take, taken) in takes.iter().zip(&instant.taken) {
             let method = take.provider.method().name;

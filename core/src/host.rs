@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Domain, Hotplug, ImageServer, NbdServer, Result};
+use crate::{Disk, Domain, Hotplug, ImageServer, NbdServer, Result};
 
 /// A command for the hypervisor's monitor, as its protocol spells it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -152,6 +152,9 @@ pub trait Guard: fmt::Debug + Send {
 pub struct Freeze {
     /// How many file systems are frozen.
     pub filesystems: u64,
+    /// Where the guest has them mounted; empty where its agent does not tell.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mountpoints: Vec<String>,
 }
 
 /// A node of the hypervisor's block graph, to be served read-only over NBD.
@@ -165,17 +168,28 @@ pub struct ServeNode {
     pub name: String,
 }
 
+/// A disk's topmost node in the hypervisor's block graph, through which the guest writes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskNode {
+    /// The disk's target.
+    pub target: String,
+    /// The node's name.
+    pub node: String,
+}
+
 /// The place where one domain runs, as the dispatcher sees it.
 #[async_trait]
 pub trait Control: Host {
     /// Arms a guardian in a process of its own. Must come before [`Control::freeze`] and [`Control::pause`].
     async fn guard(&self, watch: Watch) -> Result<Box<dyn Guard>>;
 
-    /// Freezes the guest's file systems through its agent.
+    /// Freezes the guest's file systems through its agent: those with these mount points, or all when none is named.
+    ///
+    /// `NotFound` for a mount point that the guest does not have.
     ///
     /// On an error the file systems are thawed, also those that a late agent freezes afterwards,
     /// unless the error's effect says otherwise.
-    async fn freeze(&self, deadline: Duration) -> Result<Freeze>;
+    async fn freeze(&self, mountpoints: &[String], deadline: Duration) -> Result<Freeze>;
 
     /// Thaws until the agent says that all is thawed. Idempotent.
     async fn thaw(&self) -> Result<()>;
@@ -185,6 +199,20 @@ pub trait Control: Host {
 
     /// Lets a paused guest run. Idempotent.
     async fn resume(&self) -> Result<()>;
+
+    /// What [`Control::flush`] is to be given for these disks; those that the guest cannot write to are left out.
+    ///
+    /// A question of its own, to be asked before the window: the answer takes longer than the flush.
+    async fn flush_nodes(&self, disks: &[&Disk]) -> Result<Vec<DiskNode>>;
+
+    /// Makes sure that all that the guest wrote is in its images; called while the guest stands still.
+    ///
+    /// [`Control::pause`] flushes too, and a hypervisor may hide that it failed. Without this, what is taken below
+    /// the hypervisor could lack writes that the guest was told are done.
+    ///
+    /// # Errors
+    /// `Io`, naming the disk, when a disk cannot be flushed.
+    async fn flush(&self, nodes: &[DiskNode]) -> Result<()>;
 
     /// Tells one run of the hypervisor from the next; `None` when it is off or cannot be told.
     async fn instance(&self) -> Result<Option<String>>;
@@ -206,17 +234,17 @@ pub trait Control: Host {
 
     /// The ids that are being served now, from the hypervisor itself.
     async fn served(&self) -> Result<Vec<String>>;
+
+    /// What plugs disks into this domain's guest; `None` where nothing can.
+    fn hotplug(&self) -> Option<&dyn Hotplug>;
 }
 
 /// Finds the place where a domain runs.
 #[async_trait]
 pub trait Connector: fmt::Debug + Send + Sync {
-
-    /// What plugs disks into this domain's guest; `None` where nothing can.
-    fn hotplug(&self) -> Option<&dyn Hotplug>;
     /// A control for this domain. Does not fail because the domain is off.
     async fn control(&self, domain: &Domain) -> Result<Arc<dyn Control>>;
-}
 
     /// What serves images on this host; `None` where nothing does.
     fn image_server(&self) -> Option<&dyn ImageServer>;
+}

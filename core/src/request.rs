@@ -17,6 +17,9 @@ pub struct SnapshotRequest {
     pub disks: Disks,
     /// How consistent the guest's file systems must be.
     pub quiesce: Quiesce,
+    /// The guest's mount points whose file systems are frozen; all when none is named.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mountpoints: Vec<String>,
     /// How long the guest may stay frozen or paused. Windows holds a freeze for about 10 s.
     pub deadline: Duration,
 }
@@ -29,6 +32,7 @@ impl Default for SnapshotRequest {
             name: None,
             disks: Disks::Writable,
             quiesce: Quiesce::None,
+            mountpoints: Vec::new(),
             deadline: Duration::from_secs(8),
         }
     }

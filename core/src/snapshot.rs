@@ -91,6 +91,9 @@ pub enum Consistency {
     Filesystem {
         /// How many file systems.
         filesystems: u64,
+        /// Where the guest has them mounted; empty where its agent did not tell.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        mountpoints: Vec<String>,
     },
     /// The domain was off.
     Inactive,

@@ -11,8 +11,8 @@ use futures_util::future::join_all;
 use serde_json::{Map, Value};
 
 use crate::{
-    Batch, Command, Consistency, Control, DiskSnapshot, Effect, Error, ErrorKind, Guard, Prepared, Quiesce,
-    Result, RunState, Step, TakePlan, Taken, Verdict, Watch, WindowReport,
+    Batch, Command, Consistency, Control, DiskNode, DiskSnapshot, Effect, Error, ErrorKind, Guard, Prepared,
+    Quiesce, Result, RunState, SnapshotRequest, Step, TakePlan, Taken, Verdict, Watch, WindowReport,
 };
 
 /// A unit to be taken, with what fixes its instant.
@@ -36,14 +36,15 @@ pub(crate) struct Instantly {
 pub(crate) async fn open(
     control: &dyn Control,
     state: &RunState,
-    quiesce: Quiesce,
-    deadline: Duration,
+    request: &SnapshotRequest,
     takes: &[Take<'_>],
 ) -> Result<Instantly> {
+    let deadline = request.deadline;
     let needs_pause = needs_pause(state, takes)?;
-    let wants_freeze = wants_freeze(state, quiesce)?;
+    let wants_freeze = wants_freeze(state, request.quiesce)?;
+    let flush = flush_nodes(control, state, takes).await?;
     if !needs_pause && wants_freeze.is_err() {
-        return run(control, deadline, takes, false, wants_freeze, &mut false).await;
+        return run(control, request, takes, &flush, false, wants_freeze, &mut false).await;
     }
     let watch = Watch {
         release: Vec::new(),
@@ -53,7 +54,16 @@ pub(crate) async fn open(
     };
     let guard = control.guard(watch).await.map_err(|e| e.during("guard"))?;
     let mut stands = false;
-    let result = run(control, deadline, takes, needs_pause, wants_freeze, &mut stands).await;
+    let result = run(
+        control,
+        request,
+        takes,
+        &flush,
+        needs_pause,
+        wants_freeze,
+        &mut stands,
+    )
+    .await;
     if stands {
         // We could not let the guest go: the guardian does, if we leave it armed.
         drop(guard);
@@ -111,12 +121,25 @@ fn needs_pause(state: &RunState, takes: &[Take<'_>]) -> Result<bool> {
     }
 }
 
+/// What must be flushed before the providers take: the disks below a hypervisor that has a guest.
+async fn flush_nodes(control: &dyn Control, state: &RunState, takes: &[Take<'_>]) -> Result<Vec<DiskNode>> {
+    let own = takes.iter().filter(|take| take.plan == TakePlan::Host);
+    let mut disks = Vec::new();
+    for target in own.flat_map(|take| &take.prepared.targets) {
+        disks.push(control.domain().disk(target)?);
+    }
+    if disks.is_empty() || !matches!(state, RunState::Running | RunState::Stopped(_)) {
+        return Ok(Vec::new());
+    }
+    control.flush_nodes(&disks).await.map_err(|e| e.during("flush"))
+}
+
 /// `Ok` when a freeze is to be tried; else the consistency that results without one.
-fn wants_freeze(state: &RunState, quiesce: Quiesce) -> Result<std::result::Result<Quiesce, Consistency>> {
+fn wants_freeze(state: &RunState, quiesce: Quiesce) -> Result<std::result::Result<(), Consistency>> {
     let why = match (state, quiesce) {
         (RunState::Off, _) => return Ok(Err(Consistency::Inactive)),
         (_, Quiesce::None) => return Ok(Err(Consistency::Crash)),
-        (RunState::Running, _) => return Ok(Ok(quiesce)),
+        (RunState::Running, _) => return Ok(Ok(())),
         (RunState::Storage, _) => "a storage daemon has no guest".to_owned(),
         (state, _) => format!("the guest does not run: {state}"),
     };
@@ -134,22 +157,23 @@ fn wants_freeze(state: &RunState, quiesce: Quiesce) -> Result<std::result::Resul
 /// fails, the error comes with `stands` set.
 async fn run(
     control: &dyn Control,
-    deadline: Duration,
+    request: &SnapshotRequest,
     takes: &[Take<'_>],
+    flush: &[DiskNode],
     pause: bool,
-    freeze: std::result::Result<Quiesce, Consistency>,
+    freeze: std::result::Result<(), Consistency>,
     stands: &mut bool,
 ) -> Result<Instantly> {
     let opened = Instant::now();
     let mut warnings = Vec::new();
     let consistency = match freeze {
         Err(consistency) => consistency,
-        Ok(quiesce) => quiesced(control, quiesce, deadline, &mut warnings, stands).await?,
+        Ok(()) => quiesced(control, request, &mut warnings, stands).await?,
     };
     let frozen = matches!(consistency, Consistency::Filesystem { .. });
     let mut report = WindowReport::default();
-    let left = remaining(deadline, opened);
-    let mut result = paused(control, takes, pause, left, &mut report, stands).await;
+    let left = remaining(request.deadline, opened);
+    let mut result = paused(control, takes, flush, pause, left, &mut report, stands).await;
     if frozen {
         if let Err(failure) = thaw(control).await {
             *stands = true;
@@ -170,15 +194,16 @@ async fn run(
 /// Freezes, or says why it is not frozen where that is good enough.
 async fn quiesced(
     control: &dyn Control,
-    quiesce: Quiesce,
-    deadline: Duration,
+    request: &SnapshotRequest,
     warnings: &mut Vec<String>,
     stands: &mut bool,
 ) -> Result<Consistency> {
-    let error = match control.freeze(deadline).await {
+    let error = match control.freeze(&request.mountpoints, request.deadline).await {
         Ok(freeze) => {
-            let filesystems = freeze.filesystems;
-            return Ok(Consistency::Filesystem { filesystems });
+            return Ok(Consistency::Filesystem {
+                filesystems: freeze.filesystems,
+                mountpoints: freeze.mountpoints,
+            });
         }
         Err(error) => error.during("freeze"),
     };
@@ -189,7 +214,7 @@ async fn quiesced(
         *stands = true;
         return Err(error.rollback_failed(vec![failure]));
     }
-    if quiesce == Quiesce::Require {
+    if request.quiesce == Quiesce::Require {
         return Err(error);
     }
     warnings.push(format!("not quiesced: {error}"));
@@ -232,6 +257,7 @@ fn micros(duration: Duration) -> u64 {
 async fn paused(
     control: &dyn Control,
     takes: &[Take<'_>],
+    flush: &[DiskNode],
     pause: bool,
     left: Duration,
     report: &mut WindowReport,
@@ -251,7 +277,7 @@ async fn paused(
     }
     let started = Instant::now();
     let at = SystemTime::now();
-    let result = take_or_undo(control, takes, left).await;
+    let result = take_or_undo(control, takes, flush, left).await;
     report.taken_us = micros(started.elapsed());
     if pause {
         if let Err(failure) = resume(control).await {
@@ -266,9 +292,14 @@ async fn paused(
 /// Takes all in the time that is left; on an error takes back what was taken, newest first.
 ///
 /// A take that hangs must not keep the guest: the time left bounds it, as the guardian bounds us.
-async fn take_or_undo(control: &dyn Control, takes: &[Take<'_>], left: Duration) -> Result<Vec<Taken>> {
+async fn take_or_undo(
+    control: &dyn Control,
+    takes: &[Take<'_>],
+    flush: &[DiskNode],
+    left: Duration,
+) -> Result<Vec<Taken>> {
     let mut undo = Vec::new();
-    let error = match tokio::time::timeout(left, take_all(control, takes, &mut undo)).await {
+    let error = match tokio::time::timeout(left, take_all(control, takes, flush, &mut undo)).await {
         Ok(Ok(taken)) => return Ok(taken),
         Ok(Err(error)) => error,
         Err(_) => Error::new(
@@ -291,7 +322,15 @@ async fn take_or_undo(control: &dyn Control, takes: &[Take<'_>], left: Duration)
     Err(error.during("take").rollback_failed(failures))
 }
 
-async fn take_all(control: &dyn Control, takes: &[Take<'_>], undo: &mut Vec<Command>) -> Result<Vec<Taken>> {
+async fn take_all(
+    control: &dyn Control,
+    takes: &[Take<'_>],
+    flush: &[DiskNode],
+    undo: &mut Vec<Command>,
+) -> Result<Vec<Taken>> {
+    if !flush.is_empty() {
+        control.flush(flush).await.map_err(|e| e.during("flush"))?;
+    }
     // The paused steps first: they are the ones that are refused most easily, and cost least to undo.
     steps(control, takes, undo).await?;
     for (execute, (list, items, back)) in batches(takes) {

@@ -42,6 +42,7 @@ async fn everything_is_prepared_before_and_completed_after() {
         "arm",
         "freeze",
         "pause",
+        "flush node-vda node-vdb",
         "a.take",
         "b.take",
         "resume",
@@ -218,7 +219,11 @@ async fn required_quiescence_or_no_snapshot() {
     assert_eq!(around(&events), ["arm", "freeze", "disarm"]);
     assert!(!events.iter().any(|e| e.starts_with("monitor")), "{events:?}");
     let snapshot = scene.create(&quiesced(Quiesce::Require)).await.unwrap();
-    assert_eq!(snapshot.consistency, Consistency::Filesystem { filesystems: 3 });
+    let expected = Consistency::Filesystem {
+        filesystems: 3,
+        mountpoints: Vec::new(),
+    };
+    assert_eq!(snapshot.consistency, expected);
     assert_ne!(snapshot.window, WindowReport::default());
 }
 

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use disksnap_core::{Effect, Error, ErrorKind, Freeze, Result};
+use disksnap_core::{Command, Effect, Error, ErrorKind, Freeze, Result};
 use serde_json::{Value, json};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -75,8 +75,8 @@ impl Agent {
             .and_then(|channel| channel.descriptor.try_clone().ok())
     }
 
-    /// Freezes all file systems (`guest-fsfreeze-freeze`), in at most `deadline`.
-    pub(crate) async fn freeze(&self, deadline: Duration) -> Result<Freeze> {
+    /// Freezes these file systems (`guest-fsfreeze-freeze-list`), or all (`guest-fsfreeze-freeze`), in at most `deadline`.
+    pub(crate) async fn freeze(&self, mountpoints: &[String], deadline: Duration) -> Result<Freeze> {
         let until = Instant::now() + deadline;
         let mut slot = self.slot.lock().await;
         let first = until.min(Instant::now() + self.timeouts.agent);
@@ -90,12 +90,18 @@ impl Agent {
             .with("socket", self.path.display())
             .hint("Thaw them first, with whatever froze them (virsh domfsthaw, guest-fsfreeze-thaw)."));
         }
-        match self.call(&mut channel, "guest-fsfreeze-freeze", until).await {
-            Ok(count) => {
+        let (command, wanted) = match self.to_freeze(&mut channel, mountpoints, until).await {
+            Ok(plan) => plan,
+            Err(error) => {
                 *slot = Some(channel);
-                Ok(Freeze {
-                    filesystems: count.as_u64().unwrap_or_default(),
-                })
+                return Err(error);
+            }
+        };
+        let frozen = self.ask(&mut channel, &command, until).await;
+        match frozen.and_then(|count| reached(&count, wanted, !mountpoints.is_empty())) {
+            Ok(freeze) => {
+                *slot = Some(channel);
+                Ok(freeze)
             }
             Err(error) => {
                 // What the agent refuses it takes back itself; see whether it has.
@@ -188,6 +194,38 @@ impl Agent {
         Ok(status == "thawed")
     }
 
+    /// What is to be asked for, and the mount points that it is about as far as the agent tells them.
+    async fn to_freeze(
+        &self,
+        channel: &mut Channel,
+        mountpoints: &[String],
+        until: Instant,
+    ) -> Result<(Command, Vec<String>)> {
+        let all = Command::bare("guest-fsfreeze-freeze");
+        let known = match self.call(channel, "guest-get-fsinfo", until).await {
+            Ok(info) => mounted(&info),
+            // An agent may be told not to tell.
+            Err(error) if matches!(error.kind(), ErrorKind::Refused | ErrorKind::Unsupported) => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        if mountpoints.is_empty() {
+            return Ok((all, known));
+        }
+        if let Some(strange) = mountpoints.iter().find(|m| !known.contains(m)) {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("the guest has nothing mounted at '{strange}', so nothing was frozen"),
+            )
+            .with("socket", self.path.display())
+            .hint(format!("The guest's mount points are: {}.", known.join(", "))));
+        }
+        let list = Command::new(
+            "guest-fsfreeze-freeze-list",
+            json!({ "mountpoints": mountpoints }),
+        );
+        Ok((list, mountpoints.to_vec()))
+    }
+
     async fn is_frozen(&self, channel: &mut Channel, until: Instant) -> Result<bool> {
         Ok(self.call(channel, "guest-fsfreeze-status", until).await? == "frozen")
     }
@@ -252,8 +290,16 @@ impl Agent {
     }
 
     async fn call(&self, channel: &mut Channel, command: &str, until: Instant) -> Result<Value> {
-        self.send(channel, command).await?;
-        self.answer(channel, command, until).await
+        self.ask(channel, &Command::bare(command), until).await
+    }
+
+    async fn ask(&self, channel: &mut Channel, command: &Command, until: Instant) -> Result<Value> {
+        let mut question = json!({ "execute": command.execute });
+        if !command.arguments.is_null() {
+            question["arguments"] = command.arguments.clone();
+        }
+        self.write(channel, format!("{question}\n").as_bytes()).await?;
+        self.answer(channel, &command.execute, until).await
     }
 
     async fn send(&self, channel: &mut Channel, command: &str) -> Result<()> {
@@ -320,6 +366,36 @@ impl Agent {
             )),
         }
     }
+}
+
+/// The mount points of `guest-get-fsinfo`, each once.
+fn mounted(info: &Value) -> Vec<String> {
+    let each = info.as_array().into_iter().flatten();
+    let mut points: Vec<String> = each
+        .filter_map(|fs| fs["mountpoint"].as_str().map(str::to_owned))
+        .collect();
+    points.sort();
+    points.dedup();
+    points
+}
+
+/// What a freeze reached; an error when it is less than what was named.
+fn reached(count: &Value, mountpoints: Vec<String>, named: bool) -> Result<Freeze> {
+    let filesystems = count.as_u64().unwrap_or_default();
+    if named && filesystems < mountpoints.len() as u64 {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "the guest agent froze {filesystems} of the {} file systems that were named",
+                mountpoints.len()
+            ),
+        )
+        .leaving(Effect::Unknown));
+    }
+    Ok(Freeze {
+        filesystems,
+        mountpoints,
+    })
 }
 
 /// A number that no earlier client is likely to have used; agents take up to 63 bits.

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Command, Control, Domain, Error, ErrorKind, Freeze, Guard, Host, Hotplug, NbdServer, Owner, Result, RunState,
-    ServeNode, Sockets, Watch,
+    Command, Control, Disk, DiskNode, Domain, Error, ErrorKind, Freeze, Guard, Host, Hotplug, NbdServer,
+    Owner, Result, RunState, ServeNode, Sockets, Watch,
 };
 use serde_json::Value;
 
 use crate::agent::Agent;
 use crate::connector::Settings;
+use crate::flush;
 use crate::guard::{self, Lifeline};
 use crate::nbd_server::NbdServerControl;
 use crate::order::{End, Plan};
@@ -256,7 +257,7 @@ impl Control for QemuControl {
         ))
     }
 
-    async fn freeze(&self, deadline: Duration) -> Result<Freeze> {
+    async fn freeze(&self, mountpoints: &[String], deadline: Duration) -> Result<Freeze> {
         let agent = self.links.agent.as_ref().ok_or_else(|| {
             Error::new(ErrorKind::Unavailable, "nobody said where the guest agent is").hint(
                 "Name the socket of its channel with --agent, or with <disksnap:agent path='…'/> in the <metadata> of \
@@ -264,7 +265,7 @@ impl Control for QemuControl {
             )
         });
         let frozen = match agent {
-            Ok(agent) => agent.freeze(deadline).await,
+            Ok(agent) => agent.freeze(mountpoints, deadline).await,
             Err(error) => Err(error),
         };
         frozen.map_err(|error| error.with("domain", &self.domain.id))
@@ -295,6 +296,16 @@ impl Control for QemuControl {
 
     async fn resume(&self) -> Result<()> {
         self.execute(Command::bare("cont")).await.map(drop)
+    }
+
+    async fn flush_nodes(&self, disks: &[&Disk]) -> Result<Vec<DiskNode>> {
+        let nodes = flush::nodes(self, disks).await;
+        nodes.map_err(|error| error.with("domain", &self.domain.id))
+    }
+
+    async fn flush(&self, nodes: &[DiskNode]) -> Result<()> {
+        let flushed = flush::verify(self, nodes).await;
+        flushed.map_err(|error| error.with("domain", &self.domain.id))
     }
 
     async fn instance(&self) -> Result<Option<String>> {

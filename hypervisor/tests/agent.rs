@@ -53,13 +53,41 @@ async fn a_guest_is_frozen_and_thawed() {
         deadline: Duration::from_mins(10),
     };
     let guard = control.guard(watch).await.unwrap();
-    assert!(control.freeze(DEADLINE).await.unwrap().filesystems > 0);
-    let error = control.freeze(DEADLINE).await.unwrap_err();
+    assert!(control.freeze(&[], DEADLINE).await.unwrap().filesystems > 0);
+    let error = control.freeze(&[], DEADLINE).await.unwrap_err();
     assert_eq!((error.kind(), error.effect()), (ErrorKind::Busy, Effect::None));
     control.thaw().await.unwrap();
     control.thaw().await.unwrap();
     assert_eq!(guard.disarm().await.unwrap(), Verdict::Quiet);
     drop((control, connector));
+    assert_eq!(status(&qemu), "thawed");
+}
+
+#[tokio::test]
+async fn only_the_file_systems_that_are_named_are_frozen() {
+    need!("guest");
+    let qemu = guest();
+    let place = Place::new();
+    let control = place.control(&qemu_domain(&qemu));
+    let all = control.freeze(&[], DEADLINE).await.unwrap();
+    control.thaw().await.unwrap();
+    let [point] = &all.mountpoints[..] else {
+        panic!("{all:?}");
+    };
+    let named = control
+        .freeze(std::slice::from_ref(point), DEADLINE)
+        .await
+        .unwrap();
+    assert_eq!((named.filesystems, &named.mountpoints), (1, &all.mountpoints));
+    control.thaw().await.unwrap();
+    let strange = ["/no/such/place".to_owned()];
+    let error = control.freeze(&strange, DEADLINE).await.unwrap_err();
+    assert_eq!(
+        (error.kind(), error.effect()),
+        (ErrorKind::NotFound, Effect::None)
+    );
+    assert!(error.next_step().unwrap().contains(point), "{error:?}");
+    drop((control, place));
     assert_eq!(status(&qemu), "thawed");
 }
 
@@ -77,7 +105,7 @@ async fn past_the_deadline_the_guardian_thaws() {
         deadline: Duration::from_secs(8),
     };
     let guard = control.guard(watch).await.unwrap();
-    assert!(control.freeze(DEADLINE).await.unwrap().filesystems > 0);
+    assert!(control.freeze(&[], DEADLINE).await.unwrap().filesystems > 0);
     control.pause().await.unwrap();
     eventually("the guest runs again", || qemu.status() == "running");
     assert_eq!(guard.disarm().await.unwrap(), Verdict::Fired);
@@ -106,7 +134,7 @@ async fn what_a_client_long_gone_has_asked_for_is_thawed() {
     });
     thawed.unwrap();
     // Answered by the agent after all that was asked before.
-    assert!(control.freeze(DEADLINE).await.unwrap().filesystems > 0);
+    assert!(control.freeze(&[], DEADLINE).await.unwrap().filesystems > 0);
     control.thaw().await.unwrap();
     drop((control, place));
     assert_eq!(status(&qemu), "thawed");
@@ -135,7 +163,7 @@ async fn a_guest_without_an_agent_is_unavailable_or_silent() {
         deadline: DEADLINE,
     };
     let guard = control.guard(watch).await.unwrap();
-    let error = control.freeze(DEADLINE).await.unwrap_err();
+    let error = control.freeze(&[], DEADLINE).await.unwrap_err();
     assert_eq!((error.kind(), error.effect()), (ErrorKind::Timeout, Effect::None));
     assert_eq!(guard.disarm().await.unwrap(), Verdict::Quiet);
     let error = control.thaw().await.unwrap_err();
@@ -148,7 +176,7 @@ async fn a_guest_without_an_agent_is_unavailable_or_silent() {
     let error = connector
         .control(&nobody)
         .unwrap()
-        .freeze(DEADLINE)
+        .freeze(&[], DEADLINE)
         .await
         .unwrap_err();
     assert_eq!(
@@ -156,7 +184,7 @@ async fn a_guest_without_an_agent_is_unavailable_or_silent() {
         (ErrorKind::Unavailable, Effect::None)
     );
     let unsaid = connector.control(&domain(&qemu.qmp_path(), None)).unwrap();
-    let error = unsaid.freeze(DEADLINE).await.unwrap_err();
+    let error = unsaid.freeze(&[], DEADLINE).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.next_step().unwrap().contains("disksnap:agent"));
     unsaid.thaw().await.unwrap();
@@ -256,7 +284,7 @@ async fn a_late_freeze_is_thawed() {
     let place = Place::new();
     let (path, agent) = Agent::listen(Temper::Late, place.dir.path());
     let control = place.control(&domain(Path::new("/no/monitor"), Some(&path)));
-    let error = control.freeze(Duration::from_secs(2)).await.unwrap_err();
+    let error = control.freeze(&[], Duration::from_secs(2)).await.unwrap_err();
     assert_eq!(
         (error.kind(), error.effect()),
         (ErrorKind::Timeout, Effect::RolledBack),
@@ -282,7 +310,7 @@ async fn a_thaw_waits_behind_a_freeze_that_never_came() {
     let control = connector
         .control(&domain(Path::new("/no/monitor"), Some(&path)))
         .unwrap();
-    let error = control.freeze(Duration::from_secs(2)).await.unwrap_err();
+    let error = control.freeze(&[], Duration::from_secs(2)).await.unwrap_err();
     assert_eq!(
         (error.kind(), error.effect()),
         (ErrorKind::Timeout, Effect::Unknown),
@@ -304,7 +332,7 @@ async fn an_agent_that_refuses_leaves_nothing_frozen() {
     let place = Place::new();
     let (path, _agent) = Agent::listen(Temper::Unwilling, place.dir.path());
     let control = place.control(&domain(Path::new("/no/monitor"), Some(&path)));
-    let error = control.freeze(DEADLINE).await.unwrap_err();
+    let error = control.freeze(&[], DEADLINE).await.unwrap_err();
     assert_eq!((error.kind(), error.effect()), (ErrorKind::Refused, Effect::None));
     assert_eq!(error.message(), "failed to freeze /mnt");
 }
@@ -330,7 +358,7 @@ async fn the_guardian_thaws_what_freezes_late() {
         }
     };
     tokio::select! {
-        frozen = control.freeze(DEADLINE) => panic!("{frozen:?}"),
+        frozen = control.freeze(&[], DEADLINE) => panic!("{frozen:?}"),
         () = asked => {}
     }
     drop((guard, control, connector));

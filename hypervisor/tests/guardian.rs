@@ -183,7 +183,7 @@ async fn parent() {
     };
     let _guard = control.guard(watch).await.unwrap();
     if agent.is_some() {
-        assert!(control.freeze(deadline).await.unwrap().filesystems > 0);
+        assert!(control.freeze(&[], deadline).await.unwrap().filesystems > 0);
     } else {
         control.pause().await.unwrap();
     }

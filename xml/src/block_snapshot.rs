@@ -60,6 +60,10 @@ pub fn snapshot_request(text: &str) -> Result<SnapshotRequest> {
         }
         choices.push(choice);
     }
+    let (quiesce, mountpoints) = match root.child("quiesce")? {
+        Some(elem) => (quiesce(elem)?, mountpoints(elem)?),
+        None => (Quiesce::default(), Vec::new()),
+    };
     Ok(SnapshotRequest {
         name: root.child("name")?.map(name).transpose()?,
         disks: if choices.is_empty() {
@@ -67,11 +71,8 @@ pub fn snapshot_request(text: &str) -> Result<SnapshotRequest> {
         } else {
             Disks::Named(choices)
         },
-        quiesce: root
-            .child("quiesce")?
-            .map(quiesce)
-            .transpose()?
-            .unwrap_or_default(),
+        quiesce,
+        mountpoints,
         ..SnapshotRequest::default()
     })
 }
@@ -93,7 +94,7 @@ fn name(elem: Elem<'_, '_>) -> Result<SnapshotName> {
 
 fn quiesce(elem: Elem<'_, '_>) -> Result<Quiesce> {
     elem.only_attrs(&["mode"])?;
-    elem.only_children(None, &[])?;
+    elem.only_children(None, &["filesystem"])?;
     elem.required("mode", "'none', 'try' or 'require'")?;
     let known = [
         ("none", Quiesce::None),
@@ -101,6 +102,21 @@ fn quiesce(elem: Elem<'_, '_>) -> Result<Quiesce> {
         ("require", Quiesce::Require),
     ];
     elem.choice("mode", &known)
+}
+
+/// `<filesystem mountpoint='…'/>` in `<quiesce>`: those alone are frozen.
+fn mountpoints(elem: Elem<'_, '_>) -> Result<Vec<String>> {
+    let mut points = Vec::new();
+    for filesystem in elem.all("filesystem") {
+        filesystem.only_attrs(&["mountpoint"])?;
+        filesystem.only_children(None, &[])?;
+        points.push(
+            filesystem
+                .required("mountpoint", "where the guest has it mounted")?
+                .to_owned(),
+        );
+    }
+    Ok(points)
 }
 
 fn choice(elem: Elem<'_, '_>) -> Result<DiskChoice> {
@@ -229,7 +245,11 @@ impl<'a> SnapshotView<'a> {
             return Ok(None);
         };
         // An export gives the disk's own bytes, whatever the image's format.
-        let format = if own.is_some_and(|own| own == source) { format } else { "raw" };
+        let format = if own.is_some_and(|own| own == source) {
+            format
+        } else {
+            "raw"
+        };
         Ok(Some(
             Element::new("backupSource")
                 .attr("type", source.kind())
@@ -274,9 +294,16 @@ fn consistency_element(consistency: &Consistency) -> Element {
     match consistency {
         Consistency::Crash => element.attr("level", "crash"),
         Consistency::Unquiesced { reason } => element.attr("level", "unquiesced").text(reason),
-        Consistency::Filesystem { filesystems } => element
-            .attr("level", "filesystem")
-            .attr("filesystems", filesystems),
+        Consistency::Filesystem {
+            filesystems,
+            mountpoints,
+        } => {
+            let each = mountpoints.iter();
+            element
+                .attr("level", "filesystem")
+                .attr("filesystems", filesystems)
+                .children(each.map(|point| Element::new("filesystem").attr("mountpoint", point)))
+        }
         Consistency::Inactive => element.attr("level", "inactive"),
     }
 }

@@ -1,6 +1,8 @@
 //! New domain documents from old ones: each differs in one place, and all other bytes stay.
 
-use disksnap_core::{Disk, Error, ErrorKind, Export, MethodChoice, NbdServer, Result, Serving, SnapshotName, Source};
+use disksnap_core::{
+    Disk, Error, ErrorKind, Export, MethodChoice, NbdServer, Result, Serving, SnapshotName, Source,
+};
 
 use crate::block_export::{export_element, serving_elements};
 use crate::block_snapshot::SnapshotView;

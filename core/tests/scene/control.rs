@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Command, Connector, Control, Domain, Freeze, Guard, Host, Hotplug, ImageServer, NbdServer, Owner, Result,
-    RunState, ServeNode, Verdict, Watch,
+    Command, Connector, Control, Disk, DiskNode, Domain, Freeze, Guard, Host, Hotplug, ImageServer,
+    NbdServer, Owner, Result, RunState, ServeNode, Verdict, Watch,
 };
 use serde_json::Value;
 
@@ -137,9 +137,12 @@ impl Control for FakeControl {
         Ok(Box::new(FakeGuard { shared, armed: true }))
     }
 
-    async fn freeze(&self, _: Duration) -> Result<Freeze> {
+    async fn freeze(&self, mountpoints: &[String], _: Duration) -> Result<Freeze> {
         self.note("freeze")?;
-        Ok(Freeze { filesystems: 3 })
+        Ok(Freeze {
+            filesystems: 3,
+            mountpoints: mountpoints.to_vec(),
+        })
     }
 
     async fn thaw(&self) -> Result<()> {
@@ -152,6 +155,19 @@ impl Control for FakeControl {
 
     async fn resume(&self) -> Result<()> {
         self.note("resume")
+    }
+
+    async fn flush_nodes(&self, disks: &[&Disk]) -> Result<Vec<DiskNode>> {
+        let node = |disk: &&Disk| DiskNode {
+            target: disk.target.clone(),
+            node: format!("node-{}", disk.target),
+        };
+        Ok(disks.iter().map(node).collect())
+    }
+
+    async fn flush(&self, nodes: &[DiskNode]) -> Result<()> {
+        let nodes: Vec<&str> = nodes.iter().map(|n| n.node.as_str()).collect();
+        self.note(format!("flush {}", nodes.join(" ")))
     }
 
     async fn instance(&self) -> Result<Option<String>> {

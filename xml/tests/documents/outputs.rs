@@ -69,7 +69,10 @@ fn snapshot() -> Snapshot {
             name: "web-1".to_owned(),
         },
         created: UNIX_EPOCH + Duration::from_millis(1_700_000_000_500),
-        consistency: Consistency::Filesystem { filesystems: 2 },
+        consistency: Consistency::Filesystem {
+            filesystems: 2,
+            mountpoints: vec!["/".to_owned(), "/srv".to_owned()],
+        },
         window: WindowReport {
             frozen_us: 41_000,
             paused_us: 0,
