@@ -27,6 +27,9 @@ use crate::peer::Peer;
 /// How many events are kept for those who wait; older ones are dropped and their loss is told.
 const EVENTS: usize = 1024;
 
+/// How many connections in a row the monitor may close before it has taken a command; one is its due.
+const ATTEMPTS: u32 = 4;
+
 /// How long to wait for a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
@@ -263,13 +266,61 @@ impl Drop for Connection {
     }
 }
 
+/// Why there is no connection.
+enum Unopened {
+    /// The peer ended it before it had taken a command.
+    Ended(Lost),
+    Failed(ConnectFailure),
+}
+
+impl<E: Into<ConnectFailure>> From<E> for Unopened {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+impl Lost {
+    fn into_unopened(self, path: &Path) -> Unopened {
+        match self {
+            Self::Closed | Self::Io(..) => Unopened::Ended(self),
+            Self::Nonsense(_) => self.error(path).into(),
+        }
+    }
+}
+
 impl Connection {
+    /// Connects, and again where the monitor ends the connection at once.
+    ///
+    /// QEMU, still answering a client that is gone, finds that it cannot, closes "the" connection, and that is
+    /// ours by then: seen once or twice in thousands where clients left with commands under way. No command was
+    /// sent, so nothing is done twice.
     async fn open(
         path: &Path,
         timeouts: Timeouts,
         events: broadcast::Sender<Heard>,
     ) -> std::result::Result<Self, ConnectFailure> {
         let deadline = Instant::now() + timeouts.greeting;
+        let mut attempt = 1;
+        loop {
+            match Self::open_once(path, timeouts, deadline, events.clone()).await {
+                Ok(connection) => return Ok(connection),
+                Err(Unopened::Failed(failure)) => return Err(failure),
+                Err(Unopened::Ended(lost)) if attempt == ATTEMPTS => return Err(lost.error(path).into()),
+                Err(Unopened::Ended(lost)) => {
+                    tracing::debug!(socket = %path.display(), ?lost, attempt, "the monitor ended a new connection");
+                }
+            }
+            attempt += 1;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn open_once(
+        path: &Path,
+        timeouts: Timeouts,
+        deadline: Instant,
+        events: broadcast::Sender<Heard>,
+    ) -> std::result::Result<Self, Unopened> {
         let stream = connect("monitor", path, deadline).await?;
         let peer = Peer::of(&stream);
         let descriptor =
@@ -278,7 +329,7 @@ impl Connection {
         let mut reader = BufReader::with_capacity(64 << 10, read);
         match timeout_at(deadline, greeting(&mut reader)).await {
             Ok(Ok(())) => {}
-            Ok(Err(lost)) => return Err(lost.error(path).into()),
+            Ok(Err(lost)) => return Err(lost.into_unopened(path)),
             Err(_) => return Err(no_greeting(path, peer, timeouts.greeting).into()),
         }
         let shared = Arc::new(Shared {
@@ -297,14 +348,29 @@ impl Connection {
             peer,
             descriptor,
         };
-        for pending in connection.send(vec![Command::bare("qmp_capabilities")])? {
-            pending.answer(timeouts.greeting).await??;
+        match connection.negotiate(timeouts.greeting).await {
+            Ok(()) => Ok(connection),
+            Err(error) => Err(connection
+                .lost()
+                .map_or_else(|| error.into(), |lost| lost.into_unopened(path))),
         }
-        Ok(connection)
+    }
+
+    /// Leaves the mode in which a new connection is.
+    async fn negotiate(&self, patience: Duration) -> Result<()> {
+        for pending in self.send(vec![Command::bare("qmp_capabilities")])? {
+            pending.answer(patience).await??;
+        }
+        Ok(())
+    }
+
+    /// Why it is over.
+    fn lost(&self) -> Option<Lost> {
+        self.shared.waiting().lost.clone()
     }
 
     fn is_alive(&self) -> bool {
-        self.shared.waiting().lost.is_none() && !self.outgoing.is_closed()
+        self.lost().is_none() && !self.outgoing.is_closed()
     }
 
     /// Hands the commands to the writer, in this order. Nothing is sent when this fails.

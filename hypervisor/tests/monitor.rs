@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
@@ -166,7 +167,8 @@ async fn a_hung_hypervisor_times_out_and_recovers() {
     qemu.hang();
     let error = session.execute(Command::bare("query-name")).await.unwrap_err();
     assert_eq!((error.kind(), error.effect()), (ErrorKind::Timeout, Effect::None));
-    let error = session.execute(Command::bare("system_reset")).await.unwrap_err();
+    // A command that changes nothing here: it may still be carried out once QEMU goes on.
+    let error = session.execute(Command::bare("cont")).await.unwrap_err();
     assert_eq!(
         (error.kind(), error.effect()),
         (ErrorKind::Timeout, Effect::Unknown)
@@ -448,6 +450,35 @@ async fn a_peer_that_closes_at_once_is_unavailable_and_not_off() {
         ErrorKind::Unavailable
     );
     assert_eq!(control.state().await.unwrap_err().kind(), ErrorKind::Unavailable);
+}
+
+/// QEMU does so when it finds out late that the client before is gone.
+#[tokio::test]
+async fn a_monitor_that_closes_a_new_connection_is_connected_to_again() {
+    let place = Place::new();
+    let connections = Cell::new(0);
+    let path = peer(place.dir.path(), move |mut stream| {
+        connections.set(connections.get() + 1);
+        // Closed before the greeting, then after it, then while it waits for an answer.
+        if connections.get() == 1 {
+            return;
+        }
+        writeln!(stream, "{GREETING}").unwrap();
+        if connections.get() == 2 {
+            return;
+        }
+        for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+            let command: Value = serde_json::from_str(&line.unwrap()).unwrap();
+            if connections.get() == 3 {
+                return;
+            }
+            let answer = json!({"return": {"connection": connections.get()}, "id": command["id"]});
+            writeln!(stream, "{answer}").unwrap();
+        }
+    });
+    let session = Session::new(path, Timeouts::default());
+    let answer = session.execute(Command::bare("a")).await.unwrap();
+    assert_eq!(answer["connection"], 4);
 }
 
 #[tokio::test]
