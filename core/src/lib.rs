@@ -46,7 +46,7 @@ pub use domain::{Domain, DomainId, Sockets};
 pub use error::{Effect, Error, ErrorKind, Result};
 pub use export::{Export, ExportDisk, ExportRequest, Listen, NbdServer, ServedBy, Tls};
 pub use host::{
-    Command, Connector, Control, Freeze, Guard, Host, Owner, RunState, ServeNode, Verdict, Watch,
+    Command, Connector, Control, DiskNode, Freeze, Guard, Host, Owner, RunState, ServeNode, Verdict, Watch,
 };
 pub use hotplug::{Attached, Hotplug, PlugDisk};
 pub use image_server::{Image, ImageServer};

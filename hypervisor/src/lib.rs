@@ -8,6 +8,7 @@ mod agent;
 mod connector;
 mod control;
 mod errors;
+mod flush;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod graph;
