@@ -114,7 +114,10 @@ fn a_snapshot_in_full() {
       <name>nightly &lt;3&gt;</name>
       <creationTime>1700000000</creationTime>
       <domain name='web-1' uuid='5768a388-c1c4-414c-ac4e-eab216ba7c0c'/>
-      <consistency level='filesystem' filesystems='2'/>
+      <consistency level='filesystem' filesystems='2'>
+        <filesystem mountpoint='/'/>
+        <filesystem mountpoint='/srv'/>
+      </consistency>
       <window unit='us' frozen='41000' paused='0' taken='900'/>
       <snapshot disk='vda'>
         <fleece file='/f/vda.img'/>
