@@ -284,7 +284,7 @@ async fn a_late_freeze_is_thawed() {
     let place = Place::new();
     let (path, agent) = Agent::listen(Temper::Late, place.dir.path());
     let control = place.control(&domain(Path::new("/no/monitor"), Some(&path)));
-    let error = control.freeze(&[], Duration::from_secs(2)).await.unwrap_err();
+    let error = control.freeze(&[], Duration::from_secs(5)).await.unwrap_err();
     assert_eq!(
         (error.kind(), error.effect()),
         (ErrorKind::Timeout, Effect::RolledBack),
@@ -310,7 +310,7 @@ async fn a_thaw_waits_behind_a_freeze_that_never_came() {
     let control = connector
         .control(&domain(Path::new("/no/monitor"), Some(&path)))
         .unwrap();
-    let error = control.freeze(&[], Duration::from_secs(2)).await.unwrap_err();
+    let error = control.freeze(&[], Duration::from_secs(5)).await.unwrap_err();
     assert_eq!(
         (error.kind(), error.effect()),
         (ErrorKind::Timeout, Effect::Unknown),

@@ -52,6 +52,13 @@ async fn dropped_without_a_word_it_acts() {
     eventually("the guest runs again", || qemu.status() == "running");
 }
 
+/// On a busy machine the deadline comes first, and the connection is taken from under the pause.
+async fn pause_before_or_behind_the_deadline(control: &impl Control) {
+    if let Err(error) = control.pause().await {
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    }
+}
+
 #[tokio::test]
 async fn past_the_deadline_it_acts_and_says_so() {
     let qemu = Qemu::builder().start();
@@ -62,7 +69,7 @@ async fn past_the_deadline_it_acts_and_says_so() {
         ..PAUSE
     };
     let guard = control.guard(watch).await.unwrap();
-    control.pause().await.unwrap();
+    pause_before_or_behind_the_deadline(&control).await;
     eventually("the guest runs again", || qemu.status() == "running");
     assert_eq!(guard.disarm().await.unwrap(), Verdict::Fired);
     // The parent's connection was taken from it; the next command makes a new one.
@@ -80,7 +87,7 @@ async fn a_connection_made_after_arming_is_taken_too() {
     };
     let guard = control.guard(watch).await.unwrap();
     control.session().unwrap().disconnect().await;
-    control.pause().await.unwrap();
+    pause_before_or_behind_the_deadline(&control).await;
     eventually("the guest runs again", || qemu.status() == "running");
     assert_eq!(guard.disarm().await.unwrap(), Verdict::Fired);
 }

@@ -38,7 +38,7 @@ fn wait_running(qemu: &Qemu) {
     let since = Instant::now();
     while qemu.status() != "running" {
         assert!(
-            since.elapsed() < Duration::from_secs(20),
+            since.elapsed() < Duration::from_mins(2),
             "the guest stays {}",
             qemu.status()
         );

@@ -3,7 +3,7 @@
 //! Each test says what a server sends, and checks that the client says which lie it was: no hang, no
 //! panic, no answer that is not one.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use disksnap_nbd::{
     BASE_ALLOCATION, BulkOptions, BulkReader, Client, CommandFlags, ConnectOptions, Errno, Error, Refusal,
@@ -642,19 +642,23 @@ async fn extents_in_many_short_answers() {
 
 #[tokio::test]
 async fn silence_is_not_for_ever() {
-    let impatient = ConnectOptions {
+    // Short only where silence is to come: a busy machine is slow to answer too.
+    let impatient = |handshake, idle| ConnectOptions {
         meta_contexts: vec![BASE_ALLOCATION.to_owned()],
-        handshake_timeout: Duration::from_millis(300),
-        idle_timeout: Some(Duration::from_millis(300)),
+        handshake_timeout: handshake,
+        idle_timeout: Some(idle),
         ..ConnectOptions::default()
     };
+    let (soon, late) = (Duration::from_millis(300), Duration::from_mins(2));
     for script in [
         Script::default(),
         Script::greeting(),
         Script::greeting().option(STRUCTURED, ACK, &[]),
     ] {
         let fake = script.silence().serve();
-        let error = Client::connect(&fake.uri, &impatient).await.unwrap_err();
+        let error = Client::connect(&fake.uri, &impatient(soon, late))
+            .await
+            .unwrap_err();
         assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
     }
     // Half a reply and no more; and one that answers some and not the others.
@@ -665,7 +669,7 @@ async fn silence_is_not_for_ever() {
     let some = Script::structured().requests(2).hole(DONE, 1, 0, 4096);
     for script in [half, some] {
         let fake = script.silence().serve();
-        let client = Client::connect(&fake.uri, &impatient).await.unwrap();
+        let client = Client::connect(&fake.uri, &impatient(late, soon)).await.unwrap();
         let (first, second) = tokio::join!(client.read(0, 4096), client.read(0, 4096));
         let error = [first, second].into_iter().find_map(Result::err).unwrap();
         assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
@@ -678,8 +682,9 @@ async fn silence_is_not_for_ever() {
         .hole(DONE, 0, 0, 4096)
         .silence()
         .serve();
-    let client = Client::connect(&fake.uri, &impatient).await.unwrap();
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    let idle = Duration::from_secs(3);
+    let client = Client::connect(&fake.uri, &impatient(late, idle)).await.unwrap();
+    tokio::time::sleep(idle + Duration::from_secs(1)).await;
     client.read(0, 4096).await.unwrap();
 }
 
@@ -702,9 +707,8 @@ async fn a_server_that_says_it_stops_is_left() {
         ),
         "{error:?}"
     );
-    let start = Instant::now();
+    // For ever, where it is not left: then the runner ends the test.
     while client.is_open() {
-        assert!(start.elapsed() < Duration::from_secs(20), "still there");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     assert_disconnected(client.read(0, 4096).await, "");
