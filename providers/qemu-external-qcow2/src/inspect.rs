@@ -1,0 +1,67 @@
+//! Whether a snapshot can be trusted: what it is read from must be as it was at the instant.
+
+use disksnap_core::{Error, Health, Host, Result};
+use disksnap_hypervisor::Graph;
+
+use crate::place::Place;
+use crate::record::Record;
+
+/// Looks at the real thing.
+pub(crate) async fn inspect(host: &dyn Host, record: &Record) -> Result<Health> {
+    if let Some(health) = files(record)? {
+        return Ok(health);
+    }
+    if !host.state().await?.is_active() {
+        return Ok(Health::Active);
+    }
+    let Ok(disk) = host.domain().disk(&record.target) else {
+        return Ok(Health::Active);
+    };
+    let graph = Graph::read(host).await?;
+    // A disk that is elsewhere now does not write to the base.
+    let top = Place::find(&graph, disk)
+        .ok()
+        .and_then(|place| place.layers.into_iter().next());
+    Ok(match top {
+        Some(top) if top.layer.is_at(&record.base.path) => Health::Broken(format!(
+            "the domain runs on {} itself, and writes to it: it was started from an old document",
+            record.base.path.display()
+        )),
+        _ => Health::Active,
+    })
+}
+
+/// What the files alone say against it.
+pub(crate) fn files(record: &Record) -> Result<Option<Health>> {
+    let there = |path: &std::path::Path| match path.try_exists() {
+        Err(e) => Err(Error::io(format!("cannot look at {}", path.display()), e)),
+        Ok(there) => Ok(there),
+    };
+    if let Some(overlay) = &record.overlay
+        && !there(overlay)?
+    {
+        return Ok(Some(Health::Gone(format!(
+            "the overlay {} that stood on it is no more: it was merged",
+            overlay.display()
+        ))));
+    }
+    if !there(&record.base.path)? {
+        return Ok(Some(Health::Gone(format!(
+            "{} is gone",
+            record.base.path.display()
+        ))));
+    }
+    for layer in &record.below {
+        if !there(&layer.path)? {
+            return Ok(Some(Health::Broken(format!(
+                "{}, which is below it, is gone",
+                layer.path.display()
+            ))));
+        }
+    }
+    let differs = record
+        .stamp
+        .as_ref()
+        .map(|stamp| stamp.differs(&record.base.path));
+    Ok(differs.transpose()?.flatten().map(Health::Broken))
+}

@@ -1,0 +1,283 @@
+//! One layer of a disk's chain of images, as it lies on this host, and the chain of a domain that is off.
+
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Component, Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use disksnap_core::{BackingStore, Disk, Error, ErrorKind, Result, Source};
+use disksnap_image_file::Qcow2;
+use serde::{Deserialize, Serialize};
+
+/// More layers than anyone has; a header is not trusted to end the chain.
+const DEEPEST: usize = 200;
+
+/// One image of a chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Layer {
+    /// A file or a block device.
+    pub(crate) path: PathBuf,
+    /// `raw` or `qcow2`.
+    pub(crate) format: String,
+}
+
+impl Layer {
+    pub(crate) fn new(path: impl Into<PathBuf>, format: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            format: format.into(),
+        }
+    }
+
+    /// As the domain's document names it.
+    pub(crate) fn source(&self) -> Source {
+        let path = self.path.clone();
+        if is_device(&path) || path.starts_with("/dev") && !path.starts_with("/dev/shm") {
+            Source::Block { dev: path }
+        } else {
+            Source::File { file: path }
+        }
+    }
+
+    /// What the header of an overlay at `overlay` calls it: relative where both are in one directory, so that they
+    /// can be moved, or be in one snapshot of a file system, together.
+    pub(crate) fn name_from(&self, overlay: &Path) -> String {
+        let name = self.path.file_name().and_then(|name| name.to_str());
+        match name {
+            // QEMU takes what stands before a colon for a protocol.
+            Some(name) if overlay.parent() == self.path.parent() && !name.contains(':') => name.to_owned(),
+            _ => self.path.to_string_lossy().into_owned(),
+        }
+    }
+
+    /// Whether it is the file at this path.
+    pub(crate) fn is_at(&self, path: &Path) -> bool {
+        same_file(&self.path, path)
+    }
+}
+
+/// `<backingStore>` for these layers, nearest first.
+pub(crate) fn backing_store(layers: &[Layer]) -> Option<Box<BackingStore>> {
+    let (first, rest) = layers.split_first()?;
+    Some(Box::new(BackingStore {
+        format: Some(first.format.clone()),
+        source: first.source(),
+        backing: backing_store(rest),
+    }))
+}
+
+/// The disk with these layers, the top image first; all else as in `template`.
+pub(crate) fn disk_of(template: &Disk, layers: &[Layer]) -> Disk {
+    let mut disk = template.clone();
+    if let Some((top, below)) = layers.split_first() {
+        disk.source = Some(top.source());
+        disk.driver.format = Some(top.format.clone());
+        disk.backing = backing_store(below).map(|store| *store);
+    }
+    disk
+}
+
+/// Whether two paths lead to one file or device, as far as can be seen from here.
+pub(crate) fn same_file(a: &Path, b: &Path) -> bool {
+    if a == b {
+        return true;
+    }
+    let (Ok(a), Ok(b)) = (fs::metadata(a), fs::metadata(b)) else {
+        return false;
+    };
+    let device = |m: &fs::Metadata| m.file_type().is_block_device();
+    (a.dev(), a.ino()) == (b.dev(), b.ino()) || (device(&a) && device(&b) && a.rdev() == b.rdev())
+}
+
+fn is_device(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device())
+}
+
+/// The virtual size in bytes, in whole sectors as QEMU counts them.
+///
+/// # Errors
+/// Why the image cannot be a base.
+pub(crate) fn size_of(layer: &Layer) -> std::result::Result<u64, String> {
+    let failed = |e| format!("cannot read {}: {e}", layer.path.display());
+    let mut file = File::open(&layer.path).map_err(failed)?;
+    let size = if layer.format == "qcow2" {
+        let header = Qcow2::read(&file).map_err(failed)?;
+        sound(&layer.path, &header)?;
+        header.size
+    } else {
+        file.seek(SeekFrom::End(0)).map_err(failed)?
+    };
+    Ok(size.next_multiple_of(512))
+}
+
+fn sound(path: &Path, header: &Qcow2) -> std::result::Result<(), String> {
+    if header.external_data {
+        return Err(format!("{} keeps its data in another file", path.display()));
+    }
+    if header.corrupt {
+        return Err(format!(
+            "QEMU has marked {} as corrupt; mend it with `qemu-img check -r all`",
+            path.display()
+        ));
+    }
+    Ok(())
+}
+
+/// The chain of a disk of a domain that is off, the top image first: as the document says, and below what it says,
+/// as the headers do. Ends where a file is not there.
+///
+/// # Errors
+/// Why the chain cannot be told.
+pub(crate) fn chain_of(disk: &Disk) -> std::result::Result<Vec<Layer>, String> {
+    let path = match &disk.source {
+        Some(Source::File { file: path } | Source::Block { dev: path }) => path.clone(),
+        _ => return Err("the disk is neither an image file nor a block device".to_owned()),
+    };
+    let Some(format) = disk.driver.format.clone() else {
+        return Err("the domain's document does not say the image's format".to_owned());
+    };
+    let mut chain = vec![known(Layer::new(path, format))?];
+    let mut said = disk.backing.as_ref();
+    while let Some(BackingStore {
+        format,
+        source,
+        backing,
+    }) = said
+    {
+        let Some(path) = source.path() else {
+            return Err(format!("the layer {source} is neither a file nor a block device"));
+        };
+        let format = format
+            .clone()
+            .ok_or_else(|| format!("the domain's document does not say the format of {source}"))?;
+        chain.push(known(Layer::new(path, format))?);
+        said = backing.as_deref();
+    }
+    while let Some(below) = chain.last().map(below_by_header).transpose()?.flatten() {
+        if chain.len() >= DEEPEST {
+            return Err(format!("the image has more than {DEEPEST} layers"));
+        }
+        chain.push(known(below)?);
+    }
+    Ok(chain)
+}
+
+fn known(layer: Layer) -> std::result::Result<Layer, String> {
+    if !layer.path.is_absolute() {
+        return Err(format!("the path {} is not absolute", layer.path.display()));
+    }
+    match layer.format.as_str() {
+        "raw" | "qcow2" => Ok(layer),
+        other => Err(format!("{} has the format {other}", layer.path.display())),
+    }
+}
+
+/// The layer that an image's header names.
+fn below_by_header(layer: &Layer) -> std::result::Result<Option<Layer>, String> {
+    if layer.format != "qcow2" {
+        return Ok(None);
+    }
+    let failed = |e| format!("cannot read {}: {e}", layer.path.display());
+    let file = match File::open(&layer.path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(failed)?,
+    };
+    let header = Qcow2::read(&file).map_err(failed)?;
+    let Some(name) = header.backing else {
+        return Ok(None);
+    };
+    if name.split('/').next().is_some_and(|first| first.contains(':')) {
+        return Err(format!(
+            "the header of {} names the backing file {name:?}, which is neither a file nor a block device",
+            layer.path.display()
+        ));
+    }
+    let format = header.backing_format.ok_or_else(|| {
+        format!(
+            "the header of {} does not say the format of its backing file",
+            layer.path.display()
+        )
+    })?;
+    let path = layer.path.parent().unwrap_or(Path::new("/")).join(name);
+    Ok(Some(Layer::new(plain(&path), format)))
+}
+
+/// The path without `.` and `..`.
+fn plain(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir => {
+                plain.pop();
+            }
+            part => plain.push(part),
+        }
+    }
+    plain
+}
+
+/// What tells whether a file was written to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Stamp {
+    /// Bytes of the file.
+    len: u64,
+    /// When it was last written to, in nanoseconds since 1970; `None` where QEMU still had reason to write.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    modified: Option<i64>,
+}
+
+impl Stamp {
+    /// The stamp of a file; `None` for a device, which tells nothing.
+    pub(crate) fn of(path: &Path) -> Result<Option<Self>> {
+        let metadata =
+            fs::metadata(path).map_err(|e| Error::io(format!("cannot look at {}", path.display()), e))?;
+        if !metadata.is_file() {
+            return Ok(None);
+        }
+        let modified = metadata
+            .modified()
+            .ok()
+            .and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        Ok(Some(Self {
+            len: metadata.len(),
+            modified: modified.and_then(|since| i64::try_from(since.as_nanos()).ok()),
+        }))
+    }
+
+    /// The same, saying nothing of the time.
+    pub(crate) fn timeless(mut self) -> Self {
+        self.modified = None;
+        self
+    }
+
+    /// Why the file at this path is not what it was, if it is not.
+    pub(crate) fn differs(&self, path: &Path) -> Result<Option<String>> {
+        let now = Self::of(path)?;
+        let Some(now) = now else {
+            return Ok(Some(format!("{} is no file any more", path.display())));
+        };
+        if now.len != self.len && self.modified.is_some() {
+            return Ok(Some(format!(
+                "{} was {} bytes long and is {} bytes long now: something has written to it",
+                path.display(),
+                self.len,
+                now.len
+            )));
+        }
+        Ok(
+            (self.modified.is_some() && now.modified != self.modified).then(|| {
+                format!(
+                    "{} has been modified since: something has written to it, or has begun to merge into it",
+                    path.display()
+                )
+            }),
+        )
+    }
+}
+
+/// The error of a disk that does not suit as it is.
+pub(crate) fn unfit(why: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Unsupported, why)
+}

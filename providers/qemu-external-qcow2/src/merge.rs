@@ -1,0 +1,330 @@
+//! Giving a snapshot up: what its overlay holds goes into the base, and the domain's disk stands on the base again.
+
+mod live;
+mod off;
+
+use async_trait::async_trait;
+use disksnap_core::{
+    Affected, Command, Error, ErrorKind, Host, Merge, Peer, Progress, Result, SnapshotId, Unit,
+};
+use disksnap_hypervisor::Graph;
+use serde_json::json;
+
+use crate::busy;
+use crate::image::remove;
+use crate::layer::{self, Layer, Stamp, disk_of, unfit};
+use crate::place::{Place, nodes_of};
+use crate::record::{Kin, Record};
+
+/// What merges. It has no state: everything is found by names and paths.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ExternalMerge;
+
+/// How the domain's disk stands to a snapshot.
+enum Standing {
+    /// A hypervisor has the overlay in the disk's chain.
+    Live(Live),
+    /// The domain is off, and its disk's chain has the overlay.
+    Off {
+        /// The chain, the top image first.
+        layers: Vec<Layer>,
+        /// Where in it the overlay is.
+        at: usize,
+    },
+    /// The disk does not stand on the snapshot (any more).
+    Loose {
+        /// Its chain, where it is known.
+        layers: Vec<Layer>,
+        /// It did, and was merged.
+        merged: bool,
+    },
+}
+
+/// An overlay in a running disk's chain.
+struct Live {
+    graph: Graph,
+    place: Place,
+    /// Which of the place's layers it is; the base is the next.
+    at: usize,
+}
+
+impl Standing {
+    async fn of(host: &dyn Host, record: &Record) -> Result<Self> {
+        let active = host.state().await?.is_active();
+        let Ok(disk) = host.domain().disk(&record.target) else {
+            return Ok(Self::unknown());
+        };
+        let Some(overlay) = &record.overlay else {
+            return Ok(Self::unknown());
+        };
+        if active {
+            let graph = Graph::read(host).await?;
+            let place = Place::find(&graph, disk)?;
+            return match place.position(overlay) {
+                Some(at)
+                    if place
+                        .layers
+                        .get(at + 1)
+                        .is_some_and(|l| l.layer.is_at(&record.base.path)) =>
+                {
+                    Ok(Self::Live(Live { graph, place, at }))
+                }
+                Some(_) => Err(unfit(
+                    "in the hypervisor the overlay stands on another image than in the record",
+                )),
+                None => {
+                    // After a merge the overlay is still open; after a start from an old document it is not.
+                    let open = !nodes_of(&graph, overlay).is_empty();
+                    Self::loose(record, place.images(), open)
+                }
+            };
+        }
+        let layers = layer::chain_of(disk).map_err(unfit)?;
+        match layers.iter().position(|l| l.is_at(overlay)) {
+            Some(at) => Ok(Self::Off { layers, at }),
+            None => Self::loose(record, layers, false),
+        }
+    }
+
+    /// Nothing of the disk's chain belongs to it.
+    fn unknown() -> Self {
+        Self::Loose {
+            layers: Vec::new(),
+            merged: false,
+        }
+    }
+
+    fn loose(record: &Record, layers: Vec<Layer>, open: bool) -> Result<Self> {
+        let on_base = layers.first().is_some_and(|top| top.is_at(&record.base.path));
+        let merged = open || record.overlay.as_ref().is_some_and(|overlay| !overlay.exists());
+        if let Some(overlay) = record.overlay.as_ref().filter(|_| on_base && !merged) {
+            return Err(Error::new(
+                ErrorKind::Broken,
+                format!(
+                    "the domain's disk is {} itself, as an old document says, while {} holds what was written after the \
+                     snapshot",
+                    record.base.path.display(),
+                    overlay.display()
+                ),
+            )
+            .hint("Start the domain from the document that names the overlay; or remove the overlay, and with it what \
+                   it holds, and try again."));
+        }
+        Ok(Self::Loose { layers, merged })
+    }
+}
+
+#[async_trait]
+impl Merge for ExternalMerge {
+    async fn start(&self, host: &dyn Host, _: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()> {
+        let record = Record::of(unit)?;
+        let kin = Kin::of(&record.target, peers)?;
+        match Standing::of(host, &record).await? {
+            Standing::Loose { merged, .. } => refuse_readers(&record, &kin, merged),
+            Standing::Off { layers, .. } => {
+                refuse_standing_elsewhere(&record, &kin, &layers)?;
+                refuse_without_base(&record)?;
+                crate::qemu_img::program().map(drop)
+            }
+            Standing::Live(live) => {
+                if live::is_under_way(host, &record).await? {
+                    return Ok(());
+                }
+                refuse_standing_elsewhere(&record, &kin, &live.place.images())?;
+                refuse_without_base(&record)?;
+                live::start(host, &record, &live).await
+            }
+        }
+    }
+
+    async fn progress(&self, host: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<Progress> {
+        let record = Record::of(unit)?;
+        match Standing::of(host, &record).await? {
+            Standing::Loose { .. } => Ok(Progress::Finished),
+            Standing::Off { .. } => off::progress(&record),
+            Standing::Live(_) => live::progress(host, &record).await,
+        }
+    }
+
+    async fn finish(&self, host: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
+        let record = Record::of(unit)?;
+        match Standing::of(host, &record).await? {
+            Standing::Loose { .. } => Ok(()),
+            Standing::Off { layers, at } => off::finish(&record, &layers, at).await,
+            Standing::Live(live) => live::finish(host, &record, &live).await,
+        }
+    }
+
+    fn release(&self, _: SnapshotId, unit: &Unit) -> Vec<Command> {
+        let job = Record::of(unit).map(|record| record.names().merge());
+        job.map_or_else(
+            |_| Vec::new(),
+            |id| vec![Command::new("job-cancel", json!({ "id": id }))],
+        )
+    }
+
+    async fn cancel(&self, host: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
+        let record = Record::of(unit)?;
+        if !host.state().await?.is_active() {
+            return Ok(());
+        }
+        live::cancel(host, &record).await
+    }
+
+    async fn conclude(
+        &self,
+        host: &dyn Host,
+        _: SnapshotId,
+        unit: &Unit,
+        peers: &[Peer],
+    ) -> Result<Affected> {
+        let record = Record::of(unit)?;
+        let kin = Kin::of(&record.target, peers)?;
+        let layers = match Standing::of(host, &record).await? {
+            Standing::Loose { layers, merged } => {
+                refuse_readers(&record, &kin, merged)?;
+                layers
+            }
+            Standing::Off { mut layers, at } => {
+                if off::progress(&record)? != Progress::Finished {
+                    return Err(not_merged());
+                }
+                layers.remove(at);
+                layers
+            }
+            Standing::Live(_) => return Err(not_merged()),
+        };
+        tidy(host, &record).await?;
+        affected(host, unit, &record, &kin, layers)
+    }
+}
+
+fn not_merged() -> Error {
+    Error::new(ErrorKind::Internal, "the disk still stands on the snapshot")
+}
+
+/// What is left of a snapshot that nothing stands on: idempotent.
+pub(crate) async fn delete(host: &dyn Host, record: &Record) -> Result<()> {
+    match Standing::of(host, record).await? {
+        Standing::Loose { .. } => tidy(host, record).await,
+        Standing::Off { .. } if off::progress(record)? == Progress::Finished => tidy(host, record).await,
+        Standing::Off { layers, at } if !layers[at].path.exists() => tidy(host, record).await,
+        _ => Err(busy(
+            "the domain's disk stands on the snapshot",
+            "Merge it: `disksnap snapshot merge`.",
+        )),
+    }
+}
+
+/// Removes the overlay's nodes and file, and a base that nothing else needs. Idempotent.
+async fn tidy(host: &dyn Host, record: &Record) -> Result<()> {
+    let active = host.state().await?.is_active();
+    if active {
+        crate::jobs::end(host, &record.names().merge()).await?;
+    }
+    if let Some(overlay) = &record.overlay {
+        let graph = match active {
+            true => Some(Graph::read(host).await?),
+            false => None,
+        };
+        let nodes = graph
+            .as_ref()
+            .map(|graph| nodes_of(graph, overlay))
+            .unwrap_or_default();
+        // The file first: an open node without a file says that the merge had ended.
+        remove(overlay)?;
+        off::unmark(overlay)?;
+        if let Some(graph) = &graph {
+            live::remove_nodes(host, graph, nodes).await?;
+        }
+    } else if record.orphan {
+        remove(&record.base.path)?;
+    }
+    Ok(())
+}
+
+/// The peers whose records change with a merge, and the disk as the domain uses it from then on.
+fn affected(
+    host: &dyn Host,
+    unit: &Unit,
+    record: &Record,
+    kin: &[Kin],
+    mut layers: Vec<Layer>,
+) -> Result<Affected> {
+    let template = host.domain().disk(&record.target).ok();
+    let template = template.or(unit.disks.first().and_then(|d| d.modified.as_ref()));
+    let mut affected = Affected::default();
+    let (Some(disk), Some(overlay)) = (template, &record.overlay) else {
+        return Ok(affected);
+    };
+    for peer in kin {
+        let mut changed = peer.record.clone();
+        if changed.base.is_at(overlay) {
+            // What it was read from is in the base now.
+            changed.base = record.base.clone();
+            changed.below.clone_from(&record.below);
+            changed.stamp = Stamp::of(&changed.base.path)?;
+        }
+        changed.below.retain(|layer| !layer.is_at(overlay));
+        affected.peers.extend(peer.changed(&changed, disk)?);
+    }
+    layers.retain(|layer| !layer.is_at(overlay));
+    if !layers.is_empty() {
+        affected.disks.push(disk_of(disk, &layers));
+    }
+    Ok(affected)
+}
+
+/// What is merged must go somewhere that stays.
+fn refuse_without_base(record: &Record) -> Result<()> {
+    let base = &record.base.path;
+    if !base.exists() {
+        return Err(Error::new(
+            ErrorKind::Broken,
+            format!("{} is gone: there is nothing to merge into", base.display()),
+        )
+        .hint("If the domain runs, copy its disk before it ends: the hypervisor still has the file open."));
+    }
+    Ok(())
+}
+
+/// Snapshots that read the base by another way than through the overlay would change with it.
+fn refuse_standing_elsewhere(record: &Record, kin: &[Kin], chain: &[Layer]) -> Result<()> {
+    let Some(overlay) = &record.overlay else {
+        return Ok(());
+    };
+    let in_chain = |layer: &Layer| chain.iter().any(|l| l.is_at(&layer.path));
+    for peer in kin {
+        let reads = |path: &std::path::Path| peer.record.files().any(|l| l.is_at(path));
+        let concerned = reads(&record.base.path) || reads(overlay);
+        let through = reads(overlay) && in_chain(&peer.record.base);
+        if concerned && !through {
+            return Err(stands(peer, &record.base));
+        }
+    }
+    Ok(())
+}
+
+/// Snapshots that stand on what goes with this one.
+fn refuse_readers(record: &Record, kin: &[Kin], merged: bool) -> Result<()> {
+    let goes = |layer: &Layer| match &record.overlay {
+        // What was merged is read from the base from now on.
+        Some(overlay) => !merged && layer.is_at(overlay),
+        None => record.orphan && layer.is_at(&record.base.path),
+    };
+    match kin.iter().find(|peer| peer.record.files().any(goes)) {
+        None => Ok(()),
+        Some(peer) => Err(stands(peer, &record.base)),
+    }
+}
+
+fn stands(peer: &Kin, base: &Layer) -> Error {
+    busy(
+        format!(
+            "the snapshot {} stands on {} too, and would be destroyed",
+            peer.snapshot,
+            base.path.display()
+        ),
+        "Delete that snapshot first: the domain's disk was reverted from it.",
+    )
+}

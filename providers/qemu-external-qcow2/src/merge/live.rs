@@ -1,0 +1,163 @@
+//! Merging while a hypervisor has the disk: a commit job, which this process may lose and another find again.
+
+use disksnap_core::{Command, Error, ErrorKind, Host, Progress, Result};
+use disksnap_hypervisor::Graph;
+use serde_json::json;
+
+use super::{Live, Standing};
+use crate::jobs::{self, Job};
+use crate::layer::unfit;
+use crate::place::overlay_root;
+use crate::record::Record;
+use crate::{bitmaps, busy};
+
+/// Whether the job of this merge is there and has not failed.
+pub(super) async fn is_under_way(host: &dyn Host, record: &Record) -> Result<bool> {
+    let id = record.names().merge();
+    match jobs::find(host, &id).await? {
+        Some(job) if job.has_ended() && job.error.is_some() => {
+            jobs::end(host, &id).await?;
+            Ok(false)
+        }
+        job => Ok(job.is_some()),
+    }
+}
+
+/// Starts the commit of the overlay into the base below it.
+pub(super) async fn start(host: &dyn Host, record: &Record, live: &Live) -> Result<()> {
+    let Live { graph, place, at } = live;
+    place.refuse_busy(graph)?;
+    let (overlay, base) = (&place.layers[*at], &place.layers[at + 1]);
+    if *at == 0 && overlay_root(graph, &overlay.node) != place.root || overlay.node != overlay.format {
+        return Err(unfit(
+            "a node that is no filter stands on the overlay, and QEMU does not commit below one",
+        )
+        .hint("With the domain off it can be merged."));
+    }
+    if graph.node(&place.root).is_some_and(|root| root.read_only) {
+        return Err(busy(
+            "the disk is read-only now",
+            "With the domain off it can be merged.",
+        ));
+    }
+    let mut commit = json!({
+        "job-id": record.names().merge(), "device": place.root, "top-node": overlay.node, "base-node": base.node,
+        "auto-finalize": false, "auto-dismiss": false,
+    });
+    if let Some(child) = at.checked_sub(1).and_then(|above| place.layers.get(above)) {
+        // What the header of the image above is going to say.
+        commit["backing-file"] = json!(record.base.name_from(&child.layer.path));
+    }
+    bitmaps::stop(host, graph, overlay, base).await?;
+    let started = host.monitor(Command::new("block-commit", commit)).await;
+    match started {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let resumed = bitmaps::resume(host, &Graph::read(host).await?, overlay, base).await;
+            let resizes = error.message().contains("'resize'");
+            let error = error.rollback_failed(resumed.err().into_iter().collect());
+            Err(match resizes {
+                true => error.hint(
+                    "An export that may resize the disk stands against it: end that export, or merge with \
+                                    the domain off.",
+                ),
+                false => error,
+            })
+        }
+    }
+}
+
+/// How far the job is.
+pub(super) async fn progress(host: &dyn Host, record: &Record) -> Result<Progress> {
+    let Some(job) = jobs::find(host, &record.names().merge()).await? else {
+        return Ok(Progress::Idle);
+    };
+    Ok(match (job.status.as_str(), job.error) {
+        // An intermediate commit has no `ready`: it waits to be finalized. An active one does after `ready`.
+        ("ready" | "standby" | "pending", _) => Progress::Ready,
+        ("concluded" | "null", None) => Progress::Finished,
+        ("concluded" | "null", Some(error)) => Progress::Failed(error),
+        _ => Progress::Running {
+            done: job.current_progress,
+            total: job.total_progress.max(job.current_progress),
+        },
+    })
+}
+
+/// Ends a commit that is ready: from `job-complete` until it is finalized the guest's disk stands still.
+pub(super) async fn finish(host: &dyn Host, record: &Record, live: &Live) -> Result<()> {
+    let id = record.names().merge();
+    let job = jobs::find(host, &id).await?.ok_or_else(|| {
+        Error::new(ErrorKind::Refused, "no merge is under way on this disk")
+            .hint("Start it again: `disksnap snapshot merge`.")
+    })?;
+    if matches!(job.status.as_str(), "ready" | "standby") {
+        jobs::tell(host, &id, "job-complete").await?;
+    }
+    let settled = |job: &Job| job.status == "pending" || job.has_ended();
+    if let Some(job) = jobs::wait(host, &id, settled).await?
+        && !job.has_ended()
+    {
+        if let Err(error) = finalize(host, &id, live).await {
+            // Whatever failed, the guest must not wait for it.
+            let failure = jobs::tell(host, &id, "job-cancel").await.err();
+            return Err(error.rollback_failed(failure.into_iter().collect()));
+        }
+        jobs::wait(host, &id, Job::has_ended).await?;
+    }
+    match jobs::find(host, &id).await?.and_then(|job| job.error) {
+        None => {
+            // Not dismissed where the disk's chain cannot tell that it has ended well.
+            let merged = !matches!(Standing::of(host, record).await?, Standing::Live(_));
+            if merged {
+                jobs::end(host, &id).await?;
+            }
+            Ok(())
+        }
+        Some(error) => Err(Error::new(
+            ErrorKind::Refused,
+            format!("the merge failed: {error}"),
+        )),
+    }
+}
+
+/// At `pending` nothing is written to the two images: their bitmaps are united, and the job made final.
+async fn finalize(host: &dyn Host, id: &str, live: &Live) -> Result<()> {
+    let graph = Graph::read(host).await?;
+    let (overlay, base) = (&live.place.layers[live.at], &live.place.layers[live.at + 1]);
+    bitmaps::unite(host, &graph, overlay, base).await?;
+    jobs::tell(host, id, "job-finalize").await
+}
+
+/// Stops the job, if there is one; the base's bitmaps record again as they did.
+pub(super) async fn cancel(host: &dyn Host, record: &Record) -> Result<()> {
+    jobs::end(host, &record.names().merge()).await?;
+    if let Standing::Live(Live { graph, place, at }) = Standing::of(host, record).await? {
+        bitmaps::resume(host, &graph, &place.layers[at], &place.layers[at + 1]).await?;
+    }
+    Ok(())
+}
+
+/// Closes an overlay that nothing uses any more: its format, then its file where that is a node by itself.
+pub(super) async fn remove_nodes(host: &dyn Host, graph: &Graph, nodes: Vec<(String, String)>) -> Result<()> {
+    for (format, file) in nodes {
+        for node in [format, file] {
+            let deleted = host
+                .monitor(Command::new("blockdev-del", json!({ "node-name": node })))
+                .await;
+            if let Err(error) = deleted {
+                // The file's node goes with the format's, unless it was added by itself.
+                let left = Graph::read(host).await?;
+                if left.node(&node).is_some() {
+                    let users = left
+                        .parents(&node)
+                        .map(|(parent, _)| parent.name.clone())
+                        .collect::<Vec<_>>();
+                    return Err(error.with("node", &node).with("used by", users.join(", ")));
+                }
+                let _ = graph;
+            }
+        }
+    }
+    Ok(())
+}

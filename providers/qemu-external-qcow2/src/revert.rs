@@ -1,0 +1,144 @@
+//! Putting a snapshot's content back, with the domain off: a fresh, empty overlay over its base takes the place of the
+//! disk's present one, in one rename.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use async_trait::async_trait;
+use disksnap_core::{
+    Affected, Error, ErrorKind, Health, Host, Owner, Peer, Result, Revert, SnapshotId, Unit,
+};
+
+use crate::busy;
+use crate::image::{fill_in, remove};
+use crate::inspect;
+use crate::layer::{Layer, chain_of, disk_of, unfit};
+use crate::record::{Kin, Record};
+
+/// What reverts. It has no state.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ExternalRevert;
+
+#[async_trait]
+impl Revert for ExternalRevert {
+    async fn revert(&self, host: &dyn Host, _: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<Affected> {
+        let record = Record::of(unit)?;
+        let kin = Kin::of(&record.target, peers)?;
+        if host.state().await?.is_active() {
+            return Err(busy(
+                "the domain is not off, and its disk cannot be exchanged under it",
+                "Shut the domain down, then revert.",
+            ));
+        }
+        refuse_untrusted(&record)?;
+        let disk = host.domain().disk(&record.target)?;
+        let layers = chain_of(disk).map_err(unfit)?;
+        let top = layers.first().ok_or_else(|| unfit("the disk has no image"))?;
+        refuse_foreign(&record, &kin, top)?;
+        replace(&record, &top.path)?;
+        let mut chain = vec![top.clone()];
+        chain.extend(record.files().cloned());
+        let ours = overlays(&record, &kin);
+        let mut affected = Affected {
+            unit: Some(restood(&record, &chain, &ours).unit(disk)?),
+            disks: vec![disk_of(disk, &chain)],
+            ..Affected::default()
+        };
+        for peer in &kin {
+            let changed = restood(&peer.record, &chain, &ours);
+            affected.peers.extend(peer.changed(&changed, disk)?);
+        }
+        Ok(affected)
+    }
+}
+
+fn refuse_untrusted(record: &Record) -> Result<()> {
+    // Without an overlay of its own the base is as trustworthy: nobody writes to it.
+    let bare = Record {
+        overlay: None,
+        ..record.clone()
+    };
+    match inspect::files(&bare)? {
+        Some(Health::Broken(why) | Health::Gone(why)) => Err(Error::new(ErrorKind::Broken, why)),
+        _ => Ok(()),
+    }
+}
+
+/// Only an overlay of ours can go: another image may be all that there is of something.
+fn refuse_foreign(record: &Record, kin: &[Kin], top: &Layer) -> Result<()> {
+    let mut records = std::iter::once(record).chain(kin.iter().map(|peer| &peer.record));
+    let mut all = records.clone();
+    if all.any(|r| r.files().any(|layer| layer.is_at(&top.path))) {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!(
+                "the domain's document names {}, which a snapshot is read from",
+                top.path.display()
+            ),
+        )
+        .hint("Bring the document up to date with `disksnap domain update`."));
+    }
+    if records.any(|r| r.overlay.as_ref().is_some_and(|overlay| top.is_at(overlay))) {
+        return Ok(());
+    }
+    Err(busy(
+        format!(
+            "the disk's image {} is not one that disksnap has made",
+            top.path.display()
+        ),
+        "Merge it, or take a snapshot of it first, so that what it holds is not lost.",
+    ))
+}
+
+/// Puts an empty overlay over the base in the place of the one at `path`.
+fn replace(record: &Record, path: &Path) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let new = path.with_file_name(format!(".{name}.disksnap-revert"));
+    let failed = |e| Error::io(format!("cannot make the overlay {}", new.display()), e);
+    // What a killed revert left.
+    remove(&new)?;
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&new)
+        .map_err(failed)?;
+    let owner = path
+        .metadata()
+        .ok()
+        .filter(|_| rustix::process::geteuid().is_root());
+    let owner = owner.map(|m| Owner {
+        uid: m.uid(),
+        gid: m.gid(),
+    });
+    fill_in(&file, path, &record.base, record.size, owner).map_err(failed)?;
+    std::fs::rename(&new, path).map_err(|e| {
+        Error::io(
+            format!("cannot put the overlay in the place of {}", path.display()),
+            e,
+        )
+    })
+}
+
+/// Every image that this method has made and a record still names.
+fn overlays(record: &Record, kin: &[Kin]) -> Vec<std::path::PathBuf> {
+    let records = std::iter::once(record).chain(kin.iter().map(|peer| &peer.record));
+    let of = |r: &Record| {
+        let base = r.orphan.then(|| r.base.path.clone());
+        r.overlay.iter().cloned().chain(base).collect::<Vec<_>>()
+    };
+    records.flat_map(of).collect()
+}
+
+/// The record of a snapshot once the disk has this chain: what of it stands on the base.
+fn restood(record: &Record, chain: &[Layer], ours: &[std::path::PathBuf]) -> Record {
+    let at = chain
+        .iter()
+        .skip(1)
+        .position(|layer| layer.is_at(&record.base.path));
+    let mut record = record.clone();
+    record.overlay = at.map(|at| chain[at].path.clone());
+    record.orphan = at.is_none() && ours.iter().any(|path| record.base.is_at(path));
+    record
+}
