@@ -1,10 +1,13 @@
 //! The command as people use it, on real storage daemons and real QEMUs.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+mod attach;
 mod bad_input;
 mod bring;
+mod daemons;
 mod exports;
 mod help;
+mod image_exports;
 mod kills;
 mod reading;
 mod signals;

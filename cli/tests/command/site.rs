@@ -24,6 +24,13 @@ pub(crate) struct Ended {
     pub(crate) stderr: String,
 }
 
+/// What serves images outlives the command, and must not outlive the test.
+impl Drop for Site {
+    fn drop(&mut self) {
+        crate::daemons::kill(&self.run_dir());
+    }
+}
+
 impl Site {
     pub(crate) fn new() -> Self {
         Self {
@@ -51,6 +58,9 @@ impl Site {
         let mut command = Command::new(program());
         command.arg("--state-dir").arg(self.state()).args(arguments);
         command.env_remove("RUST_LOG").env("COLUMNS", "100");
+        if let Some(daemon) = disksnap_test_support::tools::find("qemu-storage-daemon") {
+            command.env("DISKSNAP_STORAGE_DAEMON", daemon);
+        }
         command
     }
 
@@ -83,6 +93,14 @@ impl Site {
         let real = self.dir.path().canonicalize().unwrap();
         let text = text.replace(&*real.to_string_lossy(), "SITE");
         text.replace(&*self.dir.path().to_string_lossy(), "SITE")
+    }
+
+    /// Where the sockets are.
+    pub(crate) fn run_dir(&self) -> PathBuf {
+        self.state()
+            .canonicalize()
+            .unwrap_or_else(|_| self.state())
+            .join("run")
     }
 
     /// The images that there are in the state directory.
