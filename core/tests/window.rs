@@ -158,6 +158,43 @@ async fn a_failed_take_lets_the_guest_go() {
     assert_eq!(around(&scene.log.take()), AROUND);
 }
 
+/// `pause` flushes too, and does not tell.
+#[tokio::test]
+async fn what_cannot_be_flushed_is_not_taken() {
+    for state in [RunState::Running, RunState::Stopped("paused".to_owned())] {
+        let methods = [
+            FakeMethod::new("a", Plan::Host),
+            FakeMethod::new("b", Plan::Paused),
+        ];
+        let scene = Scene::new(state.clone(), methods);
+        scene.log.fail("flush node-vda", 1);
+        let error = scene.create(&by_two_methods("s")).await.unwrap_err();
+        assert_eq!(error.effect(), Effect::RolledBack);
+        let events = scene.log.take();
+        assert!(events.contains(&"flush node-vda".to_owned()), "{events:?}");
+        assert!(
+            !events.iter().any(|e| e == "a.take" || e.starts_with("monitor")),
+            "{events:?}"
+        );
+        assert_eq!(events.contains(&"resume".to_owned()), state == RunState::Running);
+    }
+}
+
+/// What the hypervisor takes itself sees what is not yet flushed, and a domain that is off has nothing to flush.
+#[tokio::test]
+async fn only_what_is_taken_below_a_guest_is_flushed() {
+    let scenes = [
+        running(Plan::Atomic),
+        running(Plan::Paused),
+        Scene::new(RunState::Off, [FakeMethod::new("a", Plan::Host)]),
+    ];
+    for scene in scenes {
+        scene.create(&named("s", [by("vda", "a")])).await.unwrap();
+        let events = scene.log.take();
+        assert!(!events.iter().any(|e| e.starts_with("flush")), "{events:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_failed_pause_is_undone_for_it_may_have_been_done() {
     let scene = running(Plan::Host);

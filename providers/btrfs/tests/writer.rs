@@ -5,11 +5,11 @@ mod support;
 
 use disksnap_btrfs::Btrfs;
 use disksnap_conformance_qemu::become_guardian_when_asked;
-use disksnap_core::{ErrorKind, Fit};
-use disksnap_test_support::{DiskSpec, GuestSetup, MIB, Qemu, need};
+use disksnap_core::{DiskSnapshot, Effect, ErrorKind, Fit, SnapshotId};
+use disksnap_test_support::{DiskSpec, GuestSetup, MIB, Qemu, QemuVersion, need};
 use serde_json::json;
 use support::rig::{Rig, all_sound_while_the_guest_writes, an_overlay_is_seen, file, machine, qemu_img, raw};
-use support::{btrfs, create};
+use support::{btrfs, create, snapshots};
 
 #[test]
 fn becomes_the_guardian_when_asked() {
@@ -25,6 +25,56 @@ async fn images_are_sound_while_the_guest_writes() {
     let qemu = machine(&images, "cluster_size=4096").guest(guest).start();
     let rig = Rig::running(Btrfs, &qemu);
     all_sound_while_the_guest_writes(&rig, &qemu, 20).await;
+}
+
+/// From now on nothing that is written to `vda` can be flushed to its image.
+fn fail_flushes(qemu: &Qemu) {
+    let storage = qemu.format_node("vda").replace("format", "storage");
+    let error = json!({"event": "none", "iotype": "flush", "errno": 5});
+    qemu.qmp(
+        "blockdev-add",
+        json!({"driver": "blkdebug", "node-name": "broken", "image": storage, "inject-error": [error]}),
+    );
+    let node = qemu.format_node("vda");
+    let options = json!({"driver": "qcow2", "node-name": node, "file": "broken", "discard": "unmap"});
+    qemu.qmp("blockdev-reopen", json!({"options": [options]}));
+}
+
+/// QEMU pauses without a word, and the guest's writes are not in the image.
+#[tokio::test]
+async fn a_disk_whose_flush_fails_is_not_taken() {
+    need!("btrfs", "qemu-system-x86_64");
+    for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
+        let fs = btrfs();
+        let images = create(&fs.path().join("images"));
+        let qemu = machine(&images, "cluster_size=65536").version(version).start();
+        let rig = Rig::running(Btrfs, &qemu);
+        qemu.write("vda", 0, MIB, 0x61);
+        fail_flushes(&qemu);
+        qemu.write("vda", 0, MIB, 0x62);
+        let error = rig.try_create("one", &[]).await.unwrap_err();
+        assert_eq!(
+            (error.kind(), error.effect()),
+            (ErrorKind::Io, Effect::RolledBack),
+            "{error}"
+        );
+        assert!(error.to_string().contains("disk vda"), "{error}");
+        assert_eq!(
+            (qemu.status().as_str(), snapshots(fs.path()).len()),
+            ("running", 0)
+        );
+
+        // The control: nothing else stands in the way.
+        let (control, requests, id) = (rig.control().await, rig.requests(&[]), SnapshotId::random());
+        let prepared = Btrfs.prepare(&*control, id, &requests).await.unwrap();
+        control.pause().await.unwrap();
+        Btrfs.take(&*control, &prepared[0]).await.unwrap();
+        control.resume().await.unwrap();
+        Btrfs
+            .abort(&*control, id, &requests, Some(&prepared))
+            .await
+            .unwrap();
+    }
 }
 
 #[tokio::test]
