@@ -51,6 +51,15 @@ pub async fn run(fixture: Arc<dyn Fixture>, filter: Option<&str>) -> Report {
 pub async fn run_watched(
     fixture: Arc<dyn Fixture>,
     filter: Option<&str>,
+    told: impl FnMut(&CaseResult),
+) -> Report {
+    run_chosen(fixture, |name| filter.is_none_or(|f| name.contains(f)), told).await
+}
+
+/// As [`run_watched`], with every case whose name is `chosen`: for storage so slow that the suite is shared out.
+pub async fn run_chosen(
+    fixture: Arc<dyn Fixture>,
+    chosen: impl Fn(&str) -> bool,
     mut told: impl FnMut(&CaseResult),
 ) -> Report {
     let mut report = Report {
@@ -58,8 +67,8 @@ pub async fn run_watched(
         results: Vec::new(),
     };
     let mut works = true;
-    let chosen = CASES.iter().filter(|c| filter.is_none_or(|f| c.name.contains(f)));
-    for (n, case) in std::iter::once(&CONTROL).chain(chosen).enumerate() {
+    let cases = CASES.iter().filter(|case| chosen(case.name));
+    for (n, case) in std::iter::once(&CONTROL).chain(cases).enumerate() {
         let outcome = if works {
             run_case(&fixture, case).await
         } else {
@@ -89,9 +98,17 @@ pub fn cases() -> impl Iterator<Item = (&'static str, &'static str)> {
 /// # Panics
 /// That is how a test fails.
 pub fn assert_conforms(fixture: impl Fixture) {
+    assert_cases(fixture, |_| true);
+}
+
+/// As [`assert_conforms`], with the control and every case whose name is `chosen`.
+///
+/// # Panics
+/// That is how a test fails.
+pub fn assert_cases(fixture: impl Fixture, chosen: impl Fn(&str) -> bool) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.unwrap_or_else(|e| panic!("cannot start a runtime: {e}"));
-    let report = runtime.block_on(run(Arc::new(fixture), None));
+    let report = runtime.block_on(run_chosen(Arc::new(fixture), chosen, |_| ()));
     assert!(report.conforms(), "the provider does not conform\n\n{report}");
 }
 
