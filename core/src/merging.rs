@@ -14,8 +14,8 @@ use crate::dispatcher::Held;
 use crate::ledger::{Altered, Entry, Ledger, chosen, refuse_exported};
 use crate::standing::refuse_stale;
 use crate::{
-    Act, Control, Dispatcher, Domain, DomainId, DomainLock, Effect, Error, ErrorKind, Intent, Merge,
-    Progress, Result, Snapshot, SnapshotId, SnapshotName, Verdict, Watch,
+    Act, Command, Control, Dispatcher, Domain, DomainId, DomainLock, Effect, Error, ErrorKind, Guard, Intent,
+    Merge, Progress, Result, Snapshot, SnapshotId, SnapshotName, Watch,
 };
 
 /// Between two looks at a merge that runs.
@@ -403,22 +403,12 @@ impl Started {
         if !self.control.state().await?.is_active() {
             return self.finish_all().await;
         }
-        let release: Vec<_> = self
+        let release: Vec<Command> = self
             .parts
             .iter()
             .flat_map(|part| part.merge.release(self.id, &part.entry.unit))
             .collect();
-        let guard = match release.is_empty() {
-            true => None,
-            false => {
-                let watch = Watch {
-                    release: release.clone(),
-                    deadline,
-                    ..Watch::default()
-                };
-                Some(self.control.guard(watch).await.map_err(|e| e.during("guard"))?)
-            }
-        };
+        let guard = self.guard(&release, deadline).await?;
         let finished = tokio::time::timeout(deadline, self.finish_all()).await;
         let result = finished.unwrap_or_else(|_| {
             Err(Error::new(
@@ -434,13 +424,25 @@ impl Started {
             // Each is refused where there is nothing to let go.
             self.control.monitor_each(release).await?;
         }
-        match guard {
-            None => result,
-            Some(guard) => match guard.disarm().await.map_err(|e| e.during("guard"))? {
-                // What it cancelled, and what had ended before, is told apart when it is settled.
-                Verdict::Quiet | Verdict::Fired => result,
-            },
+        if let Some(guard) = guard {
+            // Whether it has fired: what it cancelled, and what had ended before, is told apart when it is settled.
+            guard.disarm().await.map_err(|e| e.during("guard"))?;
         }
+        result
+    }
+
+    /// A guardian that lets the disks go; none where they never stand still.
+    async fn guard(&self, release: &[Command], deadline: Duration) -> Result<Option<Box<dyn Guard>>> {
+        if release.is_empty() {
+            return Ok(None);
+        }
+        let watch = Watch {
+            release: release.to_vec(),
+            deadline,
+            ..Watch::default()
+        };
+        let guard = self.control.guard(watch).await;
+        guard.map(Some).map_err(|e| e.during("guard"))
     }
 
     async fn finish_all(&self) -> Result<()> {
