@@ -108,7 +108,7 @@ impl QemuControl {
             };
             match kind.as_str() {
                 "pcie-root-port" | "ioh3420" | "xio3130-downstream" if is_free(&pci, &id) => {
-                    ports.push(blk(&id))
+                    ports.push(blk(&id));
                 }
                 "pcie-pci-bridge" | "pci-bridge" => bridges.push(blk(&id)),
                 "virtio-scsi-pci" | "virtio-scsi-pci-non-transitional" => scsi.push(Slot {
@@ -214,8 +214,8 @@ fn is_free(pci: &Value, port: &str) -> bool {
             find(&device["pci_bridge"]["devices"], id)
         })
     }
-    let buses = pci.as_array().into_iter().flatten();
-    let found = buses.filter_map(|bus| find(&bus["devices"], port)).next();
+    let mut buses = pci.as_array().into_iter().flatten();
+    let found = buses.find_map(|bus| find(&bus["devices"], port));
     found.is_some_and(|port| port["pci_bridge"]["devices"].as_array().is_none_or(Vec::is_empty))
 }
 

@@ -8,7 +8,7 @@ mod files;
 mod nodes;
 mod process;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -64,14 +64,13 @@ impl StorageDaemons {
     }
 
     fn find_program(&self) -> Result<PathBuf> {
-        let there = |path: &Path| path.is_absolute() && path.is_file();
-        let own = self.program.clone().into_iter();
-        let places = Self::PLACES.iter().map(PathBuf::from);
-        let mut candidates: Box<dyn Iterator<Item = PathBuf>> = match self.program {
-            Some(_) => Box::new(own),
-            None => Box::new(places),
+        let places = Self::PLACES.map(PathBuf::from);
+        let mut candidates = match &self.program {
+            Some(program) => std::slice::from_ref(program).iter(),
+            None => places.iter(),
         };
-        candidates.find(|path| there(path)).ok_or_else(|| {
+        let found = candidates.find(|path| path.is_absolute() && path.is_file());
+        found.cloned().ok_or_else(|| {
             let what = match &self.program {
                 Some(path) => format!("there is no program {}", path.display()),
                 None => "there is no qemu-storage-daemon on this host".to_owned(),

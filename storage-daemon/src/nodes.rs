@@ -36,7 +36,7 @@ pub(crate) fn of(name: &str, image: &Image) -> Result<Value> {
     }
     let mut below = None;
     for (source, format) in layers.iter().rev() {
-        let made = layer(source, *format, below.take());
+        let made = layer(source, *format, below.as_ref());
         below = Some(made.map_err(|error| error.with("image", source))?);
     }
     let mut top = below.unwrap_or_default();
@@ -44,7 +44,7 @@ pub(crate) fn of(name: &str, image: &Image) -> Result<Value> {
     Ok(top)
 }
 
-fn layer(source: &Source, format: Option<&str>, below: Option<Value>) -> Result<Value> {
+fn layer(source: &Source, format: Option<&str>, below: Option<&Value>) -> Result<Value> {
     let (path, driver) = match source {
         Source::File { file } => (file, "file"),
         Source::Block { dev } => (dev, "host_device"),

@@ -74,18 +74,14 @@ pub(crate) async fn launch(files: &Files, domain: &DomainId, program: &Path) -> 
 
 /// In a session of its own it does not hear the terminal's signals, and outlives it.
 fn command(program: &Path) -> Program {
-    match SETSID.iter().map(Path::new).find(|path| path.is_file()) {
-        Some(setsid) => {
-            let mut command = Program::new(setsid);
-            command.arg(program);
-            command
-        }
-        None => {
-            let mut command = Program::new(program);
-            command.process_group(0);
-            command
-        }
+    if let Some(setsid) = SETSID.iter().find(|path| Path::new(path).is_file()) {
+        let mut command = Program::new(setsid);
+        command.arg(program);
+        return command;
     }
+    let mut command = Program::new(program);
+    command.process_group(0);
+    command
 }
 
 fn arguments(files: &Files) -> Result<[String; 4]> {

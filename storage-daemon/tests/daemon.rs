@@ -1,0 +1,268 @@
+//! Real daemons: what they serve is what the record says; they are ended, and nothing else is.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use disksnap_core::{
+    BackingStore, DomainId, ErrorKind, Image, ImageServer, Listen, NbdServer, ServeNode, Source,
+};
+use disksnap_storage_daemon::StorageDaemons;
+use disksnap_test_support::{pattern, tools};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+struct Site {
+    dir: TempDir,
+    daemons: StorageDaemons,
+    domain: DomainId,
+}
+
+/// A test that fails must leave no daemon.
+impl Drop for Site {
+    fn drop(&mut self) {
+        let (daemons, domain) = (self.daemons.clone(), self.domain.clone());
+        let ended = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            let _ = runtime.block_on(daemons.stop(&domain));
+        });
+        let _ = ended.join();
+    }
+}
+
+impl Site {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("run")).unwrap();
+        let program = tools::program("qemu-storage-daemon");
+        let daemons = StorageDaemons::new(dir.path().join("run")).program(program);
+        let domain = DomainId::new("vm", None);
+        Self { dir, daemons, domain }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn run_files(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(self.path("run")).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
+    fn server(&self) -> NbdServer {
+        NbdServer {
+            listen: self.daemons.default_listen(&self.domain).unwrap(),
+            tls: None,
+            explicit: false,
+            instance: None,
+        }
+    }
+
+    async fn start(&self) {
+        self.daemons.start(&self.domain, &self.server()).await.unwrap();
+    }
+
+    async fn serve(&self, name: &str, image: &Image) -> disksnap_core::Result<()> {
+        self.daemons.serve(&self.domain, &node(name), image).await
+    }
+
+    async fn served(&self) -> Vec<String> {
+        self.daemons.served(&self.domain).await.unwrap()
+    }
+
+    async fn stop(&self) {
+        self.daemons.stop(&self.domain).await.unwrap();
+        assert_eq!(self.running().await, None);
+        assert_eq!(self.run_files(), Vec::<PathBuf>::new());
+    }
+
+    async fn running(&self) -> Option<NbdServer> {
+        self.daemons.running(&self.domain).await.unwrap()
+    }
+
+    /// What comes over an export.
+    fn digest(&self, name: &str) -> String {
+        let Listen::Unix(socket) = self.server().listen else {
+            panic!("it listens elsewhere")
+        };
+        let to = self.path("copied.raw");
+        let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
+        run("nbdcopy", &[&uri, text(&to)]);
+        pattern::digest_file(&to)
+    }
+
+    /// An image file with this content.
+    fn file(&self, name: &str, content: &[u8]) -> PathBuf {
+        std::fs::write(self.path(name), content).unwrap();
+        self.path(name)
+    }
+}
+
+fn node(name: &str) -> ServeNode {
+    ServeNode {
+        id: format!("ds-{name}"),
+        node: format!("ds-{name}"),
+        name: name.to_owned(),
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(tools::program(program))
+        .args(arguments)
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{program} {arguments:?}: {errors}");
+}
+
+fn file(path: &Path) -> Source {
+    Source::File {
+        file: path.to_owned(),
+    }
+}
+
+fn image(path: &Path, format: &str, backing: Option<BackingStore>) -> Image {
+    Image {
+        source: file(path),
+        format: format.to_owned(),
+        backing: backing.map(Box::new),
+    }
+}
+
+fn layer(path: &Path, format: &str) -> BackingStore {
+    BackingStore {
+        format: Some(format.to_owned()),
+        source: file(path),
+        backing: None,
+    }
+}
+
+#[tokio::test]
+async fn an_overlay_is_read_by_the_record_and_not_by_its_header() {
+    let site = Site::new();
+    let live = site.file("live.raw", &vec![9; 4 << 20]);
+    let kept = site.file("kept.raw", &pattern::bytes(1, 4 << 20));
+    let top = site.path("top.qcow2");
+    // The header names the live file, by absolute path.
+    run(
+        "qemu-img",
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "raw",
+            "-b",
+            text(&live),
+            text(&top),
+        ],
+    );
+    site.start().await;
+    let by_record = image(&top, "qcow2", Some(layer(&kept, "raw")));
+    site.serve("kept", &by_record).await.unwrap();
+    assert_eq!(site.digest("kept"), pattern::digest_file(&kept));
+    // What the record does not have is missed, not guessed.
+    let error = site.serve("bare", &image(&top, "qcow2", None)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Broken, "{error}");
+    assert!(error.to_string().contains("names the backing file"), "{error}");
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn what_leads_to_files_outside_the_record_is_refused() {
+    let site = Site::new();
+    let (data, outside) = (
+        site.file("data.raw", &vec![7; 1 << 20]),
+        site.path("outside.qcow2"),
+    );
+    let option = format!("data_file={}", text(&site.path("external.raw")));
+    run(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "-o", &option, text(&outside), "1M"],
+    );
+    let pipe = site.path("pipe");
+    let mode = rustix::fs::Mode::RUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    site.start().await;
+    for (image, kind) in [
+        (image(&outside, "qcow2", None), ErrorKind::Unsupported),
+        (image(&data, "vmdk", None), ErrorKind::Unsupported),
+        (image(&pipe, "raw", None), ErrorKind::Invalid),
+        (image(&site.path("nowhere"), "raw", None), ErrorKind::NotFound),
+        (image(&data, "raw", Some(layer(&data, "raw"))), ErrorKind::Invalid),
+    ] {
+        let error = site.serve("bad", &image).await.unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+    }
+    assert!(site.served().await.is_empty());
+    site.stop().await;
+}
+
+#[tokio::test]
+async fn it_is_there_until_it_is_stopped_and_leaves_nothing() {
+    let site = Site::new();
+    site.stop().await;
+    site.start().await;
+    let running = site.running().await.unwrap();
+    assert!(running.instance.is_some());
+    let domains = site.daemons.domains().await.unwrap();
+    assert_eq!(domains, std::slice::from_ref(&site.domain));
+    // Again is the same one; at another place it is refused.
+    site.start().await;
+    assert_eq!(site.running().await.unwrap(), running);
+    let elsewhere = NbdServer {
+        listen: Listen::Unix(site.path("else.sock")),
+        ..site.server()
+    };
+    let error = site.daemons.start(&site.domain, &elsewhere).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    let raw = site.file("disk.raw", &pattern::bytes(3, 1 << 20));
+    site.serve("disk", &image(&raw, "raw", None)).await.unwrap();
+    assert_eq!(site.digest("disk"), pattern::digest_file(&raw));
+    assert_eq!(site.served().await, ["ds-disk"]);
+    for _ in 0..2 {
+        site.daemons.unserve(&site.domain, &node("disk")).await.unwrap();
+    }
+    assert!(site.served().await.is_empty());
+    for _ in 0..2 {
+        site.stop().await;
+    }
+}
+
+/// As a kill before the last step leaves it: the daemon lives, and nothing is recorded.
+#[tokio::test]
+async fn what_was_never_wholly_started_is_ended() {
+    let site = Site::new();
+    let forget = || {
+        let files = site.run_files();
+        let record = files
+            .iter()
+            .find(|path| path.extension().is_some_and(|is| is == "json"))
+            .unwrap();
+        std::fs::remove_file(record).unwrap();
+    };
+    site.start().await;
+    forget();
+    assert_eq!(site.running().await, None);
+    site.start().await;
+    let raw = site.file("disk.raw", &[1; 4096]);
+    site.serve("disk", &image(&raw, "raw", None)).await.unwrap();
+    forget();
+    site.stop().await;
+}
+
+/// One that hangs does not hear that it is to end.
+#[tokio::test]
+async fn one_that_hangs_is_killed() {
+    let site = Site::new();
+    site.start().await;
+    let instance = site.running().await.unwrap().instance.unwrap();
+    let pid: i32 = instance.split('/').nth(1).unwrap().parse().unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::STOP).unwrap();
+    site.stop().await;
+}
