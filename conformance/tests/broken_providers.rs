@@ -11,11 +11,12 @@ use disksnap_conformance::{Fixture, Outcome, RawFiles, Report, run};
 use disksnap_core::{Capability, DiskSnapshot};
 use disksnap_memory::Memory;
 
-const CAPABILITIES: [Capability; 4] = [
+const CAPABILITIES: [Capability; 5] = [
     Capability::Active,
     Capability::Inactive,
     Capability::DirectRead,
     Capability::GuestSafe,
+    Capability::Revert,
 ];
 
 fn fixture(dir: &Path, make: fn() -> Arc<dyn DiskSnapshot>) -> Arc<dyn Fixture> {
@@ -77,6 +78,11 @@ caught! {
     a_lie_about_what_is_gone: InspectLies by "inspect-truth", "damage-is-told";
     a_delete_that_hates_to_be_repeated: DeleteOnce by "delete-twice", "delete-killed", "delete-call-fails";
     a_file_left_by_delete: DeleteLeaks by "delete-twice", "id-twice", "name-twice";
+    a_revert_that_is_promised: RevertMissing by "revert-content", "revert-killed";
+    a_revert_that_does_nothing: RevertForgets by "revert-content", "revert-spares-others", "revert-killed";
+    a_revert_that_hates_to_be_repeated: RevertOnce by "revert-content", "revert-call-fails", "revert-killed";
+    a_revert_that_shares_the_snapshot: RevertSpoils by "revert-content";
+    a_revert_that_changes_others: RevertMixesUp by "revert-spares-others";
     a_panic: Panics by "control";
 }
 

@@ -160,7 +160,7 @@ pub(super) async fn delete_killed(fixture: &Arc<dyn Fixture>) -> Verdict {
 
 impl Stage {
     /// Settles all that is open; twice, for the second time must find nothing.
-    async fn recover(&self) -> Verdict {
+    pub(super) async fn recover(&self) -> Verdict {
         let domain = &self.domain().id;
         for recovered in self
             .dispatcher()?
@@ -182,7 +182,7 @@ impl Stage {
         Ok(())
     }
 
-    async fn catalog_is_settled(&self) -> Result<bool, Failure> {
+    pub(super) async fn catalog_is_settled(&self) -> Result<bool, Failure> {
         use disksnap_core::Catalog as _;
         Ok(self.catalog.intents(None).await?.is_empty())
     }

@@ -6,6 +6,7 @@ mod life;
 mod mishaps;
 mod paint;
 mod phases;
+mod revert;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -184,6 +185,16 @@ pub(crate) const CASES: &[Case] = &[
         life::at_once
     ),
     case!(
+        "revert-content",
+        "a snapshot put back is the disk again, as often as asked; where that cannot be, nothing changes",
+        revert::content
+    ),
+    case!(
+        "revert-spares-others",
+        "beside other snapshots a revert changes the disk alone, or is refused",
+        revert::spares_others
+    ),
+    case!(
         "create-call-fails",
         "whichever call of a create fails, nothing is left, the guest runs, and the request works again",
         mishaps::create_fails,
@@ -216,5 +227,22 @@ pub(crate) const CASES: &[Case] = &[
         "delete-killed",
         "killed at whichever call, recover finishes the delete",
         mishaps::delete_killed
+    ),
+    case!(
+        "revert-call-fails",
+        "whichever call of a revert fails, the revert can be repeated",
+        revert::fails,
+        mishaps::ERROR
+    ),
+    case!(
+        "revert-disconnected",
+        "the same where the monitor's connection ends",
+        revert::fails,
+        mishaps::DISCONNECT
+    ),
+    case!(
+        "revert-killed",
+        "killed at whichever call, recover finishes the revert",
+        revert::killed
     ),
 ];

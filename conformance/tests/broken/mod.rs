@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Batch, Capability, DiskRequest, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge, Method,
-    Prepared, Probe, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
+    Affected, Batch, Capability, DiskRequest, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
+    Method, Peer, Prepared, Probe, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
 };
 use disksnap_memory::Memory;
 use serde_json::json;
@@ -38,6 +38,11 @@ pub(crate) enum Fault {
     InspectLies,
     DeleteOnce,
     DeleteLeaks,
+    RevertMissing,
+    RevertForgets,
+    RevertOnce,
+    RevertSpoils,
+    RevertMixesUp,
     Panics,
 }
 
@@ -233,10 +238,49 @@ impl DiskSnapshot for Broken {
     }
 
     fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
-        None
+        (!self.is(Fault::RevertMissing)).then(|| Arc::new(BrokenRevert(self.fault)) as Arc<dyn Revert>)
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
         None
+    }
+}
+
+#[derive(Debug)]
+struct BrokenRevert(Fault);
+
+#[async_trait]
+impl Revert for BrokenRevert {
+    async fn revert(&self, host: &dyn Host, id: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<Affected> {
+        let image = unit.data["image"].as_str().unwrap();
+        let done = host.image_dir().join("reverted");
+        match self.0 {
+            Fault::RevertForgets => {
+                let unit = Some(unit.clone());
+                return Ok(Affected {
+                    unit,
+                    ..Affected::default()
+                });
+            }
+            // It gives the disk the snapshot's own file: what the disk's user writes next is in both.
+            Fault::RevertSpoils => {
+                std::fs::remove_file(image).unwrap();
+                std::fs::hard_link(file_of(&unit.data), image).unwrap();
+                let unit = Some(unit.clone());
+                return Ok(Affected {
+                    unit,
+                    ..Affected::default()
+                });
+            }
+            Fault::RevertOnce if done.exists() => return Err(error(ErrorKind::AlreadyExists)),
+            Fault::RevertOnce => std::fs::write(done, "").unwrap(),
+            Fault::RevertMixesUp => {
+                for peer in peers {
+                    std::fs::copy(file_of(&unit.data), file_of(&peer.unit.data)).unwrap();
+                }
+            }
+            _ => {}
+        }
+        Memory.revert(unit).unwrap().revert(host, id, unit, peers).await
     }
 }

@@ -137,7 +137,7 @@ impl DiskSnapshot for Memory {
     }
 
     fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
-        Some(Arc::new(Self))
+        Some(Arc::new(CopyBack))
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
@@ -145,10 +145,13 @@ impl DiskSnapshot for Memory {
     }
 }
 
+/// What puts a copy back into its image.
+#[derive(Debug, Clone, Copy)]
+struct CopyBack;
+
 #[async_trait]
-impl Revert for Memory {
-    /// Copies the copy back into the image. Killed half way it leaves half of each; called again it copies
-    /// all of it again.
+impl Revert for CopyBack {
+    /// Copies all of it. Killed half way it leaves half of each; called again it copies all of it again.
     async fn revert(&self, host: &dyn Host, id: SnapshotId, unit: &Unit, _: &[Peer]) -> Result<Affected> {
         let copy: Copy = remembered(&unit.data)?;
         if host.state().await?.is_active() {
@@ -157,7 +160,7 @@ impl Revert for Memory {
                     .hint("Shut the domain down, then revert again."),
             );
         }
-        if let Health::Broken(why) | Health::Gone(why) = self.inspect(host, id, unit).await? {
+        if let Health::Broken(why) | Health::Gone(why) = Memory.inspect(host, id, unit).await? {
             return Err(Error::new(ErrorKind::Broken, why));
         }
         let image = OpenOptions::new().write(true).open(&copy.image);
