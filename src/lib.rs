@@ -31,6 +31,8 @@ pub use reader::{Piece, Pieces, SnapshotReader, nbd_uri};
 use disksnap_btrfs as _;
 #[cfg(feature = "memory")]
 use disksnap_memory as _;
+#[cfg(feature = "qemu-external-qcow2")]
+use disksnap_qemu_external_qcow2 as _;
 #[cfg(feature = "qemu-fleece")]
 use disksnap_qemu_fleece as _;
 #[cfg(feature = "reflink")]

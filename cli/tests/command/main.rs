@@ -9,6 +9,7 @@ mod exports;
 mod help;
 mod image_exports;
 mod kills;
+mod methods;
 mod reading;
 mod signals;
 mod site;
