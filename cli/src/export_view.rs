@@ -26,7 +26,8 @@ pub(crate) fn names_of<'a>(snapshots: impl IntoIterator<Item = &'a Snapshot>) ->
 #[serde(rename_all = "camelCase")]
 pub(crate) struct ServingView {
     pub(crate) server: Option<ServerView>,
-    /// The server for what lies on this host.
+    /// The server for what lies on this host; left out where it does not run.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) image_server: Option<ServerView>,
     pub(crate) exports: Vec<ExportView>,
 }
