@@ -16,6 +16,11 @@ fn of<'g>(graph: &'g Graph, layer: &LiveLayer) -> impl Iterator<Item = &'g Bitma
     bitmaps.iter().filter(|b| !b.inconsistent)
 }
 
+/// Whether the image has any.
+pub(crate) fn any(graph: &Graph, layer: &LiveLayer) -> bool {
+    of(graph, layer).next().is_some()
+}
+
 fn action(kind: &str, data: Value) -> Value {
     json!({ "type": format!("block-dirty-bitmap-{kind}"), "data": data })
 }

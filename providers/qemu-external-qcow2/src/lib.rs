@@ -111,11 +111,7 @@ impl DiskSnapshot for QemuExternalQcow2 {
 
     async fn complete(&self, host: &dyn Host, _: SnapshotId, prepared: &Prepared, _: &Taken) -> Result<Unit> {
         let choice: Choice = remembered(&prepared.data)?;
-        let record = create::complete(host, &choice).await?;
-        Ok(Unit {
-            unit: prepared.unit.clone(),
-            ..record.unit(&choice.disk)?
-        })
+        create::complete(host, &choice).await?.unit(&choice.disk)
     }
 
     async fn abort(
@@ -149,7 +145,7 @@ impl DiskSnapshot for QemuExternalQcow2 {
 
 fn prepared(choice: &Choice) -> Result<Prepared> {
     Ok(Prepared {
-        unit: choice.base()?.path.display().to_string(),
+        unit: choice.target.clone(),
         targets: vec![choice.target.clone()],
         data: written(choice)?,
         warnings: Vec::new(),
@@ -183,7 +179,8 @@ fn probe(request: &DiskRequest, choice: Result<Choice>) -> Probe {
     let natural = base.format == "qcow2" && matches!(base.source(), Source::File { .. });
     Probe {
         fit: if natural { Fit::Natural } else { Fit::Possible },
-        unit: base.path.display().to_string(),
+        // Each disk by itself, whatever its images are by now.
+        unit: request.disk.target.clone(),
         capabilities: CAPABILITIES.to_vec(),
         effect: format!(
             "{} becomes the snapshot, and must not be written to any more; the domain goes on in the overlay {overlay}, \

@@ -3,9 +3,11 @@
 mod live;
 mod off;
 
+use std::path::Path;
+
 use async_trait::async_trait;
 use disksnap_core::{
-    Affected, Command, Error, ErrorKind, Host, Merge, Peer, Progress, Result, SnapshotId, Unit,
+    Affected, Command, Disk, Error, ErrorKind, Host, Merge, Peer, Progress, Result, SnapshotId, Unit,
 };
 use disksnap_hypervisor::Graph;
 use serde_json::json;
@@ -59,7 +61,7 @@ impl Standing {
         };
         if active {
             let graph = Graph::read(host).await?;
-            let place = Place::find(&graph, disk)?;
+            let place = find(&graph, disk, record, overlay)?;
             return match place.position(overlay) {
                 Some(at)
                     if place
@@ -112,6 +114,17 @@ impl Standing {
         }
         Ok(Self::Loose { layers, merged })
     }
+}
+
+/// The disk as it is now: before and after a merge it is the same one, whatever image the document names.
+fn find(graph: &Graph, disk: &Disk, record: &Record, overlay: &Path) -> Result<Place> {
+    let on = |layer: &Layer| Place::find(graph, &disk_of(disk, std::slice::from_ref(layer)));
+    let found = Place::find(graph, disk);
+    found.or_else(|error| {
+        on(&Layer::new(overlay, "qcow2"))
+            .or_else(|_| on(&record.base))
+            .map_err(|_| error)
+    })
 }
 
 #[async_trait]
@@ -265,6 +278,13 @@ fn affected(
             changed.below.clone_from(&record.below);
             changed.stamp = Stamp::of(&changed.base.path)?;
         }
+        if changed.below.first().is_some_and(|layer| layer.is_at(overlay)) {
+            // The header of its base names the layer below it, which is another now.
+            changed.stamp = changed
+                .stamp
+                .map(|stamp| stamp.renamed(&changed.base.path))
+                .transpose()?;
+        }
         changed.below.retain(|layer| !layer.is_at(overlay));
         affected.peers.extend(peer.changed(&changed, disk)?);
     }
@@ -295,7 +315,7 @@ fn refuse_standing_elsewhere(record: &Record, kin: &[Kin], chain: &[Layer]) -> R
     };
     let in_chain = |layer: &Layer| chain.iter().any(|l| l.is_at(&layer.path));
     for peer in kin {
-        let reads = |path: &std::path::Path| peer.record.files().any(|l| l.is_at(path));
+        let reads = |path: &Path| peer.record.files().any(|l| l.is_at(path));
         let concerned = reads(&record.base.path) || reads(overlay);
         let through = reads(overlay) && in_chain(&peer.record.base);
         if concerned && !through {

@@ -57,7 +57,7 @@ impl Record {
                 .map(|overlay| ("overlay".to_owned(), path(overlay))),
         );
         Ok(Unit {
-            unit: self.base.path.display().to_string(),
+            unit: self.target.clone(),
             disks: vec![DiskResult {
                 target: self.target.clone(),
                 modified: self.overlay.as_ref().map(|overlay| self.modified(disk, overlay)),

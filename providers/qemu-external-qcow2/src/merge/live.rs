@@ -40,9 +40,11 @@ pub(super) async fn start(host: &dyn Host, record: &Record, live: &Live) -> Resu
             "With the domain off it can be merged.",
         ));
     }
+    // Only a commit of the top image with bitmaps must be held before its end, and the guest's disk with it.
+    let at_once = *at == 0 && !bitmaps::any(graph, overlay);
     let mut commit = json!({
         "job-id": record.names().merge(), "device": place.root, "top-node": overlay.node, "base-node": base.node,
-        "auto-finalize": false, "auto-dismiss": false,
+        "auto-finalize": at_once, "auto-dismiss": false,
     });
     if let Some(child) = at.checked_sub(1).and_then(|above| place.layers.get(above)) {
         // What the header of the image above is going to say.
@@ -92,6 +94,7 @@ pub(super) async fn finish(host: &dyn Host, record: &Record, live: &Live) -> Res
             .hint("Start it again: `disksnap snapshot merge`.")
     })?;
     if matches!(job.status.as_str(), "ready" | "standby") {
+        refuse_new_bitmaps(host, &id, live).await?;
         jobs::tell(host, &id, "job-complete").await?;
     }
     let settled = |job: &Job| job.status == "pending" || job.has_ended();
@@ -119,6 +122,24 @@ pub(super) async fn finish(host: &dyn Host, record: &Record, live: &Live) -> Res
             format!("the merge failed: {error}"),
         )),
     }
+}
+
+/// A commit that was begun without bitmaps ends by itself, and would lose those that were added since.
+async fn refuse_new_bitmaps(host: &dyn Host, id: &str, live: &Live) -> Result<()> {
+    if !bitmaps::any(&live.graph, &live.place.layers[live.at]) {
+        return Ok(());
+    }
+    let jobs = host.monitor(Command::bare("query-block-jobs")).await?;
+    let mut jobs = jobs.as_array().into_iter().flatten();
+    if !jobs.any(|job| job["device"] == id && job["auto-finalize"] == true) {
+        return Ok(());
+    }
+    let failure = jobs::end(host, id).await.err();
+    Err(busy(
+        "a bitmap was added to the disk while it was merged, and would be lost",
+        "Merge again: it will be kept.",
+    )
+    .rollback_failed(failure.into_iter().collect()))
 }
 
 /// At `pending` nothing is written to the two images: their bitmaps are united, and the job made final.
