@@ -10,8 +10,8 @@ use std::sync::Arc;
 use disksnap_conformance::{InactiveConnector, MemoryCatalog};
 use disksnap_core::{
     Access, Alias, BackingStore, Connector, Control, Disk, DiskChoice, DiskRequest, DiskSnapshot, Disks,
-    Dispatcher, Domain, DomainId, Driver, Error, ErrorKind, Fit, MethodChoice, Options, Probe, Registry,
-    Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Sockets, Source,
+    Dispatcher, Domain, DomainId, Driver, Error, ErrorKind, Fit, MethodChoice, Options, Probe, Quiesce,
+    Registry, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Sockets, Source,
 };
 use disksnap_hypervisor::{GuardianProgram, Paths, QemuConnector};
 use disksnap_test_support::{DiskSpec, Qemu, QemuBuilder, tools};
@@ -129,6 +129,15 @@ impl Rig {
     }
 
     pub async fn try_create(&self, name: &str, options: &[(&str, &str)]) -> Result<Snapshot, Error> {
+        self.try_create_quiesced(name, options, Quiesce::None).await
+    }
+
+    pub async fn try_create_quiesced(
+        &self,
+        name: &str,
+        options: &[(&str, &str)],
+        quiesce: Quiesce,
+    ) -> Result<Snapshot, Error> {
         let method = MethodChoice {
             method: self.provider.method().name,
             options: options.iter().copied().collect::<Options>(),
@@ -141,6 +150,7 @@ impl Rig {
         let request = SnapshotRequest {
             name: Some(name.parse().unwrap()),
             disks: Disks::Named(choices.collect()),
+            quiesce,
             ..SnapshotRequest::default()
         };
         self.dispatcher.create(&self.domain, &request).await
@@ -292,7 +302,7 @@ pub async fn all_sound_while_the_guest_writes(rig: &Rig, qemu: &Qemu, rounds: us
 }
 
 /// The control: the guest runs on while its disks are taken. By chance they can be sound all the same.
-async fn is_sound_without_the_pause(rig: &Rig) -> bool {
+pub async fn is_sound_without_the_pause(rig: &Rig) -> bool {
     let (control, requests, id) = (rig.control().await, rig.requests(&[]), SnapshotId::random());
     let (provider, mut sound) = (&rig.provider, true);
     let prepared = provider.prepare(&*control, id, &requests).await.unwrap();
