@@ -17,8 +17,12 @@ fn the_linked_methods_are_these() {
     let expected: &[&str] = &[
         #[cfg(feature = "btrfs")]
         "btrfs",
+        #[cfg(feature = "lvm")]
+        "lvm",
         #[cfg(feature = "memory")]
         "memory",
+        #[cfg(feature = "qemu-external-qcow2")]
+        "qemu-external-qcow2",
         #[cfg(feature = "qemu-fleece")]
         "qemu-fleece",
         #[cfg(feature = "reflink")]

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::names::nearest;
 use crate::{
-    Alias, DeviceKind, Disk, DiskChoice, DiskRequest, Disks, Error, ErrorKind, Fit, Host, Method,
+    Alias, Capability, DeviceKind, Disk, DiskChoice, DiskRequest, Disks, Error, ErrorKind, Fit, Host, Method,
     MethodChoice, Options, Probe, Registry, Result, SnapshotRequest,
 };
 
@@ -254,10 +254,14 @@ async fn ask(host: &dyn Host, registry: &Registry, chosen: Vec<Chosen>) -> Resul
 /// The best of what the providers said of one disk.
 fn settle(chosen: Chosen, mut candidates: Vec<(String, Probe)>) -> PlannedDisk {
     let Chosen { request, method, why } = chosen;
-    candidates.sort_by_key(|(_, probe)| match probe.fit {
-        Fit::Natural => 0,
-        Fit::Possible => 1,
-        Fit::Unfit { .. } => 2,
+    // Of several that suit as well, one that leaves the domain its disk: nobody wants another by default.
+    candidates.sort_by_key(|(_, probe)| {
+        let fit = match probe.fit {
+            Fit::Natural => 0,
+            Fit::Possible => 1,
+            Fit::Unfit { .. } => 2,
+        };
+        (fit, probe.capabilities.contains(&Capability::Merge))
     });
     let suits = |(_, probe): &(String, Probe)| !matches!(probe.fit, Fit::Unfit { .. });
     if method.is_none() && !candidates.first().is_some_and(suits) {

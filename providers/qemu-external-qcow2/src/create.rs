@@ -159,6 +159,9 @@ fn choose_off(id: SnapshotId, request: &DiskRequest, image: Image) -> Result<Cho
                 .with("disk", &disk.target)
         })?;
     }
+    if layer::is_in_use(&base.path) {
+        return Err(layer::in_use(&base.path));
+    }
     Ok(Choice {
         id,
         target: disk.target.clone(),

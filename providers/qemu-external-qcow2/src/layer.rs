@@ -111,6 +111,30 @@ pub(crate) fn size_of(layer: &Layer) -> std::result::Result<u64, String> {
     Ok(size.next_multiple_of(512))
 }
 
+/// Whether a hypervisor has the image open although the domain is said to be off: QEMU locks what it opens.
+///
+/// Nothing is said of an image that this process may not write to.
+pub(crate) fn is_in_use(path: &Path) -> bool {
+    use rustix::fs::{FlockOperation, fcntl_lock};
+    let Ok(file) = fs::OpenOptions::new().read(true).write(true).open(path) else {
+        return false;
+    };
+    let locked = fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive);
+    matches!(locked, Err(rustix::io::Errno::AGAIN | rustix::io::Errno::ACCESS))
+}
+
+/// The error where it is.
+pub(crate) fn in_use(path: &Path) -> Error {
+    Error::new(
+        ErrorKind::Busy,
+        format!(
+            "the domain is taken to be off, and somebody has its image {} open",
+            path.display()
+        ),
+    )
+    .hint("If the domain runs, say where its monitor is: --monitor, or the <metadata> of its document.")
+}
+
 fn sound(path: &Path, header: &Qcow2) -> std::result::Result<(), String> {
     if header.external_data {
         return Err(format!("{} keeps its data in another file", path.display()));

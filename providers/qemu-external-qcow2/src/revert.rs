@@ -13,7 +13,7 @@ use disksnap_core::{
 use crate::busy;
 use crate::image::{fill_in, remove};
 use crate::inspect;
-use crate::layer::{Layer, chain_of, disk_of, unfit};
+use crate::layer::{Layer, chain_of, disk_of, in_use, is_in_use, unfit};
 use crate::record::{Kin, Record};
 
 /// What reverts. It has no state.
@@ -36,6 +36,9 @@ impl Revert for ExternalRevert {
         let layers = chain_of(disk).map_err(unfit)?;
         let top = layers.first().ok_or_else(|| unfit("the disk has no image"))?;
         refuse_foreign(&record, &kin, top)?;
+        if is_in_use(&top.path) {
+            return Err(in_use(&top.path));
+        }
         replace(&record, &top.path)?;
         let mut chain = vec![top.clone()];
         chain.extend(record.files().cloned());

@@ -5,7 +5,7 @@ mod rig;
 
 use std::os::unix::fs::MetadataExt;
 
-use disksnap_core::{Access, Disks, ErrorKind, Health, Source};
+use disksnap_core::{Access, Disks, ErrorKind, Fit, Health, SnapshotRequest, Source};
 use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, QemuVersion, Writer, need, pattern};
 use rig::{Rig, assert_one_instant, choice, content, info, leftovers, live, request, top_of};
 use serde_json::json;
@@ -326,4 +326,23 @@ async fn a_base_that_was_written_to_is_told() {
     assert_eq!(given.unwrap_err().kind(), ErrorKind::Broken);
     rig.merge("one").await.unwrap();
     assert_eq!(leftovers(&qemu), Vec::<String>::new());
+}
+
+/// A qcow2 file is snapshotted by QEMU; nobody gets another disk without asking while there is another way.
+#[tokio::test]
+async fn it_is_the_default_for_a_qcow2_file_of_a_domain_that_is_off() {
+    let qemu = Qemu::builder()
+        .disk(DiskSpec::new("vda", SIZE).qcow2())
+        .disk(DiskSpec::new("vdb", SIZE))
+        .start();
+    let rig = Rig::new(&qemu.domain_xml()).await;
+    let methods = async || {
+        let plan = rig.dispatcher.plan(&rig.domain, &SnapshotRequest::default()).await.unwrap();
+        let of = |d: &disksnap_core::PlannedDisk| (d.method.clone().unwrap(), d.probe.fit.clone());
+        plan.disks.iter().map(of).collect::<Vec<_>>()
+    };
+    let both = |method: &str, raw: Fit| vec![(method.to_owned(), Fit::Natural), (method.to_owned(), raw)];
+    assert_eq!(methods().await, both("qemu-fleece", Fit::Natural));
+    qemu.quit();
+    assert_eq!(methods().await, both("qemu-external-qcow2", Fit::Possible));
 }

@@ -239,6 +239,14 @@ async fn bad_input_is_told_by_kind_and_nothing_is_left() {
         assert_eq!(extra_files(qemu.dir()), Vec::<String>::new());
     }
     assert_eq!(std::fs::read_to_string(&there).unwrap(), "precious");
+    // A domain that runs, and nobody said where its monitor is.
+    qemu.restart();
+    let sockets = std::mem::take(&mut rig.domain.sockets);
+    let error = rig.create("no", &["vda"]).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+    rig.domain.sockets = sockets;
+    qemu.quit();
+    assert_eq!(extra_files(qemu.dir()), Vec::<String>::new());
     std::fs::OpenOptions::new()
         .write(true)
         .open(qemu.image("vda"))
