@@ -29,6 +29,8 @@ pub use reader::{Piece, Pieces, SnapshotReader, nbd_uri};
 // A dependency that nothing names is not linked, and then registers nothing, silently.
 #[cfg(feature = "btrfs")]
 use disksnap_btrfs as _;
+#[cfg(feature = "lvm")]
+use disksnap_lvm as _;
 #[cfg(feature = "memory")]
 use disksnap_memory as _;
 #[cfg(feature = "qemu-external-qcow2")]

@@ -14,7 +14,7 @@ mkdir /usr
 for place in /sbin /usr/bin /usr/sbin; do
     ln -s /bin "$place"
 done
-for name in lvs vgs pvs lvcreate lvremove lvchange lvconvert lvextend lvrename vgcreate vgremove vgchange pvcreate; do
+for name in lvs vgs pvs lvcreate lvremove lvchange lvconvert lvextend lvreduce lvrename vgcreate vgremove vgchange pvcreate; do
     ln -s lvm "/bin/$name"
 done
 for name in thin_check thin_delta thin_dump thin_repair; do

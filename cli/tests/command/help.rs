@@ -70,7 +70,7 @@ fn methods_in_three_forms() {
         .map(|method| &method["name"]);
     assert_eq!(
         names.collect::<Vec<_>>(),
-        ["btrfs", "memory", "qemu-fleece", "reflink"]
+        ["btrfs", "lvm", "memory", "qemu-fleece", "reflink"]
     );
     assert_eq!(json["methods"][1]["options"][0]["key"], "copy.dir");
     let xml = site.ok(&["methods", "memory", "--output", "xml"]);

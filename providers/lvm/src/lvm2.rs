@@ -1,0 +1,170 @@
+//! lvm2's program: where it is, how it is run, what its failures are. Everything goes through here.
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use disksnap_core::{Error, ErrorKind, Result};
+
+use crate::volume::{FIELDS, Volume, parse};
+
+/// Where `lvm` is looked for. It is every command of lvm2 in one: `lvm lvs …` is `lvs …`.
+const PLACES: [&str; 5] = [
+    "/usr/sbin/lvm",
+    "/sbin/lvm",
+    "/usr/bin/lvm",
+    "/bin/lvm",
+    "/usr/local/sbin/lvm",
+];
+/// Names another `lvm`, by absolute path.
+const ELSEWHERE: &str = "DISKSNAP_LVM";
+
+/// An lvm2 at hand.
+#[derive(Debug, Clone)]
+pub(crate) struct Lvm {
+    program: PathBuf,
+}
+
+impl Lvm {
+    /// Finds it.
+    ///
+    /// # Errors
+    /// `Unavailable` where there is none.
+    pub(crate) fn find() -> Result<Self> {
+        let named = std::env::var_os(ELSEWHERE).map(PathBuf::from);
+        let places: Vec<PathBuf> = match named.filter(|path| path.is_absolute()) {
+            Some(path) => vec![path],
+            None => PLACES.map(PathBuf::from).to_vec(),
+        };
+        let found = places.iter().find(|path| path.is_file()).cloned();
+        found.map(|program| Self { program }).ok_or_else(|| {
+            let looked: Vec<String> = places.iter().map(|path| path.display().to_string()).collect();
+            Error::new(
+                ErrorKind::Unavailable,
+                format!("lvm2 is not installed: there is no {}", looked.join(", ")),
+            )
+            .retryable(false)
+            .hint(format!(
+                "Install lvm2, or name its program `lvm` by absolute path in {ELSEWHERE}."
+            ))
+        })
+    }
+
+    /// All logical volumes that this host sees, hidden ones too, as lvm2 has them (lvs(8)).
+    pub(crate) fn volumes(&self) -> Result<Vec<Volume>> {
+        let fields = FIELDS.join(",");
+        let arguments = [
+            "-a",
+            "--reportformat",
+            "json",
+            "--units",
+            "b",
+            "--nosuffix",
+            "-o",
+            &fields,
+        ];
+        parse(&self.run("lvs", &arguments, None)?)
+    }
+
+    /// Runs one command to its end and gives what it printed. `held` is open in it for as long as it lives.
+    ///
+    /// It is never killed: it may have suspended a device that a guest waits for.
+    pub(crate) fn run(&self, command: &str, arguments: &[&str], held: Option<File>) -> Result<String> {
+        let all = std::iter::once(command).chain(arguments.iter().copied());
+        let expression = duct::cmd(&self.program, all)
+            // Its messages are told apart by their English words.
+            .env("LC_ALL", "C")
+            .env("LVM_SUPPRESS_FD_WARNINGS", "1")
+            .stdout_capture()
+            .stderr_capture()
+            .unchecked();
+        let expression = match held {
+            Some(file) => expression.stdin_file(file),
+            None => expression.stdin_null(),
+        };
+        let output = expression
+            .run()
+            .map_err(|e| Error::io(format!("cannot run {}", self.program.display()), e))?;
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        }
+        Err(failure(command, &String::from_utf8_lossy(&output.stderr)))
+    }
+}
+
+/// What a command that failed said, as an error.
+fn failure(command: &str, stderr: &str) -> Error {
+    let lines = stderr.lines().map(str::trim);
+    let lines: Vec<&str> = lines
+        .filter(|line| !line.is_empty() && !line.starts_with("WARNING:"))
+        .collect();
+    let said = if lines.is_empty() {
+        "it says nothing".to_owned()
+    } else {
+        lines.join("; ")
+    };
+    let (kind, hint) = kind_of(&said);
+    let error = Error::new(kind, format!("{command} failed: {said}"));
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}
+
+fn kind_of(said: &str) -> (ErrorKind, Option<&'static str>) {
+    let says = |words: &[&str]| words.iter().any(|word| said.contains(word));
+    if says(&[
+        "insufficient free space",
+        "Insufficient free space",
+        "Insufficient suitable",
+    ]) {
+        let hint =
+            "Add a physical volume to the group (vgextend), or ask for a smaller snapshot (snapshot.size).";
+        (ErrorKind::NoSpace, Some(hint))
+    } else if says(&[
+        "Permission denied",
+        "Operation not permitted",
+        "/dev/mapper/control",
+    ]) {
+        (ErrorKind::Denied, Some("Run disksnap as root: lvm2 needs it."))
+    } else if says(&[
+        " in use",
+        "Device or resource busy",
+        "locked by pvmove",
+        "is open",
+    ]) {
+        (ErrorKind::Busy, None)
+    } else if says(&["Failed to find logical volume", "not found", "cannot be found"]) {
+        (ErrorKind::NotFound, None)
+    } else if says(&["already exists"]) {
+        (ErrorKind::AlreadyExists, None)
+    } else {
+        (ErrorKind::Refused, None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_are_told_by_kind_in_lvms_words() {
+        let error = failure(
+            "lvcreate",
+            "  WARNING: Sum of all thin volume sizes\n  Volume group \"vg\" has insufficient free space (1 extents): 2 required.\n",
+        );
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert_eq!(
+            error.message(),
+            "lvcreate failed: Volume group \"vg\" has insufficient free space (1 extents): 2 required."
+        );
+        assert_eq!(
+            failure("lvremove", "  Logical volume vg/lv in use.").kind(),
+            ErrorKind::Busy
+        );
+        assert_eq!(
+            failure("lvs", "  /run/lock/lvm/V_vg: open failed: Permission denied").kind(),
+            ErrorKind::Denied
+        );
+        assert_eq!(failure("lvs", "").message(), "lvs failed: it says nothing");
+    }
+}

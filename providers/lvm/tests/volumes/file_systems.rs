@@ -1,0 +1,172 @@
+//! Images in a file system on a volume: the snapshot is of the volume, and says where the image is in it.
+
+use std::path::Path;
+
+use disksnap_core::{Access, Capability, DiskSnapshot, ErrorKind, Fit, Source};
+use disksnap_lvm::LogicalVolume;
+
+use crate::support::{Group, Rig, file, formatted, run};
+
+/// A mounted file system, which goes with the test.
+pub(crate) struct Mounted<'a>(&'a Path);
+
+impl<'a> Mounted<'a> {
+    pub(crate) fn new(device: &Path, at: &'a Path, options: &str) -> Self {
+        std::fs::create_dir_all(at).unwrap();
+        run(&format!("mount {options} {} {}", device.display(), at.display()));
+        Self(at)
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let unmounted = crate::support::try_run(&["umount", self.0.to_str().unwrap()]);
+        if !std::thread::panicking() {
+            unmounted.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+#[ignore = "runs in the guest"]
+async fn on_ext4_two_disks_share_one_snapshot() {
+    let group = Group::new("vg", "");
+    let volume = group.plain("data", 32);
+    run(&format!("mke2fs -q -t ext4 {}", volume.display()));
+    let (live, taken) = (Path::new("/mnt/li ve"), Path::new("/mnt/taken"));
+    std::fs::create_dir_all(live).unwrap();
+    crate::support::try_run(&["mount", volume.to_str().unwrap(), live.to_str().unwrap()]).unwrap();
+    let _mounted = Mounted(live);
+    std::fs::create_dir(live.join("vms")).unwrap();
+    let (a, b) = (live.join("vms/a.raw"), live.join("b.qcow2"));
+    std::fs::write(&a, vec![1; 1 << 20]).unwrap();
+    crate::support::try_run(&[
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        b.to_str().unwrap(),
+        "4M",
+    ])
+    .unwrap();
+    let rig = Rig::new(vec![
+        file("vda", &a),
+        formatted("vdb", Source::File { file: b.clone() }, "qcow2"),
+    ]);
+    let probes = rig.probe(&[]).await;
+    assert!(
+        probes
+            .iter()
+            .all(|probe| probe.fit == Fit::Possible && probe.unit == "vg/data"),
+        "{probes:?}"
+    );
+    assert!(!probes[0].capabilities.contains(&Capability::DirectRead));
+    assert!(!probes[0].capabilities.contains(&Capability::Revert));
+
+    let snapshot = rig.create("fs").await;
+    std::fs::write(&a, vec![2; 1 << 20]).unwrap();
+    assert_eq!(snapshot.units.len(), 1);
+    assert!(
+        LogicalVolume.revert(&snapshot.units[0].unit).is_none(),
+        "other files would go back too"
+    );
+    let of = |target: &str| snapshot.disk(target).unwrap();
+    assert_eq!(of("vda").details["path-inside"], "/vms/a.raw");
+    assert_eq!(of("vdb").details["path-inside"], "/b.qcow2");
+    assert_eq!((of("vda").size, of("vdb").size), (Some(1 << 20), Some(4 << 20)));
+    // No reader takes the device for the disk.
+    assert!(matches!(&of("vda").access, Access::Source { source, .. } if source.path().is_none()));
+    assert!(
+        rig.dispatcher
+            .open(&rig.domain, &"fs".parse().unwrap(), "vda")
+            .await
+            .is_err()
+    );
+    {
+        let device = Path::new(&of("vda").details["device"]);
+        run(&format!("e2fsck -fn {}", device.display()));
+        let _mounted = Mounted::new(device, taken, "-o ro,noload");
+        assert!(
+            std::fs::read(taken.join("vms/a.raw"))
+                .unwrap()
+                .iter()
+                .all(|byte| *byte == 1)
+        );
+    }
+    rig.delete("fs").await;
+    assert_eq!(group.volumes(), ["data"]);
+
+    // The disks share the snapshot's room: they cannot be told different sizes for it.
+    let mut requests = rig.requests(&[("snapshot.size", "4194304")]);
+    requests[1].options.push("snapshot.warn", "90");
+    requests[0].options = [("snapshot.size", "8388608")].into_iter().collect();
+    let probes = LogicalVolume
+        .probe(&*rig.control().await, &requests)
+        .await
+        .unwrap();
+    let differs =
+        |fit: &Fit| matches!(fit, Fit::Unfit { kind: ErrorKind::Invalid, why } if why.contains("share one"));
+    assert!(probes.iter().all(|probe| differs(&probe.fit)), "{probes:?}");
+}
+
+#[tokio::test]
+#[ignore = "runs in the guest"]
+async fn on_btrfs_the_path_counts_from_the_top_and_nobody_mounts_it() {
+    let group = Group::new("vg", "");
+    let (volume, second) = (group.plain("data", 160), group.plain("second", 160));
+    run(&format!("mkfs.btrfs -q -M {}", volume.display()));
+    let live = Path::new("/mnt/btrfs");
+    std::fs::create_dir_all("/mnt/top").unwrap();
+    {
+        let _mounted = Mounted::new(&volume, Path::new("/mnt/top"), "-t btrfs");
+        std::fs::create_dir(Path::new("/mnt/top/vms")).unwrap();
+    }
+    {
+        let _mounted = Mounted::new(&volume, Path::new("/mnt/top"), "-t btrfs");
+        std::fs::create_dir_all(live).unwrap();
+        run("mount -o bind /mnt/top/vms /mnt/btrfs");
+        let _bound = Mounted(live);
+        let image = live.join("a.raw");
+        std::fs::write(&image, vec![1; 1 << 20]).unwrap();
+        let rig = Rig::new(vec![file("vda", &image)]);
+        let snapshot = rig.create("fs").await;
+        let disk = &snapshot.disks[0];
+        assert_eq!(disk.details["path-inside"], "/vms/a.raw");
+        assert!(
+            disk.details["reading"].contains("never be mounted"),
+            "{}",
+            disk.details["reading"]
+        );
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        assert!(!mounts.contains("disksnap"), "{mounts}");
+        rig.delete("fs").await;
+    }
+    // A snapshot of one device of two would be torn.
+    run(&format!(
+        "mkfs.btrfs -q -f -M -d single -m single {} {}",
+        volume.display(),
+        second.display()
+    ));
+    let options = format!("-t btrfs -o device={}", second.display());
+    let _mounted = Mounted::new(&volume, live, &options);
+    let image = live.join("a.raw");
+    std::fs::write(&image, [1; 512]).unwrap();
+    let (kind, why) = Rig::new(vec![file("vda", &image)]).unfit(&[]).await;
+    assert_eq!(kind, ErrorKind::Unsupported);
+    assert!(why.contains("2 devices"), "{why}");
+}
+
+#[tokio::test]
+#[ignore = "runs in the guest"]
+async fn elsewhere_there_is_no_volume() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("a.raw");
+    std::fs::write(&image, [1; 512]).unwrap();
+    let (kind, why) = Rig::new(vec![file("vda", &image)]).unfit(&[]).await;
+    assert_eq!(kind, ErrorKind::Unsupported, "{why}");
+    let (kind, _) = Rig::new(vec![file("vda", &dir.path().join("missing"))])
+        .unfit(&[])
+        .await;
+    assert_eq!(kind, ErrorKind::NotFound);
+}

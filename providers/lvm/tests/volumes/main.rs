@@ -1,0 +1,59 @@
+//! The method on real LVM. There is none on many a machine, so these tests run in a guest that has it: those on
+//! the host start one and run this very program in it, those marked `ignore` are what it runs there.
+#![allow(clippy::unwrap_used, reason = "a test says what failed by panicking")]
+
+mod bad_input;
+mod conformance;
+mod file_systems;
+mod finding;
+mod reverting;
+mod sound;
+mod support;
+mod taking;
+
+use disksnap_test_support::{GIB, LvmGuest, need};
+
+/// Runs the tests of some modules in a guest of their own.
+fn in_guest(modules: &[&str]) {
+    let mut guest = LvmGuest::start(&[GIB, GIB]);
+    let me = guest.put(&std::env::current_exe().unwrap());
+    let mut command = vec![me.as_str(), "--ignored", "--test-threads=1"];
+    command.extend(modules);
+    let output = guest.run(&command);
+    let serial = guest.serial();
+    let told = format!("{}\n{}\n{serial}", output.stdout, output.stderr);
+    assert_eq!(output.status, 0, "{told}");
+    assert!(!serial.contains("GUEST FAILED"), "{told}");
+    for module in modules {
+        assert!(
+            output.stdout.contains(&format!("test {module}")),
+            "no test of {module} ran: {told}"
+        );
+    }
+    // Where it is wanted, what the tests measured.
+    std::io::Write::write_all(&mut std::io::stderr(), told.as_bytes()).unwrap();
+}
+
+#[test]
+fn classic_snapshots_conform() {
+    need!("lvm");
+    in_guest(&["conformance::classic"]);
+}
+
+#[test]
+fn thin_snapshots_conform() {
+    need!("lvm");
+    in_guest(&["conformance::thin"]);
+}
+
+#[test]
+fn it_does_what_it_says() {
+    need!("lvm");
+    in_guest(&["bad_input::", "finding::", "reverting::", "taking::"]);
+}
+
+#[test]
+fn what_is_in_a_snapshot_is_sound() {
+    need!("lvm");
+    in_guest(&["file_systems::", "sound::"]);
+}
