@@ -31,6 +31,33 @@ fn the_linked_methods_are_these() {
     assert_eq!(names, expected);
 }
 
+/// What each method offers on the disks that suit it best, written down so that nothing goes missing unseen.
+const OFFERED: [(&str, &str); 6] = [
+    ("btrfs", "active inactive direct-read revert"),
+    ("lvm", "active inactive direct-read revert guest-safe"),
+    ("memory", "active inactive direct-read guest-safe revert"),
+    ("qemu-external-qcow2", "active inactive direct-read revert merge"),
+    ("qemu-fleece", "active export guest-safe"),
+    ("reflink", "active inactive direct-read revert"),
+];
+
+#[test]
+fn no_method_offers_less_than_it_did() {
+    let registry = disksnap::methods().unwrap();
+    for (name, provider) in registry.iter() {
+        let found = provider.method().capabilities;
+        let found: Vec<String> = found.iter().map(ToString::to_string).collect();
+        let known = OFFERED.iter().find(|(method, _)| *method == name);
+        let (_, offered) = known.unwrap_or_else(|| panic!("write down that {name} offers {found:?}"));
+        for capability in offered.split(' ') {
+            assert!(
+                found.iter().any(|c| c == capability),
+                "{name} offered {capability}, and offers {found:?}"
+            );
+        }
+    }
+}
+
 /// The example's program, built if `cargo test` was told to build less.
 fn example() -> PathBuf {
     let test = std::env::current_exe().unwrap();
