@@ -8,7 +8,7 @@ use disksnap_core::{
     BackingStore, DomainId, ErrorKind, Image, ImageServer, Listen, NbdServer, ServeNode, Source,
 };
 use disksnap_storage_daemon::StorageDaemons;
-use disksnap_test_support::{pattern, tools};
+use disksnap_test_support::{QemuVersion, need, pattern, tools};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -32,9 +32,13 @@ impl Drop for Site {
 
 impl Site {
     fn new() -> Self {
+        Self::with(QemuVersion::V10_0)
+    }
+
+    fn with(version: QemuVersion) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("run")).unwrap();
-        let program = tools::program("qemu-storage-daemon");
+        let program = version.program("qemu-storage-daemon");
         let daemons = StorageDaemons::new(dir.path().join("run")).program(program);
         let domain = DomainId::new("vm", None);
         Self { dir, daemons, domain }
@@ -205,7 +209,16 @@ async fn what_leads_to_files_outside_the_record_is_refused() {
 
 #[tokio::test]
 async fn it_is_there_until_it_is_stopped_and_leaves_nothing() {
-    let site = Site::new();
+    there_until_stopped(&Site::new()).await;
+}
+
+#[tokio::test]
+async fn so_is_that_of_an_older_qemu() {
+    need!("qemu-7.2");
+    there_until_stopped(&Site::with(QemuVersion::V7_2)).await;
+}
+
+async fn there_until_stopped(site: &Site) {
     site.stop().await;
     site.start().await;
     let running = site.running().await.unwrap();

@@ -176,7 +176,7 @@ fn the_server_by_itself_stays_until_it_is_stopped() {
 }
 
 /// A CA, a server's certificate for 127.0.0.1 and a client's, as QEMU wants them in one directory.
-fn credentials(dir: &Path) {
+pub(crate) fn credentials(dir: &Path) {
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
     std::fs::create_dir(dir).unwrap();
     let mut params = CertificateParams::new(Vec::new()).unwrap();

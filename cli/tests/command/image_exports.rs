@@ -236,6 +236,33 @@ fn addresses_follow_the_same_rules_and_a_server_by_itself_stays() {
 }
 
 #[test]
+fn tls_is_spoken_and_the_reader_speaks_it_too() {
+    need!("btrfs");
+    let off = Off::new();
+    let (site, xml) = (&off.site, off.xml.as_str());
+    let directory = site.path("pki");
+    crate::exports::credentials(&directory);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let place = listener.local_addr().unwrap().to_string();
+    drop(listener);
+    let start = ["-d", xml, "export", "start", "nightly", "--listen", &place];
+    let served = site.json(&[&start[..], &["--tls-credentials", &arg(&directory)]].concat());
+    assert_eq!(served["imageServer"]["tls"]["verifyClient"], true);
+    let uri = uri(&served, 0);
+    assert!(uri.starts_with("nbds://127.0.0.1:"), "{uri}");
+    let verified = format!("{uri}?tls-certificates={}", arg(&directory));
+    assert_eq!(off.copied(&verified), off.digest);
+    let to = site.path("read.raw");
+    site.ok(&["-d", xml, "read", "nightly", "vda", "--to", &arg(&to)]);
+    assert_eq!(pattern::digest_file(&to), off.digest);
+    // A guest's disk would need certificates of its own.
+    let text = site.fails(8, &["-d", xml, "attach", "nightly", "vda", "--to", xml]);
+    assert!(text.contains("does not run"), "{text}");
+    site.ok(&["-d", xml, "export", "stop", "--all"]);
+    off.nothing_left("after TLS");
+}
+
+#[test]
 fn a_daemon_that_died_is_told_and_started_anew() {
     need!("btrfs");
     let off = Off::new();
@@ -369,6 +396,16 @@ fn both_kinds_of_one_snapshot_are_served_side_by_side() {
     );
     assert!(text.contains("give no address"), "{text}");
     assert!(daemons::of(&site.run_dir()).is_empty());
+    // All or nothing: where the one cannot serve, the other does not either.
+    let mut command = site.command(&["-d", &xml, "export", "start", "both"]);
+    let failed = command
+        .env("DISKSNAP_STORAGE_DAEMON", "/bin/false")
+        .output()
+        .unwrap();
+    assert_eq!(failed.status.code(), Some(8), "{failed:?}");
+    assert_eq!(qemu.qmp("query-block-exports", json!({})), json!([]));
+    let nothing = site.json(&["-d", &xml, "export", "list"]);
+    assert_eq!(nothing, json!({"server": null, "exports": []}));
     let started = site.json(&["-d", &xml, "export", "start", "both"]);
     assert_ne!(started["server"]["listen"], started["imageServer"]["listen"]);
     for (n, byte) in [(0, 1), (1, 2)] {
