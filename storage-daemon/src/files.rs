@@ -1,4 +1,4 @@
-//! What is in the run directory of one storage daemon: its lock, its record, its sockets, its log.
+//! What is in the run directory of one storage daemon: its lock, its record, its number, its sockets, its log.
 //!
 //! The lock file is the daemon's standard input, so that it is locked for exactly as long as the daemon lives,
 //! from before its first instruction on and however it ends; it holds the domain's id. The record says where it
@@ -56,6 +56,11 @@ impl Files {
 
     pub(crate) fn log(&self) -> PathBuf {
         self.path(".images.log")
+    }
+
+    /// The daemon writes its number there once it is all set up.
+    pub(crate) fn pid(&self) -> PathBuf {
+        self.path(".images.pid")
     }
 
     pub(crate) fn monitor(&self) -> PathBuf {
@@ -147,7 +152,14 @@ impl Files {
     /// Removes all files of a daemon that is no more; idempotent. The lock goes last: it is how they are found.
     pub(crate) fn remove(&self) -> Result<()> {
         let socket = self.path(".img.sock");
-        for path in [self.record(), self.monitor(), socket, self.log(), self.lock()] {
+        for path in [
+            self.record(),
+            self.monitor(),
+            socket,
+            self.pid(),
+            self.log(),
+            self.lock(),
+        ] {
             match std::fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(Error::io("cannot remove what the image server left", error)

@@ -9,6 +9,7 @@ use std::process::{Child, Command as Program, Stdio};
 use std::time::Duration;
 
 use disksnap_core::{Command, DomainId, Error, ErrorKind, Result};
+use disksnap_hypervisor::{Session, Timeouts};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::time::Instant;
 
@@ -17,6 +18,8 @@ use crate::{ended_by_quit, session};
 
 /// How long it may take to start, and to end: seconds where nothing is wrong with a loaded host.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long one connection is waited for while it starts.
+const ATTEMPT: Duration = Duration::from_secs(3);
 /// Between two looks.
 const POLL: Duration = Duration::from_millis(5);
 /// Takes a program out of our session and process group (util-linux, setsid(1)).
@@ -84,19 +87,22 @@ fn command(program: &Path) -> Program {
     command
 }
 
-fn arguments(files: &Files) -> Result<[String; 4]> {
+fn arguments(files: &Files) -> Result<[String; 6]> {
     // So that the place for exports is found wanting before anything runs.
     files.socket()?;
-    let monitor = files.monitor();
-    let monitor = monitor.to_str().ok_or_else(|| {
-        Error::new(
-            ErrorKind::Invalid,
-            "the path of the state directory must be UTF-8",
-        )
-        .with("socket", monitor.display())
-    })?;
-    let monitor = monitor.replace(',', ",,");
+    let utf8 = |path: std::path::PathBuf| {
+        path.into_os_string().into_string().map_err(|path| {
+            Error::new(
+                ErrorKind::Invalid,
+                "the path of the state directory must be UTF-8",
+            )
+            .with("path", path.display())
+        })
+    };
+    let monitor = utf8(files.monitor())?.replace(',', ",,");
     Ok([
+        "--pidfile".to_owned(),
+        utf8(files.pid())?,
         "--chardev".to_owned(),
         format!("socket,id=monitor,path={monitor},server=on,wait=off"),
         "--monitor".to_owned(),
@@ -105,12 +111,22 @@ fn arguments(files: &Files) -> Result<[String; 4]> {
 }
 
 impl Launched {
+    /// A monitor that is connected to while it is being set up may greet and never answer (QEMU 10.0): it is waited
+    /// for until it is all set up, and asked again on a new connection, which helps there too.
     async fn until_answers(&mut self, files: &Files) -> Result<()> {
-        let session = session(files);
+        let timeouts = Timeouts {
+            greeting: ATTEMPT,
+            ..Timeouts::default()
+        };
+        let session = Session::new(files.monitor(), timeouts);
         let until = Instant::now() + PATIENCE;
         loop {
-            if session.instance().await?.is_some() {
-                return Ok(());
+            if files.pid().exists() {
+                match session.instance().await {
+                    Ok(Some(_)) => return Ok(()),
+                    Err(error) if error.kind() != ErrorKind::Timeout => return Err(error),
+                    _ => {}
+                }
             }
             let ended = self.child.try_wait();
             let ended = ended.map_err(|e| Error::io("cannot look at the storage daemon", e))?;
