@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use disksnap::{Capability, DiskSnapshot, Error, ErrorKind};
 use disksnap_conformance::{CaseResult, Fixture, Outcome as Case, RawFiles, Report, run_watched};
-use disksnap_conformance_qemu::{Process, QemuFixture, QemuVersion, lacking};
+use disksnap_conformance_qemu::{
+    InSubvolumes, LoopFs, LoopFsKind, OverlayFixture, Process, QemuFixture, QemuVersion, lacking, lacking_fs,
+    loop_fs,
+};
 use serde_json::{Value, json};
 
 use crate::args::Form;
@@ -31,11 +34,15 @@ impl Drop for Scratch {
 }
 
 pub(crate) async fn run(context: &Context, method: &str) -> Outcome {
-    disksnap::methods()?.get(method)?;
-    let mut held = None;
+    let method = disksnap::methods()?.get(method)?.method().name;
+    let method = method.as_str();
+    let (mut held, mut mounted) = (None, Vec::new());
     let runs = match method {
         "memory" => memory(&held.insert(scratch()?).0),
         "qemu-fleece" => qemu_fleece(),
+        "qemu-external-qcow2" => qemu_external_qcow2(),
+        "btrfs" => btrfs(&mut mounted),
+        "reflink" => reflink(&mut mounted),
         _ => return Err(no_fixture(method).into()),
     };
     let text = context.out.form == Form::Text;
@@ -192,12 +199,115 @@ fn qemu_fleece() -> Vec<Run> {
             .option("fleece.way", way);
         let holder = match process {
             Machine => "a machine",
-            StorageDaemon => "a storage daemon",
+            _ => "a storage daemon",
         };
         let place = format!("way {way}, {holder} of QEMU {}", version.as_str());
         qemu_run(&place, fixture, process, version)
     };
     all.into_iter().map(run).collect()
+}
+
+/// In every kind of process, on every QEMU.
+fn qemu_external_qcow2() -> Vec<Run> {
+    use Process::{ExportedStorageDaemon, Machine};
+    use QemuVersion::{V7_2, V10_0};
+    let all = [(Machine, V10_0), (ExportedStorageDaemon, V10_0), (Machine, V7_2)];
+    let run = |(process, version): (Process, QemuVersion)| {
+        let capabilities = [
+            Capability::Active,
+            Capability::Inactive,
+            Capability::DirectRead,
+            Capability::Revert,
+            Capability::Merge,
+        ];
+        let fixture = QemuFixture::new(process, capabilities, linked("qemu-external-qcow2")).version(version);
+        let holder = match process {
+            Machine => "a machine",
+            _ => "a storage daemon",
+        };
+        Run {
+            place: format!("{holder} of QEMU {}", version.as_str()),
+            fixture: match lacking(process, version) {
+                None => Ok(Arc::new(OverlayFixture(fixture))),
+                Some(why) => Err(why),
+            },
+        }
+    };
+    all.into_iter().map(run).collect()
+}
+
+/// What the methods offer that take image files whole. Not `GuestSafe`: a guest that overwrites shared extents can run
+/// out of room.
+const OF_FILES: [Capability; 4] = [
+    Capability::Active,
+    Capability::Inactive,
+    Capability::DirectRead,
+    Capability::Revert,
+];
+
+/// A small file system of our own, mounted until the suite has ended.
+fn mount(kind: LoopFsKind, mounted: &mut Vec<LoopFs>) -> Result<PathBuf, String> {
+    if let Some(why) = lacking_fs(kind) {
+        return Err(why);
+    }
+    mounted.push(loop_fs(kind, ROOM, ""));
+    Ok(mounted.last().map(|fs| fs.path().to_owned()).unwrap_or_default())
+}
+
+/// In bytes; the image file is sparse.
+const ROOM: u64 = 512 << 20;
+
+fn running(method: &'static str, images: &Path) -> QemuFixture {
+    QemuFixture::new(Process::Machine, OF_FILES, linked(method)).raw_images_in(images)
+}
+
+fn btrfs(mounted: &mut Vec<LoopFs>) -> Vec<Run> {
+    let fs = mount(LoopFsKind::Btrfs, mounted);
+    let off = fs.clone().map(|fs| InSubvolumes {
+        fs,
+        make: Box::new(|images: &Path| RawFiles::new(images, OF_FILES, linked("btrfs"))),
+    });
+    let on = fs.map(|fs| InSubvolumes {
+        fs,
+        make: Box::new(|images: &Path| running("btrfs", images)),
+    });
+    vec![
+        Run {
+            place: "the domain off".to_owned(),
+            fixture: off.map(|fixture| Arc::new(fixture) as _),
+        },
+        Run {
+            place: "the domain running".to_owned(),
+            fixture: on.and_then(|fixture| in_machine(Arc::new(fixture))),
+        },
+    ]
+}
+
+fn reflink(mounted: &mut Vec<LoopFs>) -> Vec<Run> {
+    let mut runs = Vec::new();
+    for (kind, name) in [(LoopFsKind::Xfs, "XFS"), (LoopFsKind::Btrfs, "btrfs")] {
+        let fs = mount(kind, mounted);
+        let off = fs
+            .clone()
+            .map(|fs| RawFiles::new(fs, OF_FILES, linked("reflink")));
+        runs.push(Run {
+            place: format!("{name}, the domain off"),
+            fixture: off.map(|fixture| Arc::new(fixture) as _),
+        });
+        runs.push(Run {
+            place: format!("{name}, the domain running"),
+            fixture: fs.and_then(|fs| in_machine(Arc::new(running("reflink", &fs)))),
+        });
+    }
+    runs
+}
+
+/// A fixture that needs a QEMU 10.0, where there is one.
+fn in_machine(fixture: Arc<dyn Fixture>) -> Result<Arc<dyn Fixture>, String> {
+    match lacking(Process::Machine, QemuVersion::V10_0) {
+        None => Ok(fixture),
+        Some(why) => Err(why),
+    }
 }
 
 fn qemu_run(place: &str, fixture: QemuFixture, process: Process, version: QemuVersion) -> Run {

@@ -1,16 +1,16 @@
 //! `./x demo`: the main job end to end on a real QEMU, told step by step.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use disksnap_test_support::{DiskSpec, GuestSetup, MIB, Qemu, pattern, tools};
+
+use crate::demo_stage::{Stage, build, run_quiet, run_shown, step};
 
 /// Runs the demonstration.
 pub(crate) fn run() -> Result<()> {
-    step("Build the disksnap command");
-    let demo = Demo::start()?;
+    let demo = Demo { stage: start()? };
     demo.look()?;
     let name = demo.take()?;
     let first = demo.export_and_copy(&name)?;
@@ -21,12 +21,8 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// A running guest, and the command to snapshot its disks with.
 struct Demo {
-    disksnap: PathBuf,
-    machine: Qemu,
-    domain: PathBuf,
-    dir: tempfile::TempDir,
+    stage: Stage,
 }
 
 /// The guest's disks: a raw one and a qcow2 one that it writes to without pause, and one with ext4.
@@ -34,50 +30,31 @@ const WRITTEN: [&str; 2] = ["vda", "vdb"];
 const FILES: &str = "vdc";
 const SIZE: u64 = 64 * MIB;
 
+fn start() -> Result<Stage> {
+    let disksnap = build()?;
+    step(
+        "Start a real QEMU: a Linux guest that writes to two disks without pause, and files to an ext4 on a third",
+    );
+    let machine = Qemu::builder()
+        .disk(DiskSpec::new(WRITTEN[0], SIZE))
+        .disk(DiskSpec::new(WRITTEN[1], SIZE).qcow2())
+        .disk(DiskSpec::new(FILES, SIZE).qcow2())
+        .guest(GuestSetup::new().writer(&WRITTEN).file_system("ext4", FILES))
+        .start();
+    machine.wait_writer(5);
+    machine.wait_files(1);
+    drop(machine.agent());
+    println!(
+        "the guest is up and has written {} rounds; its agent answers",
+        machine.writer_rounds()
+    );
+    Stage::new(disksnap, machine)
+}
+
 impl Demo {
-    fn start() -> Result<Self> {
-        let disksnap = build()?;
-        step(
-            "Start a real QEMU: a Linux guest that writes to two disks without pause, and files to an ext4 on a third",
-        );
-        let machine = Qemu::builder()
-            .disk(DiskSpec::new(WRITTEN[0], SIZE))
-            .disk(DiskSpec::new(WRITTEN[1], SIZE).qcow2())
-            .disk(DiskSpec::new(FILES, SIZE).qcow2())
-            .guest(GuestSetup::new().writer(&WRITTEN).file_system("ext4", FILES))
-            .start();
-        machine.wait_writer(5);
-        machine.wait_files(1);
-        drop(machine.agent());
-        println!(
-            "the guest is up and has written {} rounds; its agent answers",
-            machine.writer_rounds()
-        );
-        let domain = machine.domain_xml_file();
-        Ok(Self {
-            disksnap,
-            machine,
-            domain,
-            dir: tempfile::tempdir()?,
-        })
-    }
-
-    /// The command, with what it needs always; shows what it runs.
-    fn disksnap<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Result<String> {
-        let shown: Vec<_> = arguments.iter().map(|a| a.as_ref().to_string_lossy()).collect();
-        println!("$ disksnap -d vm.xml {}", shown.join(" "));
-        let mut command = Command::new(&self.disksnap);
-        command
-            .arg("-d")
-            .arg(&self.domain)
-            .arg("--state-dir")
-            .arg(self.dir.path().join("state"));
-        run_shown(command.args(arguments), "disksnap")
-    }
-
     fn look(&self) -> Result<()> {
         step("Ask what a snapshot would do");
-        self.disksnap(&["plan"])?;
+        self.stage.disksnap(&["plan"])?;
         Ok(())
     }
 
@@ -85,12 +62,12 @@ impl Demo {
         step(
             "Take a snapshot of all three disks at one instant, the guest's file systems frozen around it, from XML",
         );
-        let request = self.dir.path().join("request.xml");
+        let request = self.stage.path("request.xml");
         let xml = "<domainblocksnapshot>\n  <name>nightly</name>\n  <snapshot disk='vda'/>\n  <snapshot disk='vdb'/>\n  \
                    <snapshot disk='vdc'/>\n</domainblocksnapshot>\n";
         std::fs::write(&request, xml)?;
         print!("{xml}");
-        self.disksnap(&[
+        self.stage.disksnap(&[
             "snapshot".as_ref(),
             "create".as_ref(),
             "--quiesce".as_ref(),
@@ -104,8 +81,8 @@ impl Demo {
     /// Copies all disks of the snapshot with nbdcopy; returns their digests.
     fn export_and_copy(&self, name: &str) -> Result<Vec<String>> {
         step("Export it over NBD, see it in the domain's active XML, and copy it with nbdcopy");
-        self.disksnap(&["export", "start", name])?;
-        let active = self.disksnap_quiet(&["domain", "show"])?;
+        self.stage.disksnap(&["export", "start", name])?;
+        let active = self.stage.disksnap_quiet(&["domain", "show"])?;
         let begin = active
             .find("<blockexport")
             .context("the active XML has no <blockexport>")?;
@@ -116,18 +93,18 @@ impl Demo {
             "$ disksnap -d vm.xml domain show   # in <devices>:\n    {}</blockexport>",
             &active[begin..end]
         );
-        let before = self.machine.writer_rounds();
+        let before = self.stage.machine.writer_rounds();
         let digests = self.copy_all(name, "first")?;
         println!(
             "meanwhile the guest wrote {} more rounds",
-            self.machine.writer_rounds() - before
+            self.stage.machine.writer_rounds() - before
         );
         Ok(digests)
     }
 
     fn prove_it_stands_still(&self, name: &str, first: &[String]) -> Result<()> {
         step("Let the guest write on, copy the snapshot again, and compare by SHA-256");
-        self.machine.wait_writer(20);
+        self.stage.machine.wait_writer(20);
         let second = self.copy_all(name, "second")?;
         for (disk, (first, second)) in disks().zip(first.iter().zip(&second)) {
             println!("{disk}: {first}\n     {second}");
@@ -140,7 +117,7 @@ impl Demo {
         let (one, other) = (round(WRITTEN[0])?, round(WRITTEN[1])?);
         println!(
             "last round in the snapshot: {one} on vda, {other} on vdb; the guest is at {}",
-            self.machine.writer_rounds()
+            self.stage.machine.writer_rounds()
         );
         ensure!(one.abs_diff(other) <= 1, "the disks are not of one instant");
         self.check_file_system()
@@ -166,15 +143,15 @@ impl Demo {
         step(
             "Pause the guest by hand, take the digests of its disks, take a snapshot, let the guest go, and compare",
         );
-        self.disksnap(&["export", "stop", "--all"])?;
-        self.machine.qmp("stop", serde_json::json!({}));
+        self.stage.disksnap(&["export", "stop", "--all"])?;
+        self.stage.machine.qmp("stop", serde_json::json!({}));
         let truth: Vec<String> = disks()
             .map(|disk| self.live_digest(disk))
             .collect::<Result<_>>()?;
-        self.disksnap(&["snapshot", "create", "--name", "known"])?;
-        self.machine.qmp("cont", serde_json::json!({}));
-        self.machine.wait_writer(10);
-        self.disksnap_quiet(&["export", "start", "known"])?;
+        self.stage.disksnap(&["snapshot", "create", "--name", "known"])?;
+        self.stage.machine.qmp("cont", serde_json::json!({}));
+        self.stage.machine.wait_writer(10);
+        self.stage.disksnap_quiet(&["export", "start", "known"])?;
         let copied = self.copy_all("known", "known")?;
         for ((disk, truth), copied) in disks().zip(&truth).zip(&copied) {
             println!(
@@ -193,7 +170,7 @@ impl Demo {
         let mut convert = Command::new(tools::program("qemu-img"));
         convert
             .args(["convert", "-U", "-O", "raw"])
-            .arg(self.machine.image(disk))
+            .arg(self.stage.machine.image(disk))
             .arg(&copy);
         run_quiet(&mut convert, "qemu-img")?;
         Ok(pattern::digest_file(&copy))
@@ -201,26 +178,29 @@ impl Demo {
 
     fn tidy_up(&self, name: &str) -> Result<()> {
         step("Delete both snapshots; nothing stays behind, and the guest goes on");
-        self.disksnap(&["snapshot", "list"])?;
-        self.disksnap(&["snapshot", "delete", name, "known"])?;
-        self.disksnap(&["snapshot", "list"])?;
+        self.stage.disksnap(&["snapshot", "list"])?;
+        self.stage.disksnap(&["snapshot", "delete", name, "known"])?;
+        self.stage.disksnap(&["snapshot", "list"])?;
         let nodes = self
+            .stage
             .machine
             .qmp("query-named-block-nodes", serde_json::json!({"flat": true}))
             .to_string();
         ensure!(!nodes.contains("\"ds-"), "a node stayed behind in QEMU");
-        let images = std::fs::read_dir(self.dir.path().join("state/images"))?.count();
+        let images = std::fs::read_dir(self.stage.path("state/images"))?.count();
         ensure!(images == 0, "{images} fleece images stayed behind");
-        self.machine.wait_writer(5);
+        self.stage.machine.wait_writer(5);
         println!(
             "no node in QEMU, no image on disk; the guest has written {} rounds",
-            self.machine.writer_rounds()
+            self.stage.machine.writer_rounds()
         );
         Ok(())
     }
 
     fn copy_all(&self, name: &str, pass: &str) -> Result<Vec<String>> {
-        let exports = self.disksnap_quiet(&["--output", "json", "snapshot", "show", name])?;
+        let exports = self
+            .stage
+            .disksnap_quiet(&["--output", "json", "snapshot", "show", name])?;
         let exports: serde_json::Value =
             serde_json::from_str(&exports).context("snapshot show printed no JSON")?;
         let copy = |disk: &str| -> Result<String> {
@@ -237,17 +217,7 @@ impl Demo {
     }
 
     fn copy_path(&self, disk: &str, pass: &str) -> PathBuf {
-        self.dir.path().join(format!("{disk}-{pass}.raw"))
-    }
-
-    fn disksnap_quiet(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = Command::new(&self.disksnap);
-        command
-            .arg("-d")
-            .arg(&self.domain)
-            .arg("--state-dir")
-            .arg(self.dir.path().join("state"));
-        run_quiet(command.args(arguments), "disksnap")
+        self.stage.path(&format!("{disk}-{pass}.raw"))
     }
 }
 
@@ -270,37 +240,4 @@ fn nbd_uri(snapshot: &serde_json::Value, disk: &str) -> Result<String> {
         .as_str()
         .context("the backup source has no unix socket")?;
     Ok(format!("nbd+unix:///{name}?socket={socket}"))
-}
-
-fn build() -> Result<PathBuf> {
-    let root = tools::workspace_root();
-    let status = Command::new("cargo")
-        .args(["build", "-q", "-p", "disksnap-cli"])
-        .current_dir(&root)
-        .status()?;
-    if !status.success() {
-        bail!("the command does not build");
-    }
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    Ok(target.join("debug/disksnap"))
-}
-
-fn step(what: &str) {
-    println!("\n== {what}");
-}
-
-fn run_shown(command: &mut Command, what: &str) -> Result<String> {
-    let text = run_quiet(command, what)?;
-    print!("{text}");
-    Ok(text)
-}
-
-fn run_quiet(command: &mut Command, what: &str) -> Result<String> {
-    let output = command.output().with_context(|| format!("cannot run {what}"))?;
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() {
-        bail!("{what} failed ({}): {}", output.status, stderr.trim());
-    }
-    eprint!("{stderr}");
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

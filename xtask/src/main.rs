@@ -10,6 +10,8 @@
 mod apt;
 mod bench;
 mod demo;
+mod demo_methods;
+mod demo_stage;
 mod guest;
 mod initrd;
 mod kernel;
@@ -22,6 +24,7 @@ use anyhow::{Result, bail};
 
 const HELP: &str = "\
 ./x demo             a snapshot of a running machine's disks, step by step, on a real QEMU
+./x demo methods     four disks on four layers, each by its own method, at one instant; needs root
 ./x test [ARGS]      every test; ARGS go to cargo nextest (or cargo test), and only those tests run
 ./x lint             formatting, clippy, documentation, and cargo-deny where it is installed
 ./x bench [NAME…]    the benchmarks, or some: snapshot, writes, read, memory
@@ -57,6 +60,10 @@ fn run() -> Result<()> {
         ("demo", []) => {
             tools::ensure()?;
             demo::run()?;
+        }
+        ("demo", [which]) if which == "methods" => {
+            tools::ensure()?;
+            demo_methods::run()?;
         }
         ("test", rest) => {
             tools::ensure()?;

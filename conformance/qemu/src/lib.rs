@@ -1,7 +1,9 @@
 //! Fixtures for the conformance suite: domains that run in a real QEMU, idle machine or storage daemon.
 
 mod domain;
+mod overlay;
 mod setting;
+mod subvolumes;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -11,9 +13,11 @@ use async_trait::async_trait;
 use disksnap_conformance::{Fixture, Setting};
 use disksnap_core::{Capability, DiskSnapshot, MethodChoice, Options, Result};
 use disksnap_hypervisor::GuardianProgram;
-pub use disksnap_test_support::QemuVersion;
+pub use disksnap_test_support::{LoopFs, LoopFsKind, QemuVersion, loop_fs};
 
+pub use crate::overlay::OverlayFixture;
 use crate::setting::QemuSetting;
+pub use crate::subvolumes::InSubvolumes;
 
 /// What holds the disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +26,8 @@ pub enum Process {
     Machine,
     /// `qemu-storage-daemon`: nothing to pause, each disk behind a raw wrapper node that stays.
     StorageDaemon,
+    /// The same, its guest's side NBD exports: a writable FUSE export may resize its disk, which forbids commits.
+    ExportedStorageDaemon,
 }
 
 /// Makes domains that run in a QEMU of their own.
@@ -121,6 +127,15 @@ pub fn become_guardian_when_asked() {
     );
 }
 
+/// Why this machine cannot mount such a file system, or `None` when it can.
+#[must_use]
+pub fn lacking_fs(kind: LoopFsKind) -> Option<String> {
+    disksnap_test_support::require::lacking(match kind {
+        LoopFsKind::Btrfs => "btrfs",
+        LoopFsKind::Xfs | LoopFsKind::XfsWithoutReflink => "xfs",
+    })
+}
+
 /// Why this machine cannot start such a process, or `None` when it can.
 #[must_use]
 pub fn lacking(process: Process, version: QemuVersion) -> Option<String> {
@@ -128,6 +143,7 @@ pub fn lacking(process: Process, version: QemuVersion) -> Option<String> {
     let of_process = match process {
         Process::Machine => lacking("qemu-system-x86_64"),
         Process::StorageDaemon => lacking("qemu-storage-daemon").or_else(|| lacking("fuse")),
+        Process::ExportedStorageDaemon => lacking("qemu-storage-daemon"),
     };
     let of_version = match version {
         QemuVersion::V7_2 => lacking("qemu-7.2"),

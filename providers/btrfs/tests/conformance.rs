@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use disksnap_btrfs::Btrfs;
 use disksnap_conformance::{RawFiles, assert_conforms};
-use disksnap_conformance_qemu::{Process, QemuFixture, become_guardian_when_asked};
+use disksnap_conformance_qemu::{InSubvolumes, Process, QemuFixture, become_guardian_when_asked};
 use disksnap_core::Capability;
 use disksnap_test_support::need;
 
-use support::{InSubvolumes, btrfs};
+use support::btrfs;
 
 /// Not `GuestSafe`: a guest that overwrites shared extents can run out of room.
 const CAPABILITIES: [Capability; 4] = [
