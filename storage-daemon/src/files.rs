@@ -152,14 +152,16 @@ impl Files {
     /// Removes all files of a daemon that is no more; idempotent. The lock goes last: it is how they are found.
     pub(crate) fn remove(&self) -> Result<()> {
         let socket = self.path(".img.sock");
-        for path in [
+        let halves = [unfinished(&self.record()), unfinished(&self.lock())];
+        let whole = [
             self.record(),
             self.monitor(),
             socket,
             self.pid(),
             self.log(),
             self.lock(),
-        ] {
+        ];
+        for path in halves.into_iter().chain(whole) {
             match std::fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(Error::io("cannot remove what the image server left", error)
@@ -191,11 +193,16 @@ pub(crate) fn domains(run: &Path) -> Result<Vec<DomainId>> {
     Ok(domains)
 }
 
-/// Writes a file whole or not at all.
-fn write_whole(path: &Path, value: &impl Serialize) -> io::Result<()> {
+/// What a file is called while it is being written.
+fn unfinished(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".new");
-    let new = PathBuf::from(name);
+    name.into()
+}
+
+/// Writes a file whole or not at all.
+fn write_whole(path: &Path, value: &impl Serialize) -> io::Result<()> {
+    let new = unfinished(path);
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
