@@ -8,7 +8,9 @@ use disksnap_conformance_qemu::become_guardian_when_asked;
 use disksnap_core::{DiskSnapshot, Effect, ErrorKind, Fit, SnapshotId};
 use disksnap_test_support::{DiskSpec, GuestSetup, MIB, Qemu, QemuVersion, need};
 use serde_json::json;
-use support::rig::{Rig, all_sound_while_the_guest_writes, an_overlay_is_seen, file, machine, qemu_img, raw};
+use support::rig::{
+    Rig, all_sound_while_the_guest_writes, an_overlay_is_seen, check, file, machine, qemu_img, raw,
+};
 use support::{btrfs, create, snapshots};
 
 #[test]
@@ -113,6 +115,20 @@ async fn lazy_reference_counts_are_told() {
         content[..1 << 20].iter().all(|byte| *byte == 0x61),
         "the content is right all the same"
     );
+    let scratch = rig.dir.path();
+    let mended = scratch.join("mended.qcow2");
+    std::fs::copy(&from, &mended).unwrap();
+    let repair = [
+        "check",
+        "-q",
+        "-r",
+        "all",
+        "-f",
+        "qcow2",
+        mended.to_str().unwrap(),
+    ];
+    qemu_img(&repair, scratch).unwrap();
+    check(&mended, scratch).unwrap();
     rig.delete("lazy").await;
 
     drop(qemu);
