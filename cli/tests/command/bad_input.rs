@@ -165,7 +165,7 @@ fn unknown_names_are_answered_with_those_that_come_near() {
     assert_snapshot!(bad.site.fails(3, &["methods", "qemu-flece"]), @r"
     error: there is no method 'qemu-flece'
       effect: nothing was changed
-      next: Available methods, nearest first: qemu-fleece, reflink, memory, btrfs.
+      next: Available methods, nearest first: qemu-fleece, reflink, memory, btrfs, lvm, qemu-external-qcow2.
     ");
 }
 
