@@ -115,7 +115,7 @@ fn unknown_names_are_answered_with_those_that_come_near() {
     assert_snapshot!(bad.fails(3, &["snapshot", "create", "--disk", "vda,method=memry"]), @r"
     error: create: there is no method 'memry' (disk vda, domain NAME)
       effect: nothing was changed
-      next: Available methods, nearest first: memory, btrfs, reflink, qemu-fleece.
+      next: Available methods, nearest first: memory, lvm, btrfs, reflink, qemu-fleece, qemu-external-qcow2.
     ");
     assert_snapshot!(bad.fails(3, &["snapshot", "create", "--disk", "vdx"]), @r"
     error: create: the domain has no disk 'vdx' (domain NAME)
