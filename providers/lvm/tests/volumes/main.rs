@@ -7,6 +7,7 @@ mod conformance;
 mod file_systems;
 mod finding;
 mod reverting;
+mod running;
 mod sound;
 mod support;
 mod taking;
@@ -55,5 +56,5 @@ fn it_does_what_it_says() {
 #[test]
 fn what_is_in_a_snapshot_is_sound() {
     need!("lvm");
-    in_guest(&["file_systems::", "sound::"]);
+    in_guest(&["file_systems::", "running::", "sound::"]);
 }

@@ -11,6 +11,7 @@ use disksnap_core::{
     Domain, DomainId, Driver, Error, Fit, Health, MethodChoice, Options, Probe, Registry, Snapshot,
     SnapshotName, SnapshotRequest, Sockets, Source,
 };
+use disksnap_hypervisor::{Paths, QemuConnector};
 use disksnap_lvm::LogicalVolume;
 use tempfile::TempDir;
 
@@ -140,33 +141,57 @@ pub(crate) fn formatted(target: &str, source: Source, format: &str) -> Disk {
     }
 }
 
-/// A domain that is off, and the method behind a dispatcher.
+/// A domain, off or running, and the method behind a dispatcher.
 pub(crate) struct Rig {
     pub(crate) domain: Domain,
     pub(crate) dispatcher: Dispatcher,
+    connector: Arc<dyn Connector>,
     pub(crate) dir: TempDir,
 }
 
 impl Rig {
+    /// A domain that is off.
     pub(crate) fn new(disks: Vec<Disk>) -> Self {
         let dir = TempDir::new().unwrap();
+        let connector = Arc::new(InactiveConnector::new(dir.path()));
+        Self::reached(disks, Sockets::default(), connector, dir)
+    }
+
+    /// The domain that the process with this monitor holds.
+    pub(crate) fn running(disks: Vec<Disk>, monitor: &Path) -> Self {
+        let dir = TempDir::new().unwrap();
+        let paths = Paths {
+            images: dir.path().join("images"),
+            run: dir.path().join("run"),
+        };
+        for dir in [&paths.images, &paths.run] {
+            std::fs::create_dir(dir).unwrap();
+        }
+        let sockets = Sockets {
+            monitor: Some(monitor.to_owned()),
+            agent: None,
+        };
+        Self::reached(disks, sockets, Arc::new(QemuConnector::new(paths)), dir)
+    }
+
+    fn reached(disks: Vec<Disk>, sockets: Sockets, connector: Arc<dyn Connector>, dir: TempDir) -> Self {
         let mut registry = Registry::empty();
         registry.add(Arc::new(LogicalVolume)).unwrap();
-        let connector = Arc::new(InactiveConnector::new(dir.path()));
+        let catalog = Arc::new(MemoryCatalog::new());
         Self {
-            dispatcher: Dispatcher::new(registry, Arc::new(MemoryCatalog::new()), connector),
+            dispatcher: Dispatcher::new(registry, catalog, Arc::clone(&connector)),
             domain: Domain {
-                id: DomainId::new("off", None),
+                id: DomainId::new("domain", None),
                 disks,
-                sockets: Sockets::default(),
+                sockets,
             },
+            connector,
             dir,
         }
     }
 
     pub(crate) async fn control(&self) -> Arc<dyn Control> {
-        let connector = InactiveConnector::new(self.dir.path());
-        connector.control(&self.domain).await.unwrap()
+        self.connector.control(&self.domain).await.unwrap()
     }
 
     /// What the method is asked of each disk, told the same of all.
@@ -207,6 +232,8 @@ impl Rig {
         let request = SnapshotRequest {
             name: Some(name.parse().unwrap()),
             disks: Disks::Named(choices.collect()),
+            // No test here is about it, and the guest is slow where the host is busy.
+            deadline: std::time::Duration::from_mins(1),
             ..SnapshotRequest::default()
         };
         self.dispatcher.create(&self.domain, &request).await
