@@ -133,7 +133,7 @@ fn unknown_names_are_answered_with_those_that_come_near() {
       next: There are no snapshots.
     ");
     assert_snapshot!(bad.fails(3, &["snapshot", "delete", "nightly"]), @r"
-    error: delete: the domain has no snapshot 'nightly' (domain NAME)
+    error: delete: the domain has no snapshot 'nightly' (domain NAME, snapshot nightly)
       effect: nothing was changed
       next: There are no snapshots.
     ");
