@@ -70,7 +70,14 @@ fn methods_in_three_forms() {
         .map(|method| &method["name"]);
     assert_eq!(
         names.collect::<Vec<_>>(),
-        ["btrfs", "lvm", "memory", "qemu-external-qcow2", "qemu-fleece", "reflink"]
+        [
+            "btrfs",
+            "lvm",
+            "memory",
+            "qemu-external-qcow2",
+            "qemu-fleece",
+            "reflink"
+        ]
     );
     assert_eq!(json["methods"][2]["options"][0]["key"], "copy.dir");
     let xml = site.ok(&["methods", "memory", "--output", "xml"]);
