@@ -29,15 +29,15 @@ async fn images_are_sound_while_the_guest_writes() {
     all_sound_while_the_guest_writes(&rig, &qemu, 20).await;
 }
 
-/// From now on nothing that is written to `vda` can be flushed to its image.
+/// From now on nothing that is written to `sda` can be flushed to its image.
 fn fail_flushes(qemu: &Qemu) {
-    let storage = qemu.format_node("vda").replace("format", "storage");
+    let storage = qemu.format_node("sda").replace("format", "storage");
     let error = json!({"event": "none", "iotype": "flush", "errno": 5});
     qemu.qmp(
         "blockdev-add",
         json!({"driver": "blkdebug", "node-name": "broken", "image": storage, "inject-error": [error]}),
     );
-    let node = qemu.format_node("vda");
+    let node = qemu.format_node("sda");
     let options = json!({"driver": "qcow2", "node-name": node, "file": "broken", "discard": "unmap"});
     qemu.qmp("blockdev-reopen", json!({"options": [options]}));
 }
@@ -49,18 +49,23 @@ async fn a_disk_whose_flush_fails_is_not_taken() {
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
         let fs = btrfs();
         let images = create(&fs.path().join("images"));
-        let qemu = machine(&images, "cluster_size=65536").version(version).start();
+        let image = images.join("sda.qcow2");
+        let made = ["create", "-q", "-f", "qcow2", "sda.qcow2", "8M"];
+        qemu_img(&made, &images).unwrap();
+        // On SCSI: the firmware turns off the write cache of virtio-blk, and then writes fail, and are told.
+        let spec = DiskSpec::new("sda", 8 * MIB).qcow2().image(&image);
+        let qemu = Qemu::builder().version(version).disk(spec).start();
         let rig = Rig::running(Btrfs, &qemu);
-        qemu.write("vda", 0, MIB, 0x61);
+        qemu.write("sda", 0, MIB, 0x61);
         fail_flushes(&qemu);
-        qemu.write("vda", 0, MIB, 0x62);
+        qemu.write("sda", 0, MIB, 0x62);
         let error = rig.try_create("one", &[]).await.unwrap_err();
         assert_eq!(
             (error.kind(), error.effect()),
             (ErrorKind::Io, Effect::RolledBack),
             "{error}"
         );
-        assert!(error.to_string().contains("disk vda"), "{error}");
+        assert!(error.to_string().contains("disk sda"), "{error}");
         assert_eq!(
             (qemu.status().as_str(), snapshots(fs.path()).len()),
             ("running", 0)
