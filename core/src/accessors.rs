@@ -54,7 +54,7 @@ pub trait Revert: fmt::Debug + Send + Sync {
 
 /// How far a merge is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "state", rename_all = "kebab-case")]
+#[serde(tag = "state", content = "told", rename_all = "kebab-case")]
 pub enum Progress {
     /// Nothing of it is under way.
     Idle,

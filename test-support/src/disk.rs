@@ -80,6 +80,12 @@ impl DiskSpec {
         }
     }
 
+    /// The name in the domain XML.
+    #[must_use]
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
     /// Makes the image qcow2.
     #[must_use]
     pub fn qcow2(mut self) -> Self {

@@ -1,11 +1,11 @@
 //! The process that holds the disks: a machine or a storage daemon, behind one face.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use disksnap_core::{Domain, Error, ErrorKind, Result};
 use disksnap_test_support::{DiskSpec, GuestDisk, Qemu, QemuBuilder, StorageDaemon, StorageDaemonBuilder};
 use disksnap_xml::DomainDocument;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{Process, QemuFixture};
 
@@ -35,7 +35,39 @@ impl Running {
                         .start(),
                 )
             }
+            Process::ExportedStorageDaemon => {
+                let builder = StorageDaemon::builder()
+                    .version(fixture.version)
+                    .without_guest_side();
+                let targets: Vec<String> = specs.iter().map(|spec| spec.target().to_owned()).collect();
+                let builder = specs.into_iter().fold(builder, StorageDaemonBuilder::disk);
+                let running = Self::StorageDaemon(builder.start());
+                running.export(&targets)?;
+                running
+            }
         })
+    }
+
+    /// Serves each disk, writable, as the guest's side of it.
+    fn export(&self, targets: &[String]) -> Result<()> {
+        let addr = json!({"type": "unix", "data": {"path": self.guest_socket()}});
+        self.monitor("nbd-server-start", &json!({"addr": addr, "max-connections": 0}))?;
+        for target in targets {
+            let export = json!({
+                "type": "nbd", "id": format!("guest-{target}"), "name": target, "writable": true,
+                "node-name": format!("top-{target}"),
+            });
+            self.monitor("block-export-add", &export)?;
+        }
+        Ok(())
+    }
+
+    /// Where the guest's side of an exported storage daemon is.
+    pub(crate) fn guest_socket(&self) -> PathBuf {
+        match self {
+            Self::Machine(qemu) => qemu.dir().join("guest.sock"),
+            Self::StorageDaemon(daemon) => daemon.dir().join("guest.sock"),
+        }
     }
 
     /// The domain as its document describes it.

@@ -12,14 +12,16 @@ use disksnap_core::{
 };
 use disksnap_hypervisor::{Paths, QemuConnector};
 use disksnap_nbd::{Client, ConnectOptions, Uri};
-use serde_json::json;
+use disksnap_storage_daemon::StorageDaemons;
+use disksnap_test_support::tools;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::QemuFixture;
 use crate::domain::{Running, SIZE};
 
 /// Above this a read through the guest's side takes longer than a copy of the whole disk.
-const SHORT_READ: u64 = 16 << 10;
+pub(crate) const SHORT_READ: u64 = 16 << 10;
 
 /// What every name that disksnap gives inside QEMU begins with.
 const OURS: &str = "ds-";
@@ -76,21 +78,44 @@ impl QemuSetting {
         for dir in [&paths.images, &paths.run] {
             std::fs::create_dir(dir).map_err(temporary)?;
         }
+        let images = StorageDaemons::new(paths.run.clone());
         let running = Running::start(fixture, disks, dirs.raw.as_ref().map(TempDir::path))?;
         Ok(Self {
             domain: running.domain()?,
             running,
             choice,
-            connector: QemuConnector::new(paths).guardian(fixture.guardian.clone()),
+            connector: QemuConnector::new(paths)
+                .guardian(fixture.guardian.clone())
+                .images(Arc::new(images.program(tools::program("qemu-storage-daemon")))),
             last_words: Arc::clone(&fixture.last_words),
             dirs,
         })
     }
 
-    fn names(&self, command: &str, key: &str) -> Result<Vec<String>> {
+    pub(crate) fn names(&self, command: &str, key: &str) -> Result<Vec<String>> {
         let answer = self.running.monitor(command, &json!({}))?;
         let names = answer.as_array().into_iter().flatten();
         Ok(names.filter_map(|x| x[key].as_str()).map(str::to_owned).collect())
+    }
+
+    /// One command on the fixture's own monitor.
+    pub(crate) fn monitor(&self, command: &str, arguments: &Value) -> Result<Value> {
+        self.running.monitor(command, arguments)
+    }
+
+    /// Where the guest's side of an exported storage daemon is.
+    pub(crate) fn guest_socket(&self) -> PathBuf {
+        self.running.guest_socket()
+    }
+
+    /// A directory for copies.
+    pub(crate) fn state_dir(&self) -> &Path {
+        self.dirs.state.path()
+    }
+
+    /// Flushes what the guest wrote.
+    pub(crate) fn flush(&self, target: &str) {
+        self.running.disk(target).flush();
     }
 
     /// All files in the directories of ours that are no disks.

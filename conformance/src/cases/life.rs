@@ -1,8 +1,9 @@
 //! A snapshot's life: made, seen, read, deleted; what names and ids mean.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use disksnap_core::{Access, Capability, Deleted, ErrorKind, Health, RunState};
+use disksnap_core::{Access, Capability, Deleted, ErrorKind, Health, RunState, SnapshotName};
 
 use crate::Fixture;
 use crate::cases::paint;
@@ -206,8 +207,25 @@ pub(super) async fn at_once(fixture: &Arc<dyn Fixture>) -> Verdict {
     for snapshot in [&left, &right] {
         stage.must_hold(snapshot, &target, &content).await?;
     }
-    let (one, other) = tokio::join!(stage.delete_now(&left), stage.delete_now(&right));
+    let (one, other) = tokio::join!(delete_patiently(&stage, &left), delete_patiently(&stage, &right));
     one?;
     other?;
     stage.finish().await
+}
+
+/// A delete that has to merge is told to wait while another merge is under way; one that is told so for ever fails
+/// the case by its time limit.
+async fn delete_patiently(stage: &Stage, snapshot: &SnapshotName) -> Verdict {
+    loop {
+        match stage.dispatcher()?.delete(stage.domain(), snapshot).await {
+            Err(error) if error.kind() == ErrorKind::Busy && error.is_retryable() => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            deleted => {
+                let done = deleted.context(format!("deleting {snapshot}"))?.deleted;
+                ensure!(done == Deleted::Now, "{snapshot} was deleted before");
+                return Ok(());
+            }
+        }
+    }
 }

@@ -286,9 +286,9 @@ pub(crate) async fn complete(host: &dyn Host, choice: &Choice) -> Result<Record>
     let base = choice.base()?.clone();
     let mut stamp = Stamp::of(&base.path)?;
     if let Some(seat) = &choice.seat
-        && is_writable(host, &seat.format).await?
+        && will_be_written(host, &seat.format).await?
     {
-        // Below a wrapper QEMU keeps the image open, and writes its own metadata when it closes it.
+        // Below a wrapper QEMU keeps the image open for writing, and writes its own metadata when it closes it.
         stamp = stamp.map(Stamp::timeless);
     }
     choice.image.unmark()?;
@@ -304,13 +304,18 @@ pub(crate) async fn complete(host: &dyn Host, choice: &Choice) -> Result<Record>
     })
 }
 
-/// Whether QEMU has this node open for writing.
-pub(crate) async fn is_writable(host: &dyn Host, node: &str) -> Result<bool> {
+/// Whether QEMU has this node open for writing, and something to write into it when it closes it.
+async fn will_be_written(host: &dyn Host, node: &str) -> Result<bool> {
     let nodes = host
         .monitor(Command::new("query-named-block-nodes", json!({ "flat": true })))
         .await?;
     let mut nodes = nodes.as_array().into_iter().flatten();
-    Ok(nodes.any(|n| n["node-name"] == node && n["ro"] == false))
+    let will = |n: &Value| {
+        let bitmaps = n["dirty-bitmaps"].as_array().is_some_and(|all| !all.is_empty());
+        let lazy = n["image"]["format-specific"]["data"]["lazy-refcounts"] == true;
+        n["ro"] == false && (bitmaps || lazy)
+    };
+    Ok(nodes.any(|n| n["node-name"] == node && will(n)))
 }
 
 /// Undoes what a request has done to one disk, by its id and, where there is one, its record.

@@ -207,29 +207,33 @@ pub(crate) fn is_overlay(name: &str) -> bool {
     name.starts_with(OURS)
 }
 
-/// From a node up along the overlays of ours that stand on it.
+/// From a node up along the overlays of ours that stand on it, to the one that is used.
+///
+/// After a merge its overlay stands there still, and nothing uses it any more.
 fn climb(graph: &Graph, from: String) -> String {
-    let mut at = from;
-    loop {
-        let chain: Vec<String> = graph.primary_chain(&at).iter().map(|n| n.name.clone()).collect();
-        let above = chain.iter().find_map(|name| {
-            let mut parents = graph.parents(name);
-            parents.find(|(parent, role)| *role == "backing" && is_overlay(&parent.name))
-        });
-        match above {
-            Some((overlay, _)) => at = overlay_root(graph, &overlay.name),
-            None => return at,
-        }
+    let is_used = |name: &str| graph.exports.iter().any(|export| export.node == name);
+    if is_used(&from) {
+        return from;
+    }
+    let chain = graph.primary_chain(&from);
+    let above = chain.iter().flat_map(|node| graph.parents(&node.name));
+    let overlays = above.filter(|(parent, role)| *role == "backing" && is_overlay(&parent.name));
+    let mut tops: Vec<String> = overlays
+        .map(|(overlay, _)| climb(graph, overlay_root(graph, &overlay.name).to_owned()))
+        .collect();
+    match tops.iter().position(|top| is_used(top)) {
+        Some(used) => tops.swap_remove(used),
+        None => tops.into_iter().next().unwrap_or(from),
     }
 }
 
 /// The topmost filter over an overlay.
-pub(crate) fn overlay_root<'g>(graph: &'g Graph, name: &'g str) -> String {
+pub(crate) fn overlay_root<'g>(graph: &'g Graph, name: &'g str) -> &'g str {
     let mut at = name;
     while let Some(filter) = graph.nodes().find(|n| n.is_filter() && n.primary() == Some(at)) {
         at = &filter.name;
     }
-    at.to_owned()
+    at
 }
 
 /// Whether a user of this node holds the permission to resize it (`x-debug-query-block-graph`).

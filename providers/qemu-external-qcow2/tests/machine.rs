@@ -337,7 +337,11 @@ async fn it_is_the_default_for_a_qcow2_file_of_a_domain_that_is_off() {
         .start();
     let rig = Rig::new(&qemu.domain_xml()).await;
     let methods = async || {
-        let plan = rig.dispatcher.plan(&rig.domain, &SnapshotRequest::default()).await.unwrap();
+        let plan = rig
+            .dispatcher
+            .plan(&rig.domain, &SnapshotRequest::default())
+            .await
+            .unwrap();
         let of = |d: &disksnap_core::PlannedDisk| (d.method.clone().unwrap(), d.probe.fit.clone());
         plan.disks.iter().map(of).collect::<Vec<_>>()
     };

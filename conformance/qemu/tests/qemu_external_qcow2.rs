@@ -1,0 +1,53 @@
+//! The method `qemu-external-qcow2` passes the suite in each kind of process and each QEMU.
+
+use std::sync::Arc;
+
+use disksnap_conformance::assert_conforms;
+use disksnap_conformance_qemu::{
+    OverlayFixture, Process, QemuFixture, QemuVersion, become_guardian_when_asked, lacking,
+};
+use disksnap_core::Capability;
+use disksnap_qemu_external_qcow2::QemuExternalQcow2;
+use disksnap_test_support::skip;
+
+#[test]
+fn becomes_the_guardian_when_asked() {
+    become_guardian_when_asked();
+}
+
+fn fixture(process: Process, version: QemuVersion) -> OverlayFixture {
+    let capabilities = [
+        Capability::Active,
+        Capability::Inactive,
+        Capability::DirectRead,
+        Capability::Revert,
+        Capability::Merge,
+    ];
+    let fixture = QemuFixture::new(process, capabilities, || Arc::new(QemuExternalQcow2));
+    OverlayFixture(
+        fixture
+            .version(version)
+            .guarded_by_test("becomes_the_guardian_when_asked"),
+    )
+}
+
+#[test]
+fn in_a_machine() {
+    assert_conforms(fixture(Process::Machine, QemuVersion::V10_0));
+}
+
+#[test]
+fn in_a_storage_daemon() {
+    if let Some(why) = lacking(Process::ExportedStorageDaemon, QemuVersion::V10_0) {
+        skip!("qemu-storage-daemon", "{why}");
+    }
+    assert_conforms(fixture(Process::ExportedStorageDaemon, QemuVersion::V10_0));
+}
+
+#[test]
+fn in_a_machine_of_the_old_qemu() {
+    if let Some(why) = lacking(Process::Machine, QemuVersion::V7_2) {
+        skip!("qemu-7.2", "{why}");
+    }
+    assert_conforms(fixture(Process::Machine, QemuVersion::V7_2));
+}
