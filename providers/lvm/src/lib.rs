@@ -12,6 +12,7 @@ mod mount;
 mod revert;
 mod settings;
 mod snapshot;
+mod swap;
 mod volume;
 
 use std::collections::BTreeMap;

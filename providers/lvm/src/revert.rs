@@ -1,4 +1,7 @@
 //! Putting a snapshot back: `lvconvert --merge` (lvconvert(8)), which gives the snapshot up.
+//!
+//! A merge of a thin snapshot cuts the tie between the volume and its other thin snapshots: these are put back by
+//! `swap` instead.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -8,6 +11,7 @@ use disksnap_core::{Affected, Error, ErrorKind, Host, Peer, Result, Revert, Snap
 
 use crate::lvm2::Lvm;
 use crate::snapshot::Made;
+use crate::swap;
 use crate::volume::Volume;
 use crate::{blocking, remembered};
 
@@ -29,8 +33,8 @@ impl Revert for Merging {
         let warnings = match (count, thin) {
             (0, _) => Vec::new(),
             (_, true) => vec![format!(
-                "{count} other thin snapshots of the same volume can still be read, and be put back no more: LVM keeps \
-                 them apart from the volume now"
+                "{count} other thin snapshots of the same volume are no longer tied to it in LVM's own lists (`lvs`); \
+                 disksnap reads them and puts them back as before"
             )],
             (_, false) => vec![format!(
                 "{count} other snapshots of the same volume take what the merge overwrites; a small one may overflow"
@@ -39,6 +43,10 @@ impl Revert for Merging {
         Ok(match merged {
             Merged::Done => Affected {
                 warnings,
+                ..Affected::default()
+            },
+            Merged::Kept => Affected {
+                unit: Some(unit.clone()),
                 ..Affected::default()
             },
             Merged::Later(why) => Affected {
@@ -62,7 +70,10 @@ fn others(made: &Made, peers: &[Peer]) -> usize {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Merged {
+    /// The snapshot went with it.
     Done,
+    /// The snapshot is still there.
+    Kept,
     Later(String),
 }
 
@@ -72,6 +83,9 @@ fn merge(made: &Made) -> Result<Merged> {
     let Some(snapshot) = made.among(&volumes) else {
         return after(made, &volumes);
     };
+    if made.thin && snapshot.origin != made.origin {
+        return swap::put_back(&lvm, made).map(|()| Merged::Kept);
+    }
     if snapshot.merging {
         // Asked for before, by a call that did not live to tell.
         if !origin(made, &volumes)?.open {
@@ -84,16 +98,6 @@ fn merge(made: &Made) -> Result<Merged> {
                 made.full_name()
             );
             return Err(Error::new(ErrorKind::Broken, what));
-        }
-        if made.thin && snapshot.origin != made.origin {
-            let what = format!(
-                "LVM keeps {} apart from {} since another snapshot was put back: it cannot be put back any more",
-                made.full_name(),
-                made.origin_name()
-            );
-            return Err(Error::new(ErrorKind::Unsupported, what).hint(
-                "Its data is all there: copy it over the disk while the domain is off (`disksnap read`).",
-            ));
         }
         if origin(made, &volumes)?.merging {
             let what = format!("another snapshot is being merged into {}", made.origin_name());

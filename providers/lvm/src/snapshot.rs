@@ -77,7 +77,8 @@ fn name(id: SnapshotId, origin: &Volume) -> String {
 /// Whether device-mapper has room for the names that a snapshot of this origin brings.
 pub(crate) fn can_be_named(origin: &Volume) -> std::result::Result<(), Unfit> {
     let mapped = |name: &str| name.len() + name.matches('-').count();
-    let own = name(SnapshotId(uuid::Uuid::nil()), origin);
+    // The longest that is made of it in a revert.
+    let own = format!("{}.back", name(SnapshotId(uuid::Uuid::nil()), origin));
     // The longest that lvm2 appends to either.
     let suffix = "-real".len();
     let longest = mapped(&own).max(mapped(&origin.name));
@@ -246,6 +247,12 @@ impl Made {
         format!("{}/{}", self.group, self.origin)
     }
 
+    /// A name for this snapshot's purposes that no other volume has.
+    pub(crate) fn side_name(&self, purpose: &str) -> String {
+        let own: String = self.uuid.chars().take(10).collect();
+        format!("disksnap.{purpose}.{}.{own}", self.id.short())
+    }
+
     /// The snapshot among all volumes.
     pub(crate) fn among<'a>(&self, volumes: &'a [Volume]) -> Option<&'a Volume> {
         volumes
@@ -359,12 +366,12 @@ mod tests {
         assert!(name.len() == 32 && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '.'));
         assert!(can_be_named(&origin).is_ok());
         let long = Volume {
-            group: "g".repeat(89),
+            group: "g".repeat(84),
             ..origin.clone()
         };
         assert!(can_be_named(&long).is_ok());
         let longer = Volume {
-            group: "g".repeat(90),
+            group: "g".repeat(85),
             ..origin.clone()
         };
         assert!(can_be_named(&longer).is_err());
