@@ -132,12 +132,14 @@ impl DomainDocument {
         // What a document says of the layers below one image is not true of another.
         if disk.backing != old.backing || disk.source != old.source {
             let carry = |source: &Source| known.carry(source);
-            let new = disk
-                .backing
-                .as_ref()
-                .map(|b| backing_with(b, &carry))
-                .transpose()?
-                .flatten();
+            let new = match (&disk.backing, &disk.source) {
+                (Some(backing), _) => backing_with(backing, &carry)?,
+                // What was the end of the chain is still its end.
+                (None, Some(top)) => carry(top)
+                    .filter(|known| known.last)
+                    .map(|_| Element::new("backingStore")),
+                (None, None) => None,
+            };
             put_child(&mut edit, elem.child("backingStore")?, new, &mut missing)?;
         }
         if let (Some(place), false) = (elem.child("target")?, missing.is_empty()) {

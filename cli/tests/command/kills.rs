@@ -231,3 +231,48 @@ fn a_killed_reader_takes_its_export_with_it() {
     site.ok(&["-d", &domain, "snapshot", "delete", "one"]);
     assert_eq!(leftovers(&site, &qemu), Vec::<String>::new());
 }
+
+/// Between a commit's end and its finalization the guest's disk stands still: there the guardian lets it go.
+#[test]
+fn a_merge_killed_at_any_moment_leaves_a_running_guest_and_can_be_taken_up_again() {
+    let (qemu, site) = (machine(), Site::new());
+    let xml = arg(&qemu.domain_xml_file());
+    let run = |words: &[&str]| site.json(&[&["-d", &xml][..], words].concat());
+    let create = || {
+        let disks = ["--disk", "vda,method=qemu", "--disk", "vdb,method=qemu"];
+        run(&[&["snapshot", "create", "--name", "one"][..], &disks].concat());
+    };
+    let before = std::fs::read_to_string(&xml).unwrap();
+    create();
+    let whole = duration_of(|| drop(run(&["snapshot", "merge", "one"])));
+    let writer = Writer::start(["vda", "vdb"].map(|t| qemu.disk(t)).to_vec(), 8 * MIB, 5);
+    let (rounds, mut killed) = (16, 0);
+    for round in 0..rounds {
+        create();
+        writer.wait(2);
+        let merge = ["-d", &xml, "snapshot", "merge", "one"];
+        killed += u32::from(kill_after(&site, whole * round / rounds, &merge));
+        // A guest whose disk stood still for ever would end the writer.
+        writer.wait(2);
+        if round % 2 == 0 {
+            site.ok(&["recover"]);
+            writer.wait(2);
+        }
+        run(&["domain", "update"]);
+        let there = run(&["snapshot", "list"]);
+        if there["snapshots"] != json!([]) {
+            assert_eq!(there["snapshots"][0]["state"], "active", "{there:#}");
+            run(&["snapshot", "merge", "one"]);
+        }
+        assert_eq!(std::fs::read_to_string(&xml).unwrap(), before, "round {round}");
+        let nodes = qemu.qmp("query-named-block-nodes", json!({ "flat": true }));
+        assert!(!nodes.to_string().contains("\"dsx-"), "round {round}: {nodes:#}");
+        assert_eq!(qemu.qmp("query-jobs", json!({})), json!([]), "round {round}");
+    }
+    assert!(
+        killed > rounds / 2,
+        "only {killed} of {rounds} were killed at work: the test proves little"
+    );
+    writer.stop();
+    assert_eq!(qemu.status(), "running");
+}
