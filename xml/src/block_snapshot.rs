@@ -244,6 +244,10 @@ impl<'a> SnapshotView<'a> {
         let Some(source) = self.backup_sources.get(&disk.target).or(own) else {
             return Ok(None);
         };
+        // A file in the file system on a device, which nobody mounts: the details say where it is.
+        if matches!(source, Source::Other { .. }) {
+            return Ok(None);
+        }
         // An export gives the disk's own bytes, whatever the image's format.
         let format = if own.is_some_and(|own| own == source) {
             format

@@ -354,6 +354,27 @@ fn a_plan_and_the_methods() {
     ");
 }
 
+/// It has no `<source>`: what is said of it is in its details.
+#[test]
+fn a_file_in_a_device_has_no_backup_source() {
+    let mut snapshot = snapshot();
+    snapshot.disks[1].access = Access::Source {
+        source: Source::Other {
+            kind: "file-in-device".to_owned(),
+        },
+        format: "raw".to_owned(),
+        backing: None,
+    };
+    snapshot.disks[1].details = BTreeMap::from([("path-inside".to_owned(), "/vms/a.raw".to_owned())]);
+    let text = snapshot_document(&SnapshotView::new(&snapshot))
+        .unwrap()
+        .to_string();
+    assert!(
+        text.contains("/vms/a.raw") && !text.contains("<backupSource"),
+        "{text}"
+    );
+}
+
 #[test]
 fn what_xml_cannot_hold_is_refused() {
     let error = Element::new("a").text("bell \u{7}").to_document().unwrap_err();
