@@ -14,6 +14,7 @@ mod report;
 mod scene;
 mod snapshot;
 mod stopwatch;
+mod take;
 mod writes;
 
 use std::path::Path;
@@ -23,8 +24,9 @@ use anyhow::{Result, bail};
 /// A part: its name, and what runs it with a directory for all its files.
 type Part = (&'static str, fn(&Path) -> Result<()>);
 
-const PARTS: [Part; 4] = [
+const PARTS: [Part; 5] = [
     ("snapshot", snapshot::run),
+    ("take", take::run),
     ("writes", writes::run),
     ("read", read::run),
     ("memory", memory::run),

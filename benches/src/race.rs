@@ -55,6 +55,12 @@ impl Rounds {
         Spread::of(of.into_iter().zip(to).map(|(a, b)| a / b).collect())
     }
 
+    /// By how much one measure of one contender exceeds another, taken so many times, round by round.
+    pub(crate) fn excess(&self, of: (&str, &str), times: f64, to: (&str, &str)) -> Spread {
+        let (of, to) = (self.values(of), self.values(to));
+        Spread::of(of.into_iter().zip(to).map(|(a, b)| a - times * b).collect())
+    }
+
     /// The ratio of the best that each did in any round: what is left where other programs had the processor
     /// in most of them.
     pub(crate) fn best(&self, of: (&str, &str), to: (&str, &str)) -> f64 {

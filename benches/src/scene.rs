@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use disksnap_catalog::{SqliteCatalog, StateDir};
 use disksnap_core::{
-    DiskChoice, Disks, Dispatcher, Domain, Registry, Snapshot, SnapshotName, SnapshotRequest,
+    DiskChoice, DiskSnapshot, Disks, Dispatcher, Domain, Registry, Snapshot, SnapshotName, SnapshotRequest,
 };
 use disksnap_hypervisor::{Paths, QemuConnector};
 use disksnap_qemu_fleece::QemuFleece;
@@ -112,8 +112,13 @@ pub(crate) struct Scene {
 }
 
 impl Scene {
-    /// A dispatcher whose state is in this directory.
+    /// A dispatcher whose state is in this directory, for fleeces.
     pub(crate) fn new(domain_xml: &str, state: &Path) -> Result<Self> {
+        Self::with(domain_xml, state, vec![Arc::new(QemuFleece)])
+    }
+
+    /// A dispatcher whose state is in this directory, with these methods.
+    pub(crate) fn with(domain_xml: &str, state: &Path, methods: Vec<Arc<dyn DiskSnapshot>>) -> Result<Self> {
         // As the command line program has it.
         let runtime = Runtime::new()?;
         let state = StateDir::open(Some(state))?;
@@ -124,10 +129,12 @@ impl Scene {
         let watch = Arc::<Stopwatch>::default();
         let timed = || Arc::clone(&watch);
         let mut registry = Registry::empty();
-        registry.add(Arc::new(TimedProvider {
-            inner: Arc::new(QemuFleece),
-            watch: timed(),
-        }))?;
+        for inner in methods {
+            registry.add(Arc::new(TimedProvider {
+                inner,
+                watch: timed(),
+            }))?;
+        }
         let catalog = TimedCatalog {
             inner: Arc::new(runtime.block_on(SqliteCatalog::open(state))?),
             watch: timed(),

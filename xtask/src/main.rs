@@ -27,7 +27,7 @@ const HELP: &str = "\
 ./x demo methods     four disks on four layers, each by its own method, at one instant; needs root
 ./x test [ARGS]      every test; ARGS go to cargo nextest (or cargo test), and only those tests run
 ./x lint             formatting, clippy, documentation, and cargo-deny where it is installed
-./x bench [NAME…]    the benchmarks, or some: snapshot, writes, read, memory
+./x bench [NAME…]    the benchmarks, or some: snapshot, take, writes, read, memory
 ./x fuzz [SECONDS]   every fuzz target for that long (default 30); needs a nightly and cargo-fuzz
 ./x tools            only get the programs and the test guest that tests and demo use
 ./x tools --fresh    get them anew, in the versions the mirror has now
