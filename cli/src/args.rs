@@ -188,7 +188,8 @@ pub(crate) enum SnapshotCommand {
     /// Give a snapshot up by merging it, where the domain's disk stands on it; the guest goes on
     ///
     /// For methods that put an image of the snapshot below the disk (qemu-external-qcow2). A long merge shows how far it
-    /// is; Ctrl-C cancels it, and the disk goes on as before. After a kill, the same command takes it up again.
+    /// is; Ctrl-C cancels it, and the disk goes on as before, but what was copied is in the snapshot's image: it can then only
+    /// be merged to the end. After a kill, the same command takes it up again.
     Merge(Bring),
     /// Put a snapshot's content back into its disks: what was written since is lost
     ///
@@ -244,7 +245,7 @@ pub(crate) enum JobCommand {
         /// Its id
         id: uuid::Uuid,
     },
-    /// Cancel one: its disks go on as before, and the snapshot stays
+    /// Cancel one: its disks go on as before; the snapshot may be good for nothing but to be merged again
     Cancel {
         /// Its id
         id: uuid::Uuid,

@@ -104,7 +104,9 @@ pub trait Merge: fmt::Debug + Send + Sync {
     /// The commands that let the guest's disk go if this process dies within [`Merge::finish`]. Pure.
     fn release(&self, id: SnapshotId, unit: &Unit) -> Vec<Command>;
 
-    /// Stops it; the disk goes on as before the merge, and the snapshot stays. Nothing to cancel is no error.
+    /// Stops it; the disk goes on as before the merge, and keeps standing on the snapshot. What was copied so far may be
+    /// in the base already, so that the snapshot no longer holds its instant: `inspect` says so. Nothing to cancel is
+    /// no error.
     async fn cancel(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()>;
 
     /// After the end: removes what is of no more use, and tells what was changed.

@@ -109,7 +109,8 @@ impl Dispatcher {
         Ok(jobs)
     }
 
-    /// Cancels a merge: the disks go on as before it, and the snapshot stays. Idempotent while the job is known.
+    /// Cancels a merge: the disks go on as before it. A snapshot that has been merged in part no longer holds its
+    /// instant, and says so; it can only be merged to the end. Idempotent while the job is known.
     ///
     /// # Errors
     /// `NotFound` for a job that is not, or not any more, under way.
@@ -481,6 +482,7 @@ fn stopped(left: &[(String, Progress)]) -> Error {
         _ => format!("the merge of {targets} was cancelled"),
     });
     Error::new(ErrorKind::Refused, each.collect::<Vec<_>>().join("; ")).hint(
-        "The disks go on as before, and the snapshot is still there. Merge again once the cause is mended.",
+        "The disks go on as before, and nothing of theirs is lost. The snapshot may hold later data by now, and says so \
+         then: merge it again once the cause is mended.",
     )
 }

@@ -11,7 +11,9 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Alias, BackingStore, Command, Disk, ErrorKind, Host, Merge, Options, Result, Revert, SnapshotId, Source};
+use crate::{
+    Alias, BackingStore, Command, Disk, ErrorKind, Host, Merge, Options, Result, Revert, SnapshotId, Source,
+};
 
 /// A snapshot method.
 ///
