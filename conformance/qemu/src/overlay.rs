@@ -67,7 +67,7 @@ impl fmt::Debug for OverlaySetting {
 impl OverlaySetting {
     /// A connection to the export that stands for the guest's device.
     async fn guest(&self, target: &str) -> Result<Client> {
-        let uri = Uri::unix(&self.inner.guest_socket(), target);
+        let uri = Uri::unix(self.inner.guest_socket(), target);
         let client = Client::connect(&uri, &ConnectOptions::default()).await;
         client.map_err(|e| io(format!("cannot connect to the guest's side of {target}"), e))
     }
@@ -101,10 +101,8 @@ impl OverlaySetting {
             found.ok_or_else(|| Error::new(ErrorKind::Internal, "the fixture's disk has no image"))?;
         if let Some(options) = path.strip_prefix("json:") {
             let options: Value = serde_json::from_str(options).unwrap_or_default();
-            path = options["file"]["filename"]
-                .as_str()
-                .unwrap_or_default()
-                .to_owned();
+            let file = &options["file"]["filename"];
+            file.as_str().unwrap_or_default().clone_into(&mut path);
         }
         Ok((path.into(), format))
     }

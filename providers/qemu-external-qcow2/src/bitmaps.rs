@@ -21,6 +21,7 @@ pub(crate) fn any(graph: &Graph, layer: &LiveLayer) -> bool {
     of(graph, layer).next().is_some()
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "callers write json!({…}) in place")]
 fn action(kind: &str, data: Value) -> Value {
     json!({ "type": format!("block-dirty-bitmap-{kind}"), "data": data })
 }

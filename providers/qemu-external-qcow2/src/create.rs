@@ -73,10 +73,7 @@ pub(crate) async fn choose(
         .map(|request| Image::locate(host, id, request))
         .collect::<Result<_>>()?;
     let state = host.state().await?;
-    let graph = match state.is_active() {
-        true => Some(Graph::read(host).await?),
-        false => None,
-    };
+    let graph = place::graph_of(host, state.is_active()).await?;
     let mut all = Vec::with_capacity(disks.len());
     for (request, image) in disks.iter().zip(images) {
         all.push(match &graph {
@@ -326,10 +323,7 @@ pub(crate) async fn abort(
     prepared: &[Choice],
 ) -> Result<()> {
     let state = host.state().await?;
-    let graph = match state.is_active() {
-        true => Some(Graph::read(host).await?),
-        false => None,
-    };
+    let graph = place::graph_of(host, state.is_active()).await?;
     for request in requests {
         let target = &request.disk.target;
         let known = prepared.iter().find(|choice| choice.target == *target);

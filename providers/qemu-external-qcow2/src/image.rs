@@ -34,21 +34,14 @@ impl Image {
                 mark: Some(mark),
             });
         }
-        let path = match &request.disk.source {
-            Some(Source::File { file }) => {
-                let name = file.file_name().unwrap_or_default().to_string_lossy();
-                file.with_file_name(format!("{}.{}", original(&name), id.short()))
-            }
+        let path = if let Some(Source::File { file }) = &request.disk.source {
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            file.with_file_name(format!("{}.{}", original(&name), id.short()))
+        } else {
             // Nobody wants an image among devices.
-            _ => {
-                let plain: String = request
-                    .disk
-                    .target
-                    .chars()
-                    .filter(char::is_ascii_alphanumeric)
-                    .collect();
-                host.image_dir().join(format!("{id}-{plain}.qcow2"))
-            }
+            let target = request.disk.target.chars();
+            let plain: String = target.filter(char::is_ascii_alphanumeric).collect();
+            host.image_dir().join(format!("{id}-{plain}.qcow2"))
         };
         Ok(Self { path, mark: None })
     }

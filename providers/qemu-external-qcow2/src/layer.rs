@@ -279,6 +279,14 @@ impl Stamp {
         }
     }
 
+    /// The same, saying as little of the time as another of the same file.
+    pub(crate) fn like(self, other: Option<&Self>) -> Self {
+        match other {
+            Some(Self { modified: None, .. }) => self.timeless(),
+            _ => self,
+        }
+    }
+
     /// The same, saying nothing of the time.
     pub(crate) fn timeless(mut self) -> Self {
         self.modified = None;

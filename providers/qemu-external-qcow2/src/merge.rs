@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::busy;
 use crate::image::remove;
 use crate::layer::{self, Layer, Stamp, disk_of, unfit};
-use crate::place::{Place, nodes_of};
+use crate::place::{Place, graph_of, nodes_of};
 use crate::record::{Kin, Record};
 
 /// What merges. It has no state: everything is found by names and paths.
@@ -39,6 +39,8 @@ enum Standing {
         layers: Vec<Layer>,
         /// It did, and was merged.
         merged: bool,
+        /// The block graph, where a hypervisor runs.
+        graph: Option<Graph>,
     },
 }
 
@@ -54,10 +56,10 @@ impl Standing {
     async fn of(host: &dyn Host, record: &Record) -> Result<Self> {
         let active = host.state().await?.is_active();
         let Ok(disk) = host.domain().disk(&record.target) else {
-            return Ok(Self::unknown());
+            return Self::unknown(host, active).await;
         };
         let Some(overlay) = &record.overlay else {
-            return Ok(Self::unknown());
+            return Self::unknown(host, active).await;
         };
         if active {
             let graph = Graph::read(host).await?;
@@ -77,26 +79,27 @@ impl Standing {
                 None => {
                     // After a merge the overlay is still open; after a start from an old document it is not.
                     let open = !nodes_of(&graph, overlay).is_empty();
-                    Self::loose(record, place.images(), open)
+                    Self::loose(record, place.images(), open, Some(graph))
                 }
             };
         }
         let layers = layer::chain_of(disk).map_err(unfit)?;
         match layers.iter().position(|l| l.is_at(overlay)) {
             Some(at) => Ok(Self::Off { layers, at }),
-            None => Self::loose(record, layers, false),
+            None => Self::loose(record, layers, false, None),
         }
     }
 
     /// Nothing of the disk's chain belongs to it.
-    fn unknown() -> Self {
-        Self::Loose {
+    async fn unknown(host: &dyn Host, active: bool) -> Result<Self> {
+        Ok(Self::Loose {
             layers: Vec::new(),
             merged: false,
-        }
+            graph: graph_of(host, active).await?,
+        })
     }
 
-    fn loose(record: &Record, layers: Vec<Layer>, open: bool) -> Result<Self> {
+    fn loose(record: &Record, layers: Vec<Layer>, open: bool, graph: Option<Graph>) -> Result<Self> {
         let on_base = layers.first().is_some_and(|top| top.is_at(&record.base.path));
         let merged = open || record.overlay.as_ref().is_some_and(|overlay| !overlay.exists());
         if let Some(overlay) = record.overlay.as_ref().filter(|_| on_base && !merged) {
@@ -112,19 +115,28 @@ impl Standing {
             .hint("Start the domain from the document that names the overlay; or remove the overlay, and with it what \
                    it holds, and try again."));
         }
-        Ok(Self::Loose { layers, merged })
+        Ok(Self::Loose {
+            layers,
+            merged,
+            graph,
+        })
     }
 }
 
-/// The disk as it is now: before and after a merge it is the same one, whatever image the document names.
+/// The disk as it is now: before and after a merge it is the same one, whatever image the document names. An overlay
+/// that is merged is open still, but nothing uses it.
 fn find(graph: &Graph, disk: &Disk, record: &Record, overlay: &Path) -> Result<Place> {
     let on = |layer: &Layer| Place::find(graph, &disk_of(disk, std::slice::from_ref(layer)));
     let found = Place::find(graph, disk);
-    found.or_else(|error| {
-        on(&Layer::new(overlay, "qcow2"))
-            .or_else(|_| on(&record.base))
-            .map_err(|_| error)
-    })
+    if found.as_ref().is_ok_and(|place| place.is_used) {
+        return found;
+    }
+    let others = [on(&Layer::new(overlay, "qcow2")), on(&record.base)];
+    let mut others: Vec<Place> = others.into_iter().flatten().collect();
+    match others.iter().position(|place| place.is_used) {
+        Some(used) => Ok(others.swap_remove(used)),
+        None => found.or_else(|error| others.into_iter().next().ok_or(error)),
+    }
 }
 
 #[async_trait]
@@ -132,6 +144,10 @@ impl Merge for ExternalMerge {
     async fn start(&self, host: &dyn Host, _: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()> {
         let record = Record::of(unit)?;
         let kin = Kin::of(&record.target, peers)?;
+        // Before the graph is read: what a failed attempt has left of its job goes now, and must not be seen there.
+        if host.state().await?.is_active() && live::is_under_way(host, &record).await? {
+            return Ok(());
+        }
         match Standing::of(host, &record).await? {
             Standing::Loose { merged, .. } => refuse_readers(&record, &kin, merged),
             Standing::Off { layers, .. } => {
@@ -140,9 +156,6 @@ impl Merge for ExternalMerge {
                 crate::qemu_img::program().map(drop)
             }
             Standing::Live(live) => {
-                if live::is_under_way(host, &record).await? {
-                    return Ok(());
-                }
                 refuse_standing_elsewhere(&record, &kin, &live.place.images())?;
                 refuse_without_base(&record)?;
                 live::start(host, &record, &live).await
@@ -152,10 +165,15 @@ impl Merge for ExternalMerge {
 
     async fn progress(&self, host: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<Progress> {
         let record = Record::of(unit)?;
+        if host.state().await?.is_active()
+            && let Some(progress) = live::progress(host, &record).await?
+        {
+            return Ok(progress);
+        }
         match Standing::of(host, &record).await? {
             Standing::Loose { .. } => Ok(Progress::Finished),
             Standing::Off { .. } => off::progress(&record),
-            Standing::Live(_) => live::progress(host, &record).await,
+            Standing::Live(_) => Ok(Progress::Idle),
         }
     }
 
@@ -193,21 +211,25 @@ impl Merge for ExternalMerge {
     ) -> Result<Affected> {
         let record = Record::of(unit)?;
         let kin = Kin::of(&record.target, peers)?;
-        let layers = match Standing::of(host, &record).await? {
-            Standing::Loose { layers, merged } => {
+        let (layers, graph) = match Standing::of(host, &record).await? {
+            Standing::Loose {
+                layers,
+                merged,
+                graph,
+            } => {
                 refuse_readers(&record, &kin, merged)?;
-                layers
+                (layers, graph)
             }
             Standing::Off { mut layers, at } => {
                 if off::progress(&record)? != Progress::Finished {
                     return Err(not_merged());
                 }
                 layers.remove(at);
-                layers
+                (layers, None)
             }
             Standing::Live(_) => return Err(not_merged()),
         };
-        tidy(host, &record).await?;
+        tidy(host, &record, graph.as_ref()).await?;
         affected(host, unit, &record, &kin, layers)
     }
 }
@@ -219,9 +241,10 @@ fn not_merged() -> Error {
 /// What is left of a snapshot that nothing stands on: idempotent.
 pub(crate) async fn delete(host: &dyn Host, record: &Record) -> Result<()> {
     match Standing::of(host, record).await? {
-        Standing::Loose { .. } => tidy(host, record).await,
-        Standing::Off { .. } if off::progress(record)? == Progress::Finished => tidy(host, record).await,
-        Standing::Off { layers, at } if !layers[at].path.exists() => tidy(host, record).await,
+        Standing::Loose { graph, .. } => tidy(host, record, graph.as_ref()).await,
+        Standing::Off { .. } if off::progress(record)? == Progress::Finished => {
+            tidy(host, record, None).await
+        }
         _ => Err(busy(
             "the domain's disk stands on the snapshot",
             "Merge it: `disksnap snapshot merge`.",
@@ -230,26 +253,16 @@ pub(crate) async fn delete(host: &dyn Host, record: &Record) -> Result<()> {
 }
 
 /// Removes the overlay's nodes and file, and a base that nothing else needs. Idempotent.
-async fn tidy(host: &dyn Host, record: &Record) -> Result<()> {
-    let active = host.state().await?.is_active();
-    if active {
+async fn tidy(host: &dyn Host, record: &Record, graph: Option<&Graph>) -> Result<()> {
+    if graph.is_some() {
         crate::jobs::end(host, &record.names().merge()).await?;
     }
     if let Some(overlay) = &record.overlay {
-        let graph = match active {
-            true => Some(Graph::read(host).await?),
-            false => None,
-        };
-        let nodes = graph
-            .as_ref()
-            .map(|graph| nodes_of(graph, overlay))
-            .unwrap_or_default();
+        let nodes = graph.map(|graph| nodes_of(graph, overlay)).unwrap_or_default();
         // The file first: an open node without a file says that the merge had ended.
         remove(overlay)?;
         off::unmark(overlay)?;
-        if let Some(graph) = &graph {
-            live::remove_nodes(host, graph, nodes).await?;
-        }
+        live::remove_nodes(host, nodes).await?;
     } else if record.orphan {
         remove(&record.base.path)?;
     }
@@ -276,7 +289,7 @@ fn affected(
             // What it was read from is in the base now.
             changed.base = record.base.clone();
             changed.below.clone_from(&record.below);
-            changed.stamp = Stamp::of(&changed.base.path)?;
+            changed.stamp = Stamp::of(&changed.base.path)?.map(|stamp| stamp.like(record.stamp.as_ref()));
         }
         if changed.below.first().is_some_and(|layer| layer.is_at(overlay)) {
             // The header of its base names the layer below it, which is another now.

@@ -25,6 +25,8 @@ pub(crate) struct LiveLayer {
 pub(crate) struct Place {
     /// The node that the guest's device, or the export, is attached to.
     pub(crate) root: String,
+    /// Whether a device or an export is.
+    pub(crate) is_used: bool,
     /// Its images, the top one first.
     pub(crate) layers: Vec<LiveLayer>,
     /// The nodes of all of them, filters and files included.
@@ -39,7 +41,8 @@ impl Place {
     /// devices of this host.
     pub(crate) fn find(graph: &Graph, disk: &Disk) -> Result<Self> {
         let found = graph.root_of_disk(disk)?;
-        let root = if found.device.is_some() {
+        let by_device = found.device.is_some();
+        let root = if by_device {
             found.top
         } else {
             // Known by its file alone, it may be what an overlay stands on.
@@ -48,6 +51,7 @@ impl Place {
         let mut place = Self {
             layers: Vec::new(),
             nodes: Vec::new(),
+            is_used: by_device || graph.exports.iter().any(|export| export.node == root),
             root: root.clone(),
         };
         let mut at = Some(root.as_str());
@@ -254,6 +258,15 @@ async fn may_resize(host: &dyn Host, node: &str) -> Result<bool> {
             .is_some_and(|perm| perm.iter().any(|p| p == "resize"))
     };
     Ok(users.into_iter().any(resizes))
+}
+
+/// The block graph, where a hypervisor runs.
+pub(crate) async fn graph_of(host: &dyn Host, active: bool) -> Result<Option<Graph>> {
+    if active {
+        Graph::read(host).await.map(Some)
+    } else {
+        Ok(None)
+    }
 }
 
 /// The bitmaps of a layer that record what is written to it.

@@ -142,7 +142,7 @@ mod tests {
         for (size, format) in [
             (1, "raw"),
             (512, "qcow2"),
-            (3 << 20 | 777, "raw"),
+            ((3 << 20) + 777, "raw"),
             (5 << 40, "qcow2"),
         ] {
             let base = dir.path().join(format!("base.{format}"));

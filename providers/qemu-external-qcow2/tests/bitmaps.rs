@@ -157,7 +157,7 @@ async fn a_cancelled_merge_leaves_them_recording() {
         .await;
     assert_eq!(cancelled.unwrap_err().kind(), disksnap_core::ErrorKind::Refused);
     assert_eq!(looks, 1);
-    assert_eq!(bitmaps(&qemu, BASE)["c1"].1, true);
+    assert!(bitmaps(&qemu, BASE)["c1"].1);
     dirty(&qemu, 3);
     rig.merge("one").await.unwrap();
     assert_eq!(bitmaps(&qemu, BASE)["c1"], (3 * CLUSTER, true, true));

@@ -1,5 +1,7 @@
 //! Merging while a hypervisor has the disk: a commit job, which this process may lose and another find again.
 
+use std::time::Duration;
+
 use disksnap_core::{Command, Error, ErrorKind, Host, Progress, Result};
 use disksnap_hypervisor::Graph;
 use serde_json::json;
@@ -7,9 +9,12 @@ use serde_json::json;
 use super::{Live, Standing};
 use crate::jobs::{self, Job};
 use crate::layer::unfit;
-use crate::place::overlay_root;
+use crate::place::{is_overlay, overlay_root};
 use crate::record::Record;
 use crate::{bitmaps, busy};
+
+/// How long it takes to commit a little.
+const SMALL: Duration = Duration::from_millis(5);
 
 /// Whether the job of this merge is there and has not failed.
 pub(super) async fn is_under_way(host: &dyn Host, record: &Record) -> Result<bool> {
@@ -53,28 +58,32 @@ pub(super) async fn start(host: &dyn Host, record: &Record, live: &Live) -> Resu
     bitmaps::stop(host, graph, overlay, base).await?;
     let started = host.monitor(Command::new("block-commit", commit)).await;
     match started {
-        Ok(_) => Ok(()),
+        Ok(_) => {
+            // Most overlays are small: who looks next finds it ready.
+            tokio::time::sleep(SMALL).await;
+            Ok(())
+        }
         Err(error) => {
             let resumed = bitmaps::resume(host, &Graph::read(host).await?, overlay, base).await;
             let resizes = error.message().contains("'resize'");
             let error = error.rollback_failed(resumed.err().into_iter().collect());
-            Err(match resizes {
-                true => error.hint(
-                    "An export that may resize the disk stands against it: end that export, or merge with \
-                                    the domain off.",
-                ),
-                false => error,
-            })
+            if resizes {
+                return Err(error.hint(
+                    "An export that may resize the disk stands against it: end that export, or merge with the domain \
+                     off.",
+                ));
+            }
+            Err(error)
         }
     }
 }
 
-/// How far the job is.
-pub(super) async fn progress(host: &dyn Host, record: &Record) -> Result<Progress> {
+/// How far the job is, if there is one.
+pub(super) async fn progress(host: &dyn Host, record: &Record) -> Result<Option<Progress>> {
     let Some(job) = jobs::find(host, &record.names().merge()).await? else {
-        return Ok(Progress::Idle);
+        return Ok(None);
     };
-    Ok(match (job.status.as_str(), job.error) {
+    Ok(Some(match (job.status.as_str(), job.error) {
         // An intermediate commit has no `ready`: it waits to be finalized. An active one does after `ready`.
         ("ready" | "standby" | "pending", _) => Progress::Ready,
         ("concluded" | "null", None) => Progress::Finished,
@@ -83,7 +92,7 @@ pub(super) async fn progress(host: &dyn Host, record: &Record) -> Result<Progres
             done: job.current_progress,
             total: job.total_progress.max(job.current_progress),
         },
-    })
+    }))
 }
 
 /// Ends a commit that is ready: from `job-complete` until it is finalized the guest's disk stands still.
@@ -98,25 +107,18 @@ pub(super) async fn finish(host: &dyn Host, record: &Record, live: &Live) -> Res
         jobs::tell(host, &id, "job-complete").await?;
     }
     let settled = |job: &Job| job.status == "pending" || job.has_ended();
-    if let Some(job) = jobs::wait(host, &id, settled).await?
-        && !job.has_ended()
-    {
+    let mut ended = jobs::wait(host, &id, settled).await?;
+    if ended.as_ref().is_some_and(|job| !job.has_ended()) {
         if let Err(error) = finalize(host, &id, live).await {
             // Whatever failed, the guest must not wait for it.
             let failure = jobs::tell(host, &id, "job-cancel").await.err();
             return Err(error.rollback_failed(failure.into_iter().collect()));
         }
-        jobs::wait(host, &id, Job::has_ended).await?;
+        ended = jobs::wait(host, &id, Job::has_ended).await?;
     }
-    match jobs::find(host, &id).await?.and_then(|job| job.error) {
-        None => {
-            // Not dismissed where the disk's chain cannot tell that it has ended well.
-            let merged = !matches!(Standing::of(host, record).await?, Standing::Live(_));
-            if merged {
-                jobs::end(host, &id).await?;
-            }
-            Ok(())
-        }
+    match ended.and_then(|job| job.error) {
+        // From here on the disk's chain says that it has ended well.
+        None => jobs::tell(host, &id, "job-dismiss").await,
         Some(error) => Err(Error::new(
             ErrorKind::Refused,
             format!("the merge failed: {error}"),
@@ -159,25 +161,14 @@ pub(super) async fn cancel(host: &dyn Host, record: &Record) -> Result<()> {
     Ok(())
 }
 
-/// Closes an overlay that nothing uses any more: its format, then its file where that is a node by itself.
-pub(super) async fn remove_nodes(host: &dyn Host, graph: &Graph, nodes: Vec<(String, String)>) -> Result<()> {
+/// Closes an overlay that nothing uses any more: its format, and its file where that is a node by itself.
+pub(super) async fn remove_nodes(host: &dyn Host, nodes: Vec<(String, String)>) -> Result<()> {
     for (format, file) in nodes {
-        for node in [format, file] {
-            let deleted = host
-                .monitor(Command::new("blockdev-del", json!({ "node-name": node })))
-                .await;
-            if let Err(error) = deleted {
-                // The file's node goes with the format's, unless it was added by itself.
-                let left = Graph::read(host).await?;
-                if left.node(&node).is_some() {
-                    let users = left
-                        .parents(&node)
-                        .map(|(parent, _)| parent.name.clone())
-                        .collect::<Vec<_>>();
-                    return Err(error.with("node", &node).with("used by", users.join(", ")));
-                }
-                let _ = graph;
-            }
+        let delete = |node: &str| host.monitor(Command::new("blockdev-del", json!({ "node-name": node })));
+        delete(&format).await.map_err(|e| e.with("node", &format))?;
+        // Ours goes with the format; another was perhaps added by itself, as libvirt does.
+        if !is_overlay(&format) && Graph::read(host).await?.node(&file).is_some() {
+            delete(&file).await.map_err(|e| e.with("node", &file))?;
         }
     }
     Ok(())

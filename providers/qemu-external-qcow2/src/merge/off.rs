@@ -118,9 +118,10 @@ async fn bitmaps_of(layer: &Layer) -> Result<Vec<Bitmap>> {
         Error::new(disksnap_core::ErrorKind::Protocol, "qemu-img info tells no JSON").because(e)
     })?)?;
     let bitmaps = &told["format-specific"]["data"]["bitmaps"];
-    let bitmaps: Vec<Bitmap> = match bitmaps.is_null() {
-        true => Vec::new(),
-        false => remembered(bitmaps)?,
+    let bitmaps: Vec<Bitmap> = if bitmaps.is_null() {
+        Vec::new()
+    } else {
+        remembered(bitmaps)?
     };
     let usable = |bitmap: &Bitmap| !bitmap.flags.iter().any(|flag| flag == "in-use");
     Ok(bitmaps.into_iter().filter(usable).collect())

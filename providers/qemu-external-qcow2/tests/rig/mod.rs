@@ -20,7 +20,7 @@ use disksnap_xml::DomainDocument;
 use serde_json::{Value, json};
 
 /// Longer than any merge's end takes on a loaded machine.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub const DEADLINE: Duration = Duration::from_mins(1);
 
 /// A dispatcher with a state directory of its own, and one domain.
 pub struct Rig {
@@ -190,7 +190,7 @@ pub fn top_of(qemu: &Qemu, target: &str) -> (PathBuf, String) {
         let options: Value = serde_json::from_str(json).unwrap();
         let file = &options["file"];
         if let Some(driver) = file["driver"].as_str().filter(|d| *d != "file") {
-            format = driver.to_owned();
+            driver.clone_into(&mut format);
         }
         let name = |v: &Value| v["filename"].as_str().map(str::to_owned);
         path = name(file).or(name(&file["file"])).or(name(&options)).unwrap();
