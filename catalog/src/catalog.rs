@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Act, Catalog, Change, Definition, DomainId, DomainLock, Error, ErrorKind, Export, Intent, NbdServer,
-    Result, Snapshot, SnapshotId, SnapshotName,
+    Act, Catalog, Change, Definition, DomainId, DomainLock, Error, ErrorKind, Export, Intent, Moved,
+    NbdServer, Result, Snapshot, SnapshotId, SnapshotName,
 };
 use rusqlite::{Connection, OptionalExtension, Params, Transaction, params};
 use serde::de::DeserializeOwned;
@@ -265,6 +265,16 @@ impl Catalog for SqliteCatalog {
                 let mut query = c.prepare_cached(query)?;
                 let id: Option<String> = query.query_row([domain, name], |row| row.get(0)).optional()?;
                 Ok(id.and_then(|id| Uuid::parse_str(&id).ok()).map(SnapshotId))
+            })
+            .await
+    }
+
+    async fn moves(&self, domain: &DomainId) -> Result<Vec<Moved>> {
+        let domain = domain.uuid.to_string();
+        let query = "SELECT version, record FROM moves WHERE domain = ?1 ORDER BY seq";
+        self.database
+            .read("cannot look for the domain's disks", move |c| {
+                records("move", c, query, [domain])
             })
             .await
     }

@@ -2,7 +2,9 @@
 
 use std::time::SystemTime;
 
-use disksnap_core::{Alias, Change, DomainId, Error, ErrorKind, Export, NbdServer, Snapshot, SnapshotId};
+use disksnap_core::{
+    Alias, Change, DomainId, Error, ErrorKind, Export, Moved, NbdServer, Snapshot, SnapshotId,
+};
 use rusqlite::{OptionalExtension, Transaction, params};
 
 use crate::fault::Outcome;
@@ -11,11 +13,15 @@ use crate::record;
 /// How many deleted snapshots a domain's catalog remembers by name.
 pub(crate) const TOMBSTONES: i64 = 1000;
 
+/// How many former places of a domain's disks its catalog remembers.
+const MOVES: i64 = 1000;
+
 /// Applies one change.
 pub(crate) fn apply(to: &Transaction<'_>, domain: &DomainId, change: &Change) -> Outcome<()> {
     match change {
         Change::AddSnapshot(snapshot) => add_snapshot(to, domain, snapshot),
         Change::RemoveSnapshot(id) => remove_snapshot(to, domain, *id),
+        Change::Move(moved) => add_move(to, domain, moved),
         Change::SetServer(server) => set_server(to, domain, server),
         Change::ClearServer => clear_server(to, domain),
         Change::AddExport(export) => add_export(to, domain, export),
@@ -88,6 +94,31 @@ fn remove_snapshot(from: &Transaction<'_>, domain: &DomainId, id: SnapshotId) ->
          (SELECT seq FROM tombstones WHERE domain = ?1 ORDER BY seq DESC LIMIT 1 OFFSET ?2)",
     )?
     .execute(params![uuid, TOMBSTONES])?;
+    Ok(())
+}
+
+fn add_move(to: &Transaction<'_>, domain: &DomainId, moved: &Moved) -> Outcome<()> {
+    let (uuid, target) = (domain.uuid.to_string(), &moved.disk.target);
+    // What is the disk now is not old any more.
+    if let Some(now) = &moved.disk.source {
+        to.prepare_cached("DELETE FROM moves WHERE domain = ?1 AND target = ?2 AND source = ?3")?
+            .execute(params![uuid, target, record::write("source", now)?])?;
+    }
+    to.prepare_cached(
+        "INSERT OR REPLACE INTO moves (domain, target, source, version, record) VALUES (?1, ?2, ?3, ?4, ?5)",
+    )?
+    .execute(params![
+        uuid,
+        target,
+        record::write("source", &moved.from)?,
+        record::VERSION,
+        record::write("move", moved)?
+    ])?;
+    to.prepare_cached(
+        "DELETE FROM moves WHERE domain = ?1 AND seq <=
+         (SELECT seq FROM moves WHERE domain = ?1 ORDER BY seq DESC LIMIT 1 OFFSET ?2)",
+    )?
+    .execute(params![uuid, MOVES])?;
     Ok(())
 }
 

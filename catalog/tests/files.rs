@@ -178,7 +178,7 @@ async fn a_newer_catalog_is_refused_and_left() {
     let error = refused(&dir).await;
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(error.message().contains("version 99"), "{error}");
-    edit(&dir, "PRAGMA user_version = 1");
+    edit(&dir, "PRAGMA user_version = 2");
     let catalog = SqliteCatalog::open(dir).await.unwrap();
     assert_eq!(catalog.snapshots(&domain("vm")).await.unwrap().len(), 100);
 }

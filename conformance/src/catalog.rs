@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Alias, Catalog, Change, Definition, DomainId, DomainLock, Error, ErrorKind, Export, Intent, NbdServer,
-    Result, Snapshot, SnapshotId, SnapshotName,
+    Alias, Catalog, Change, Definition, DomainId, DomainLock, Error, ErrorKind, Export, Intent, Moved,
+    NbdServer, Result, Snapshot, SnapshotId, SnapshotName,
 };
 use uuid::Uuid;
 
@@ -34,6 +34,7 @@ struct Records {
 
 #[derive(Debug, Clone, Default)]
 struct OfDomain {
+    moves: Vec<Moved>,
     snapshots: Vec<Snapshot>,
     deleted: Vec<(SnapshotName, SnapshotId)>,
     server: Option<NbdServer>,
@@ -178,6 +179,10 @@ impl Catalog for MemoryCatalog {
         }))
     }
 
+    async fn moves(&self, domain: &DomainId) -> Result<Vec<Moved>> {
+        Ok(self.of(domain, |d| d.moves.clone()))
+    }
+
     async fn lease(&self) -> Result<(Uuid, Box<dyn DomainLock>)> {
         let id = Uuid::new_v4();
         self.records().leases.insert(id);
@@ -217,6 +222,14 @@ impl OfDomain {
             Change::RemoveSnapshot(id) => {
                 let gone = self.snapshots.extract_if(.., |s| s.id == *id);
                 self.deleted.extend(gone.map(|s| (s.name, s.id)));
+            }
+            Change::Move(moved) => {
+                let now = &moved.disk;
+                self.moves.retain(|known| {
+                    known.disk.target != now.target
+                        || (known.from != moved.from && Some(&known.from) != now.source.as_ref())
+                });
+                self.moves.push(moved.clone());
             }
             Change::SetServer(server) => self.server = Some(server.clone()),
             Change::ClearServer => self.server = None,

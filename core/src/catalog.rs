@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
-    Alias, Attached, DiskRequest, Domain, DomainId, Export, NbdServer, Prepared, Result, Snapshot,
-    SnapshotId, SnapshotName,
+    Alias, Attached, Disk, DiskRequest, Domain, DomainId, Export, NbdServer, Prepared, Result, Snapshot,
+    SnapshotId, SnapshotName, Source,
 };
 
 /// The durable catalog. Every method is one atomic, durable step: after a kill it has happened or not.
@@ -45,6 +45,9 @@ pub trait Catalog: fmt::Debug + Send + Sync {
     /// The snapshot of this name that was deleted last, if the catalog still remembers one.
     async fn deleted(&self, domain: &DomainId, name: &SnapshotName) -> Result<Option<SnapshotId>>;
 
+    /// Where the domain's disks have gone, the latest last.
+    async fn moves(&self, domain: &DomainId) -> Result<Vec<Moved>>;
+
     /// A lease that lives as long as the returned value, and ends with the process.
     async fn lease(&self) -> Result<(Uuid, Box<dyn DomainLock>)>;
 
@@ -68,6 +71,15 @@ pub struct Definition {
     pub id: DomainId,
     /// The document as it was given.
     pub document: String,
+}
+
+/// A disk of a domain that has become another: a document that names the old one is out of date.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moved {
+    /// Where its bytes were.
+    pub from: Source,
+    /// The disk as the domain uses it since.
+    pub disk: Disk,
 }
 
 /// What is about to be done; written before the first act.
@@ -178,6 +190,8 @@ pub enum Change {
     AddSnapshot(Box<Snapshot>),
     /// A snapshot is gone, or never was.
     RemoveSnapshot(SnapshotId),
+    /// A disk has become another; what was known to lead away from that one is forgotten.
+    Move(Moved),
     /// The domain's NBD server is this.
     SetServer(NbdServer),
     /// The domain has no NBD server.

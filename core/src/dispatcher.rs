@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::names::nearest;
 use crate::resolve::resolve;
-use crate::standing::{present, refuse_stale};
+use crate::standing::Standing;
 use crate::window::{self, Instantly, Take};
 use crate::{
     Act, Altered, Catalog, Change, Connector, Consistency, Control, Disk, DiskRequest, DiskSnapshotRecord,
@@ -143,8 +143,8 @@ impl Dispatcher {
     /// The domain's disks as it uses them now, where a snapshot, merge or revert has changed what its document says.
     /// Empty when the document is up to date.
     pub async fn outdated(&self, domain: &Domain) -> Result<Vec<Disk>> {
-        let snapshots = self.catalog.snapshots(&domain.id).await?;
-        let now = domain.disks.iter().map(|disk| (disk, present(disk, &snapshots)));
+        let standing = self.standing(&domain.id).await?;
+        let now = domain.disks.iter().map(|disk| (disk, standing.present(disk)));
         Ok(now
             .filter(|(said, now)| *said != now)
             .map(|(_, now)| now)
@@ -290,7 +290,9 @@ impl Dispatcher {
     ) -> Result<Plan> {
         let plan = resolve(control, &self.registry, request, &aliases(existing)).await?;
         let disks = plan.disks.iter().map(|planned| &planned.request.disk);
-        refuse_stale(state, disks, existing)?;
+        let moves = self.catalog.moves(&control.domain().id).await?;
+        let snapshots = existing.to_vec();
+        Standing { snapshots, moves }.refuse_stale(state, disks)?;
         Ok(plan)
     }
 

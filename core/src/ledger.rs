@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use crate::{
-    Affected, Change, Disk, Error, ErrorKind, Peer, Result, Snapshot, SnapshotId, SnapshotName, Unit,
+    Affected, Change, Disk, Domain, Error, ErrorKind, Moved, Peer, Result, Snapshot, SnapshotId,
+    SnapshotName, Unit,
 };
 
 /// What a merge or a revert did, for the caller.
@@ -74,19 +75,24 @@ pub(crate) fn chosen(snapshot: &Snapshot, targets: &[String]) -> Result<Vec<Entr
 
 /// A domain's snapshots while some of their units change.
 #[derive(Debug)]
-pub(crate) struct Ledger {
+pub(crate) struct Ledger<'a> {
     snapshots: Vec<Snapshot>,
     touched: BTreeSet<SnapshotId>,
     of: SnapshotId,
+    /// As its document had it when the act began.
+    domain: &'a Domain,
+    moves: Vec<Moved>,
     altered: Altered,
 }
 
-impl Ledger {
-    pub(crate) fn new(snapshots: Vec<Snapshot>, of: SnapshotId) -> Self {
+impl<'a> Ledger<'a> {
+    pub(crate) fn new(snapshots: Vec<Snapshot>, of: SnapshotId, domain: &'a Domain) -> Self {
         Self {
             snapshots,
             touched: BTreeSet::new(),
             of,
+            domain,
+            moves: Vec::new(),
             altered: Altered::default(),
         }
     }
@@ -124,9 +130,27 @@ impl Ledger {
             let key = unit.unit.clone();
             self.put(snapshot, &entry.method, &key, Some(unit));
         }
+        for disk in &disks {
+            self.moved(entry, disk);
+        }
         self.altered.disks.extend(disks);
         self.altered.deferred.extend(deferred);
         self.altered.warnings.extend(warnings);
+    }
+
+    /// Remembers what a document may still name: what it named when this began, and what the unit had made of that.
+    fn moved(&mut self, entry: &Entry, disk: &Disk) {
+        let said = self.domain.disks.iter().find(|d| d.target == disk.target);
+        let made = entry.unit.disks.iter().find(|d| d.target == disk.target);
+        let made = made.and_then(|result| result.modified.as_ref());
+        let former = [said, made]
+            .into_iter()
+            .flatten()
+            .filter_map(|d| d.source.clone());
+        for from in former.filter(|from| Some(from) != disk.source.as_ref()) {
+            let disk = disk.clone();
+            self.moves.push(Moved { from, disk });
+        }
     }
 
     fn put(&mut self, id: SnapshotId, method: &str, key: &str, unit: Option<Unit>) {
@@ -146,7 +170,7 @@ impl Ledger {
 
     /// What to write into the catalog, and what to tell the caller.
     pub(crate) fn close(mut self) -> (Vec<Change>, Altered) {
-        let mut changes = Vec::new();
+        let mut changes: Vec<Change> = self.moves.drain(..).map(Change::Move).collect();
         self.altered.gone = !self
             .snapshots
             .iter()

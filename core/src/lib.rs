@@ -38,7 +38,7 @@ mod wanted;
 mod window;
 
 pub use accessors::{Affected, Merge, Peer, Progress, Revert};
-pub use catalog::{Act, Catalog, Change, Definition, DomainLock, Intent, Part};
+pub use catalog::{Act, Catalog, Change, Definition, DomainLock, Intent, Moved, Part};
 pub use disk::{DeviceKind, Disk, Driver, MethodChoice, Options};
 
 pub use dispatcher::{Deleted, Deletion, Dispatcher, Inspected};

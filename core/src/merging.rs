@@ -12,7 +12,6 @@ use uuid::Uuid;
 
 use crate::dispatcher::Held;
 use crate::ledger::{Altered, Entry, Ledger, chosen, refuse_exported};
-use crate::standing::refuse_stale;
 use crate::{
     Act, Command, Control, Dispatcher, Domain, DomainId, DomainLock, Effect, Error, ErrorKind, Guard, Intent,
     Merge, Progress, Result, Snapshot, SnapshotId, SnapshotName, Watch,
@@ -211,9 +210,10 @@ impl Dispatcher {
         };
         self.settle_leftovers_but(&held, &domain.id, Some(id)).await?;
         refuse_exported(name, &self.catalog.exports(&domain.id).await?, snapshot.id)?;
-        let snapshots = self.catalog.snapshots(&domain.id).await?;
         let own = domain.disks.iter().filter(|d| snapshot.disk(&d.target).is_some());
-        refuse_stale(&control.state().await?, own, &snapshots)?;
+        let standing = self.standing(&domain.id).await?;
+        standing.refuse_stale(&control.state().await?, own)?;
+        let snapshots = standing.snapshots;
         let parts = self.merging(chosen(&snapshot, targets)?)?;
         let (lease, guard) = self.catalog.lease().await?;
         let act = Act::Merge {
@@ -229,7 +229,7 @@ impl Dispatcher {
             act,
         };
         self.catalog.intend(&intent).await?;
-        let ledger = Ledger::new(snapshots, snapshot.id);
+        let ledger = Ledger::new(snapshots, snapshot.id, domain);
         let mut begun = Ok(());
         for part in &parts {
             let peers = ledger.peers(&part.entry);
@@ -333,7 +333,7 @@ impl Dispatcher {
         parts: Vec<Part>,
     ) -> Result<Settled> {
         let (control, domain) = (&*held.control, &intent.domain.id);
-        let mut ledger = Ledger::new(self.catalog.snapshots(domain).await?, id);
+        let mut ledger = Ledger::new(self.catalog.snapshots(domain).await?, id, &intent.domain);
         let mut left = Vec::new();
         for Part { entry, merge } in parts {
             let named = |error: Error| error.by(&entry.method).leaving(Effect::Unknown);

@@ -7,7 +7,6 @@ use uuid::Uuid;
 
 use crate::dispatcher::Held;
 use crate::ledger::{Altered, Entry, Ledger, chosen, refuse_exported};
-use crate::standing::refuse_stale;
 use crate::{
     Act, Dispatcher, Domain, Effect, Error, ErrorKind, Intent, Result, Revert, Snapshot, SnapshotName,
 };
@@ -43,7 +42,7 @@ impl Dispatcher {
         let entries = chosen(&snapshot, targets)?;
         let state = held.control.state().await?;
         let own = domain.disks.iter().filter(|d| snapshot.disk(&d.target).is_some());
-        refuse_stale(&state, own, &self.catalog.snapshots(&domain.id).await?)?;
+        self.standing(&domain.id).await?.refuse_stale(&state, own)?;
         for entry in &entries {
             self.reverting(entry)?;
             let disk = &entry.unit.disks[0].target;
@@ -75,7 +74,7 @@ impl Dispatcher {
         entries: &[Entry],
     ) -> Result<Altered> {
         let domain = &intent.domain.id;
-        let mut ledger = Ledger::new(self.catalog.snapshots(domain).await?, snapshot.id);
+        let mut ledger = Ledger::new(self.catalog.snapshots(domain).await?, snapshot.id, &intent.domain);
         let mut done = Vec::new();
         for entry in entries {
             let peers = ledger.peers(entry);

@@ -3,70 +3,99 @@
 //! A snapshot that changed the domain's disk left the former one as its base. A document from before still names
 //! that base: starting the domain from it would write to the base and destroy the snapshot.
 
-use crate::{Access, Disk, Error, ErrorKind, Result, RunState, Snapshot};
+use crate::{Access, Disk, Dispatcher, DomainId, Error, ErrorKind, Moved, Result, RunState, Snapshot};
 
-/// The disk that a snapshot has put in the place of this one, if any has.
-fn successor<'a>(disk: &Disk, snapshots: &'a [Snapshot]) -> Option<(&'a Snapshot, &'a Disk)> {
-    let of = |snapshot: &'a Snapshot| {
-        let record = snapshot.disk(&disk.target)?;
-        let modified = record.modified_disk.as_ref()?;
-        match &record.access {
-            Access::Source { source, .. }
-                if Some(source) == disk.source.as_ref() && modified.source != disk.source =>
-            {
-                Some((snapshot, modified))
+/// What the records tell of where a domain's disks are.
+#[derive(Debug)]
+pub(crate) struct Standing {
+    pub(crate) snapshots: Vec<Snapshot>,
+    pub(crate) moves: Vec<Moved>,
+}
+
+impl Standing {
+    /// The disk that has taken the place of this one, if any has, and the snapshot that stands on this one, if one does.
+    fn successor(&self, disk: &Disk) -> Option<(Option<&Snapshot>, &Disk)> {
+        let of = |snapshot: &'_ Snapshot| {
+            let record = snapshot.disk(&disk.target)?;
+            let modified = record.modified_disk.as_ref()?;
+            let here = matches!(&record.access, Access::Source { source, .. } if Some(source) == disk.source.as_ref());
+            (here && modified.source != disk.source).then_some(())
+        };
+        let stands = self
+            .snapshots
+            .iter()
+            .rev()
+            .find(|snapshot| of(snapshot).is_some());
+        if let Some(snapshot) = stands {
+            let now = snapshot.disk(&disk.target)?.modified_disk.as_ref()?;
+            return Some((Some(snapshot), now));
+        }
+        let moved = |moved: &&Moved| {
+            moved.disk.target == disk.target
+                && Some(&moved.from) == disk.source.as_ref()
+                && moved.disk.source != disk.source
+        };
+        self.moves
+            .iter()
+            .rev()
+            .find(moved)
+            .map(|moved| (None, &moved.disk))
+    }
+
+    /// The disk as the domain uses it now: what the records say has taken the place of what the document says.
+    pub(crate) fn present(&self, disk: &Disk) -> Disk {
+        let mut present = disk.clone();
+        // Every step is a record's, so there are no more of them than records.
+        for _ in 0..self.snapshots.len() + self.moves.len() {
+            match self.successor(&present) {
+                Some((_, next)) => present = next.clone(),
+                None => break,
             }
-            _ => None,
         }
-    };
-    snapshots.iter().rev().find_map(of)
+        present
+    }
+
+    /// Refuses a document that names the base of a snapshot, or an image that is no more, as the disk of a domain that
+    /// is off. A domain that runs is asked itself what its disks are.
+    pub(crate) fn refuse_stale<'a>(
+        &self,
+        state: &RunState,
+        disks: impl IntoIterator<Item = &'a Disk>,
+    ) -> Result<()> {
+        if state.is_active() {
+            return Ok(());
+        }
+        for disk in disks {
+            let Some((snapshot, _)) = self.successor(disk) else {
+                continue;
+            };
+            let stands = snapshot.map_or_else(String::new, |s| {
+                format!("the snapshot '{}' stands on that, and ", s.name)
+            });
+            let message = format!(
+                "the domain's document is out of date: it says that the disk is {}, but {stands}the disk is {} now",
+                place(disk),
+                place(&self.present(disk))
+            );
+            return Err(Error::new(ErrorKind::Invalid, message)
+                .with("disk", &disk.target)
+                .hint(
+                    "Bring the document up to date with `disksnap domain update`, and do not start the domain before: \
+                     it would write to the snapshot.",
+                ));
+        }
+        Ok(())
+    }
 }
 
-/// The disk as the domain uses it now: what the records say has taken the place of what the document says.
-#[must_use]
-pub(crate) fn present(disk: &Disk, snapshots: &[Snapshot]) -> Disk {
-    let mut present = disk.clone();
-    // A record leads one step up a chain, and no chain has more steps than there are records.
-    for _ in snapshots {
-        match successor(&present, snapshots) {
-            Some((_, next)) => present = next.clone(),
-            None => break,
-        }
+impl Dispatcher {
+    /// What is known of where a domain's disks are.
+    pub(crate) async fn standing(&self, domain: &DomainId) -> Result<Standing> {
+        Ok(Standing {
+            snapshots: self.catalog.snapshots(domain).await?,
+            moves: self.catalog.moves(domain).await?,
+        })
     }
-    present
-}
-
-/// Refuses a document that names the base of a snapshot as the disk of a domain that is off.
-///
-/// A domain that runs is asked itself what its disks are.
-pub(crate) fn refuse_stale<'a>(
-    state: &RunState,
-    disks: impl IntoIterator<Item = &'a Disk>,
-    snapshots: &[Snapshot],
-) -> Result<()> {
-    if state.is_active() {
-        return Ok(());
-    }
-    for disk in disks {
-        if let Some((snapshot, now)) = successor(disk, snapshots) {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!(
-                    "the domain's document is out of date: it says that the disk is {}, but the snapshot '{}' stands \
-                     on that, and the disk is {} now",
-                    place(disk),
-                    snapshot.name,
-                    place(now)
-                ),
-            )
-            .with("disk", &disk.target)
-            .hint(
-                "Bring the document up to date with `disksnap domain update`, and do not start the domain before: it \
-                 would write to the snapshot.",
-            ));
-        }
-    }
-    Ok(())
 }
 
 fn place(disk: &Disk) -> String {

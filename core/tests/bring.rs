@@ -369,3 +369,27 @@ async fn a_broken_snapshot_does_not_go_back() {
     let error = scene.dispatcher.revert(&scene.domain, &name_of("s"), &[]).await;
     assert_eq!(error.unwrap_err().kind(), ErrorKind::Broken);
 }
+
+#[tokio::test]
+async fn a_document_that_names_a_merged_overlay_is_brought_up_to_date() {
+    let (scene, _) = scene(RunState::Running);
+    let request = named("s", [by("vda", "a")]);
+    scene.create(&request).await.unwrap();
+    let mut old = scene.domain.clone();
+    old.replace_disk(overlay("vda", request.id));
+    merge(&scene, &[]).await.unwrap();
+    assert_eq!(scene.dispatcher.outdated(&old).await.unwrap(), [disk("vda")]);
+    assert!(scene.dispatcher.outdated(&scene.domain).await.unwrap().is_empty());
+    // Off, the overlay that is no more is refused as the disk.
+    scene.connector.set_state(RunState::Off);
+    let error = scene.dispatcher.create(&old, &named("t", [by("vda", "b")])).await;
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::Invalid);
+    // A way that leads back to what the disk is now is forgotten.
+    scene.connector.set_state(RunState::Running);
+    let again = named("u", [by("vda", "a")]);
+    scene.create(&again).await.unwrap();
+    assert_eq!(
+        scene.dispatcher.outdated(&old).await.unwrap(),
+        [overlay("vda", again.id)]
+    );
+}

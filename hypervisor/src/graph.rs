@@ -205,9 +205,13 @@ impl Graph {
         chain
     }
 
-    /// The jobs that work on any of these nodes, or on some that QEMU does not tell.
+    /// The jobs that work on any of these nodes, or on some that QEMU does not tell. One that has ended, and only
+    /// waits to be dismissed, works on nothing.
     pub fn jobs_on<'a>(&'a self, nodes: &'a [String]) -> impl Iterator<Item = &'a Job> {
-        let concerned = |job: &&Job| job.nodes.is_empty() || job.nodes.iter().any(|n| nodes.contains(n));
+        let concerned = |job: &&Job| {
+            let ended = matches!(job.status.as_str(), "concluded" | "null");
+            !ended && (job.nodes.is_empty() || job.nodes.iter().any(|n| nodes.contains(n)))
+        };
         self.jobs.iter().filter(concerned)
     }
 }
