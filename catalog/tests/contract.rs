@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use common::{catalog, definition, domain, export, intent, name, server, snapshot, state};
 use disksnap_catalog::SqliteCatalog;
-use disksnap_core::{Act, Alias, Catalog, Change, DomainId, ErrorKind, Snapshot, SnapshotId};
+use disksnap_core::{
+    Act, Alias, Catalog, Change, Disk, DomainId, ErrorKind, Moved, Snapshot, SnapshotId, Source,
+};
 use uuid::Uuid;
 
 async fn add(catalog: &SqliteCatalog, domain: &DomainId, snapshot: &Snapshot) {
@@ -359,4 +361,39 @@ async fn ten_thousand_snapshots_of_one_domain_are_listed() {
     let found = catalog.snapshots(&vm).await.unwrap();
     assert_eq!(found.len(), 10_000);
     assert!(found.is_sorted_by_key(|snapshot| snapshot.created));
+}
+
+#[tokio::test]
+async fn a_disk_s_ways_are_remembered_and_none_leads_away_from_what_it_is() {
+    let (_temp, catalog) = catalog().await;
+    let vm = domain("vm");
+    let at = |path: &str| Source::File { file: path.into() };
+    let moved = |from: &str, to: &str| Moved {
+        from: at(from),
+        disk: Disk::new("vda", at(to)),
+    };
+    let settle = |moved: Moved| {
+        let (catalog, vm) = (&catalog, &vm);
+        async move {
+            let change = [Change::Move(moved)];
+            catalog.settle(Uuid::nil(), vm, &change).await.unwrap();
+            catalog.moves(vm).await.unwrap()
+        }
+    };
+    assert_eq!(settle(moved("/a", "/b")).await, [moved("/a", "/b")]);
+    assert_eq!(
+        settle(moved("/b", "/c")).await,
+        [moved("/a", "/b"), moved("/b", "/c")]
+    );
+    // Back at the first: nothing leads away from it any more.
+    assert_eq!(
+        settle(moved("/c", "/a")).await,
+        [moved("/b", "/c"), moved("/c", "/a")]
+    );
+    // One way from each place; another domain's disks are not concerned.
+    assert_eq!(
+        settle(moved("/c", "/d")).await,
+        [moved("/b", "/c"), moved("/c", "/d")]
+    );
+    assert!(catalog.moves(&domain("other")).await.unwrap().is_empty());
 }
