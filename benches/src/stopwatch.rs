@@ -6,7 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use disksnap_core::{Catalog, Change, Command, Connector, Control, Definition, Disk, DiskNode, DiskRequest, DiskSnapshot, Domain, DomainId, DomainLock, Export, Freeze, Guard, Health, Host, Hotplug, ImageServer, Intent, Merge, Method, Moved, NbdServer, Owner, Prepared, Probe, Result, Revert, RunState, ServeNode, Snapshot, SnapshotId, SnapshotName, TakePlan, Taken, Unit, Verdict, Watch};
+use disksnap_core::{
+    Catalog, Change, Command, Connector, Control, Definition, Disk, DiskNode, DiskRequest, DiskSnapshot,
+    Domain, DomainId, DomainLock, Export, Freeze, Guard, Health, Host, Hotplug, ImageServer, Intent, Merge,
+    Method, Moved, NbdServer, Owner, Prepared, Probe, Result, Revert, RunState, ServeNode, Snapshot,
+    SnapshotId, SnapshotName, TakePlan, Taken, Unit, Verdict, Watch,
+};
 use serde_json::Value;
 use uuid::Uuid;
 

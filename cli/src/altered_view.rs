@@ -65,19 +65,16 @@ impl DiskView {
 
 impl Text for AlteredView {
     fn text(&self) -> String {
-        let mut text = format!("{} {}\n", self.what, self.snapshot);
-        for why in &self.deferred {
-            text += &format!("not yet: {why}\n");
+        let mut lines = vec![format!("{} {}", self.what, self.snapshot)];
+        lines.extend(self.deferred.iter().map(|why| format!("not yet: {why}")));
+        let disk = |disk: &DiskView| format!("{}: the disk is now {}", disk.target, disk.line);
+        lines.extend(self.disks.iter().map(disk));
+        if self.ended.is_empty() {
+            lines.push("the snapshot remains".to_owned());
+        } else if !self.gone {
+            lines.push(format!("the snapshot remains, without {}", self.ended.join(", ")));
         }
-        for disk in &self.disks {
-            text += &format!("{}: the disk is now {}\n", disk.target, disk.line);
-        }
-        if !self.gone && !self.ended.is_empty() {
-            text += &format!("the snapshot remains, without {}\n", self.ended.join(", "));
-        } else if self.ended.is_empty() {
-            text += "the snapshot remains\n";
-        }
-        text
+        lines.join("\n") + "\n"
     }
 }
 

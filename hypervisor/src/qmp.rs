@@ -248,6 +248,9 @@ impl Shared {
     }
 }
 
+/// How many messages to others are read past before a greeting.
+const LATE_ANSWERS: usize = 1000;
+
 /// One connection, from its greeting on. Dropping it closes it, whoever else holds duplicates.
 #[derive(Debug)]
 pub(crate) struct Connection {
@@ -472,15 +475,23 @@ pub(crate) fn duplicate(stream: &impl AsFd) -> io::Result<OwnedFd> {
     stream.as_fd().try_clone_to_owned()
 }
 
+/// Reads up to the greeting. What a QEMU was still doing for a client that has gone it answers to whoever is connected
+/// then, also before it greets; and an event may come in between.
 async fn greeting(reader: &mut BufReader<OwnedReadHalf>) -> std::result::Result<(), Lost> {
     let mut buffer = Vec::new();
-    let greeting = next_message(reader, &mut buffer).await?;
-    if greeting.get("QMP").is_some() {
-        return Ok(());
+    for _ in 0..LATE_ANSWERS {
+        let message = next_message(reader, &mut buffer).await?;
+        let is = |key: &str| message.get(key).is_some();
+        if is("QMP") {
+            return Ok(());
+        }
+        if !(is("event") || is("id") && (is("return") || is("error"))) {
+            let what = excerpt(message.to_string().as_bytes());
+            return Err(Lost::Nonsense(format!("it greets with {what}")));
+        }
     }
     Err(Lost::Nonsense(format!(
-        "it greets with {}",
-        excerpt(greeting.to_string().as_bytes())
+        "it does not greet within {LATE_ANSWERS} messages"
     )))
 }
 

@@ -481,6 +481,33 @@ async fn a_monitor_that_closes_a_new_connection_is_connected_to_again() {
     assert_eq!(answer["connection"], 4);
 }
 
+/// What QEMU was doing for a client that was killed: the real one answers the next one so now and then only.
+#[tokio::test]
+async fn answers_to_somebody_gone_may_come_before_the_greeting() {
+    let place = Place::new();
+    let path = peer(place.dir.path(), |mut stream| {
+        writeln!(
+            stream,
+            "{}",
+            json!({"return": [], "id": 2_151_882_957_172_506_u64})
+        )
+        .unwrap();
+        writeln!(
+            stream,
+            "{}",
+            json!({"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 2}})
+        )
+        .unwrap();
+        writeln!(stream, "{GREETING}").unwrap();
+        for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+            let command: Value = serde_json::from_str(&line.unwrap()).unwrap();
+            writeln!(stream, "{}", json!({"return": "mine", "id": command["id"]})).unwrap();
+        }
+    });
+    let session = Session::new(path, Timeouts::default());
+    assert_eq!(session.execute(Command::bare("a")).await.unwrap(), "mine");
+}
+
 #[tokio::test]
 async fn a_pause_that_is_not_confirmed_is_taken_back() {
     let qemu = Qemu::builder().start();

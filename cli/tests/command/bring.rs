@@ -150,7 +150,7 @@ fn overlays_of_a_domain_that_is_off_are_merged_reverted_and_deleted_and_the_docu
         "--to",
         &arg(&to),
     ]);
-    assert!(std::fs::read(&to).unwrap() == [1; MIB as usize]);
+    assert!(std::fs::read(&to).unwrap() == vec![1; 1 << 20]);
     write(&xml, 4);
     // The middle of the chain goes, and the disk keeps its content.
     let merged = run(&["snapshot", "merge", "one"]);
