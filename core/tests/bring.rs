@@ -15,7 +15,7 @@ use serde_json::json;
 use scene::standing::{Merges, overlay};
 use scene::{FakeMethod, Plan, Scene, by, by_two_methods, disk, name_of, named};
 
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_mins(1);
 
 /// `a` puts the disk on an overlay, `b` does not.
 fn scene(state: RunState) -> (Scene, Merges) {

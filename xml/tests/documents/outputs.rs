@@ -366,9 +366,7 @@ fn a_file_in_a_device_has_no_backup_source() {
         backing: None,
     };
     snapshot.disks[1].details = BTreeMap::from([("path-inside".to_owned(), "/vms/a.raw".to_owned())]);
-    let text = snapshot_document(&SnapshotView::new(&snapshot))
-        .unwrap()
-        .to_string();
+    let text = snapshot_document(&SnapshotView::new(&snapshot)).unwrap();
     assert!(
         text.contains("/vms/a.raw") && !text.contains("<backupSource"),
         "{text}"
