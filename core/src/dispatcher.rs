@@ -191,6 +191,8 @@ impl Dispatcher {
             self.delete_held(&held, domain, &snapshot).await?;
             return Ok(deletion);
         }
+        self.refuse_attached(&domain.id, |export| export.snapshot == snapshot.id)
+            .await?;
         let stopped = self
             .unserve_snapshot(&*held.control, &domain.id, snapshot.id)
             .await?;
