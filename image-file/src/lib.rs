@@ -3,9 +3,12 @@
 //!
 //! [`ImageFile::of`] looks at the file; [`ImageFile::stands_alone`] says whether the one file is all of
 //! the disk, [`Live`] what the hypervisor that has it open says. [`file_system`], [`mount_options`] and [`room`] tell of
-//! the place it is in; [`put_back`] makes images again what a snapshot has of them.
+//! the place it is in; [`put_back`] makes images again what a snapshot has of them. [`MadeFile`] and
+//! [`write_empty_qcow2`] make new ones.
 
+mod empty_qcow2;
 mod live;
+mod made;
 mod place;
 mod put_back;
 mod qcow2;
@@ -16,7 +19,9 @@ use std::path::{Path, PathBuf};
 
 use disksnap_core::{BackingStore, Disk, Error, ErrorKind, Probe, Source};
 
+pub use empty_qcow2::{Backing, qcow2_holds_data, write_empty_qcow2};
 pub use live::Live;
+pub use made::{Called, MadeFile, remove_file};
 pub use place::{file_system, mount_options, room};
 pub use put_back::{PutBack, can_put_back, forget, like_in_cow, put_back};
 pub use qcow2::Qcow2;

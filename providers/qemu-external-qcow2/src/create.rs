@@ -4,15 +4,15 @@ use disksnap_core::{
     Batch, Command, Disk, DiskRequest, Error, ErrorKind, Host, Owner, Result, RunState, SnapshotId, TakePlan,
 };
 use disksnap_hypervisor::Graph;
+use disksnap_image_file::{MadeFile, qcow2_holds_data};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::image::Image;
+use crate::image::{CALLED, fill_in, locate};
 use crate::jobs;
 use crate::layer::{self, Layer, Stamp, unfit};
 use crate::names::Names;
 use crate::place::{self, Place, nodes_of};
-use crate::qcow2;
 use crate::qemu_img;
 use crate::record::Record;
 
@@ -27,7 +27,7 @@ pub(crate) struct Choice {
     pub(crate) layers: Vec<Layer>,
     /// Virtual size in bytes.
     pub(crate) size: u64,
-    pub(crate) image: Image,
+    pub(crate) image: MadeFile,
     /// Where the overlay goes in the hypervisor; `None` with the domain off.
     pub(crate) seat: Option<Seat>,
     /// The document is from before another overlay.
@@ -68,9 +68,9 @@ pub(crate) async fn choose(
     id: SnapshotId,
     disks: &[DiskRequest],
 ) -> Result<Vec<std::result::Result<Choice, Error>>> {
-    let images: Vec<Image> = disks
+    let images: Vec<MadeFile> = disks
         .iter()
-        .map(|request| Image::locate(host, id, request))
+        .map(|request| locate(host, id, request))
         .collect::<Result<_>>()?;
     let state = host.state().await?;
     let graph = place::graph_of(host, state.is_active()).await?;
@@ -106,7 +106,7 @@ async fn choose_live(
     graph: &Graph,
     id: SnapshotId,
     request: &DiskRequest,
-    image: Image,
+    image: MadeFile,
 ) -> Result<Choice> {
     let disk = &request.disk;
     refuse(disk)?;
@@ -145,7 +145,7 @@ async fn choose_live(
     })
 }
 
-fn choose_off(id: SnapshotId, request: &DiskRequest, image: Image) -> Result<Choice> {
+fn choose_off(id: SnapshotId, request: &DiskRequest, image: MadeFile) -> Result<Choice> {
     let disk = &request.disk;
     refuse(disk)?;
     let layers = layer::chain_of(disk).map_err(unfit)?;
@@ -182,7 +182,9 @@ pub(crate) async fn build(host: &dyn Host, choices: &[Choice]) -> Result<()> {
         };
         choice
             .image
-            .create(base, choice.size, owner)
+            .create(CALLED, owner, |file| {
+                fill_in(file, &choice.image.path, base, choice.size)
+            })
             .map_err(|e| e.with("disk", &choice.target))?;
     }
     let seated = choices.iter().filter_map(|c| Some((c, c.seat.as_ref()?)));
@@ -329,7 +331,7 @@ pub(crate) async fn abort(
         let known = prepared.iter().find(|choice| choice.target == *target);
         let image = match known {
             Some(choice) => choice.image.clone(),
-            None => Image::locate(host, id, request)?,
+            None => locate(host, id, request)?,
         };
         let undone = match &graph {
             Some(graph) => abort_live(host, graph, &Names::new(id, target), &image).await,
@@ -345,7 +347,7 @@ pub(crate) async fn abort(
     Ok(())
 }
 
-async fn abort_live(host: &dyn Host, graph: &Graph, names: &Names, image: &Image) -> Result<()> {
+async fn abort_live(host: &dyn Host, graph: &Graph, names: &Names, image: &MadeFile) -> Result<()> {
     let overlay = names.overlay();
     if let Some(node) = graph.node(&overlay) {
         if node.backing().is_some() {
@@ -401,13 +403,13 @@ async fn take_back(host: &dyn Host, graph: &Graph, names: &Names) -> Result<()> 
 }
 
 /// What a hypervisor wrote to the overlay before it ended belongs to the disk: nobody was told of the overlay.
-async fn abort_off(request: &DiskRequest, image: &Image, was_prepared: bool) -> Result<()> {
+async fn abort_off(request: &DiskRequest, image: &MadeFile, was_prepared: bool) -> Result<()> {
     let ours = was_prepared || image.mark.as_ref().is_none_or(|mark| mark.exists());
     if !ours || !image.path.exists() {
         return Ok(());
     }
     let cannot = |e| Error::io(format!("cannot look at the overlay {}", image.path.display()), e);
-    if !qcow2::holds_data(&image.path).map_err(cannot)? {
+    if !qcow2_holds_data(&image.path).map_err(cannot)? {
         return Ok(());
     }
     let chain = layer::chain_of(&request.disk).map_err(unfit)?;

@@ -23,7 +23,6 @@ mod layer;
 mod merge;
 mod names;
 mod place;
-mod qcow2;
 mod qemu_img;
 mod record;
 mod revert;
@@ -92,7 +91,7 @@ impl DiskSnapshot for QemuExternalQcow2 {
             let choice = choice.map_err(|e| e.with("disk", target))?;
             choice
                 .image
-                .check_space(choice.size)
+                .check_space(image::CALLED, choice.size)
                 .map_err(|e| e.with("disk", target))?;
             choices.push(choice);
         }
@@ -158,7 +157,7 @@ fn probe(request: &DiskRequest, choice: Result<Choice>) -> Probe {
         Err(error) => return Probe::refused(error.kind(), reason(&error)),
     };
     // These may change until it is done for good; prepare refuses them then.
-    let mut warnings: Vec<String> = match choice.image.check_space(choice.size) {
+    let mut warnings: Vec<String> = match choice.image.check_space(image::CALLED, choice.size) {
         Ok(low) => low.into_iter().collect(),
         Err(error) => vec![format!("would be refused: {}", reason(&error))],
     };

@@ -10,10 +10,10 @@ use disksnap_core::{
     Affected, Command, Disk, Error, ErrorKind, Host, Merge, Peer, Progress, Result, SnapshotId, Unit,
 };
 use disksnap_hypervisor::Graph;
+use disksnap_image_file::remove_file;
 use serde_json::json;
 
 use crate::busy;
-use crate::image::remove;
 use crate::layer::{self, Layer, Stamp, disk_of, unfit};
 use crate::place::{Place, graph_of, nodes_of};
 use crate::record::{Kin, Record};
@@ -260,11 +260,11 @@ async fn tidy(host: &dyn Host, record: &Record, graph: Option<&Graph>) -> Result
     if let Some(overlay) = &record.overlay {
         let nodes = graph.map(|graph| nodes_of(graph, overlay)).unwrap_or_default();
         // The file first: an open node without a file says that the merge had ended.
-        remove(overlay)?;
+        remove_file(overlay)?;
         off::unmark(overlay)?;
         live::remove_nodes(host, nodes).await?;
     } else if record.orphan {
-        remove(&record.base.path)?;
+        remove_file(&record.base.path)?;
     }
     Ok(())
 }

@@ -1,17 +1,17 @@
 //! Putting a snapshot's content back, with the domain off: a fresh, empty overlay over its base takes the place of the
 //! disk's present one, in one rename.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use async_trait::async_trait;
 use disksnap_core::{
     Affected, Error, ErrorKind, Health, Host, Owner, Peer, Result, Revert, SnapshotId, Unit,
 };
+use disksnap_image_file::{MadeFile, remove_file};
 
 use crate::busy;
-use crate::image::{fill_in, remove};
+use crate::image::{CALLED, fill_in};
 use crate::inspect;
 use crate::layer::{Layer, chain_of, disk_of, in_use, is_in_use, unfit};
 use crate::record::{Kin, Record};
@@ -98,15 +98,8 @@ fn refuse_foreign(record: &Record, kin: &[Kin], top: &Layer) -> Result<()> {
 fn replace(record: &Record, path: &Path) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let new = path.with_file_name(format!(".{name}.disksnap-revert"));
-    let failed = |e| Error::io(format!("cannot make the overlay {}", new.display()), e);
     // What a killed revert left.
-    remove(&new)?;
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&new)
-        .map_err(failed)?;
+    remove_file(&new)?;
     let owner = path
         .metadata()
         .ok()
@@ -115,8 +108,12 @@ fn replace(record: &Record, path: &Path) -> Result<()> {
         uid: m.uid(),
         gid: m.gid(),
     });
-    fill_in(&file, path, &record.base, record.size, owner).map_err(failed)?;
-    std::fs::rename(&new, path).map_err(|e| {
+    let made = MadeFile::own(new);
+    made.create(CALLED, owner, |file| {
+        fill_in(file, path, &record.base, record.size)
+    })?;
+    let new = &made.path;
+    std::fs::rename(new, path).map_err(|e| {
         Error::io(
             format!("cannot put the overlay in the place of {}", path.display()),
             e,

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::choice::{Choice, Seat};
 use crate::encrypted;
-use crate::image::Content;
+use crate::image::{CALLED, Content};
 use crate::names::Names;
 use crate::offers::Sparing;
 use crate::settings::Way;
@@ -70,7 +70,7 @@ fn make_file(fleece: &Fleece, owner: Option<Owner>) -> Result<()> {
         (Way::Classic, false) => Content::Qcow2(*size),
         (Way::Filter | Way::Job, false) => Content::Raw(*size),
     };
-    image.create(content, owner)
+    image.create(CALLED, owner, |file| content.write(file))
 }
 
 /// Writes the formats of the encrypted images, and gives QEMU their keys.

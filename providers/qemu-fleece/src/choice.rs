@@ -4,11 +4,12 @@
 use disksnap_core::{DiskRequest, Error, ErrorKind, Host, Result, RunState, SnapshotId};
 use disksnap_hypervisor::graph::Node;
 use disksnap_hypervisor::{DiskNodes, Graph};
+use disksnap_image_file::MadeFile;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::encrypted;
-use crate::image::Image;
+use crate::image::locate;
 use crate::names::Names;
 use crate::offers::{Offers, Sparing};
 use crate::settings::{Settings, Way};
@@ -58,7 +59,7 @@ pub(crate) struct Choice {
     pub(crate) read_only: bool,
     pub(crate) sparing: Sparing,
     pub(crate) timeout: u32,
-    pub(crate) image: Image,
+    pub(crate) image: MadeFile,
 }
 
 /// The choice for each disk in order, or why it cannot be fleeced.
@@ -127,7 +128,7 @@ fn choose_one(
         read_only: source.read_only,
         sparing: offers.sparing(way),
         timeout: settings.timeout,
-        image: Image::locate(host, id, &disk.target, settings),
+        image: locate(host, id, &disk.target, settings),
     })
 }
 

@@ -21,7 +21,6 @@ mod inspect;
 mod jobs;
 mod names;
 mod offers;
-mod qcow2;
 mod settings;
 mod teardown;
 
@@ -37,7 +36,7 @@ use serde_json::{Value, json};
 
 use crate::build::Fleece;
 use crate::choice::Choice;
-use crate::image::Image;
+use crate::image::{CALLED, locate};
 use crate::names::Names;
 use crate::offers::Sparing;
 use crate::settings::{Settings, Way};
@@ -82,7 +81,7 @@ impl DiskSnapshot for QemuFleece {
             let choice = choice.map_err(|e| e.with("disk", &target))?;
             choice
                 .image
-                .check_space(choice.size)
+                .check_space(CALLED, choice.size)
                 .map_err(|e| e.with("disk", &target))?;
             fleeces.push(Fleece { id, target, choice });
         }
@@ -132,7 +131,7 @@ impl DiskSnapshot for QemuFleece {
         teardown::take_apart(host, &names).await?;
         for request in disks {
             let settings = Settings::read(request)?;
-            Image::locate(host, id, &request.disk.target, &settings).remove_if_ours()?;
+            locate(host, id, &request.disk.target, &settings).remove_if_ours()?;
         }
         Ok(())
     }
@@ -179,7 +178,7 @@ fn probe(request: &DiskRequest, choice: Result<Choice>) -> Probe {
         Err(error) => return Probe::refused(error.kind(), reason(&error)),
     };
     // These may change until it is done for good; prepare refuses them then.
-    let mut warnings: Vec<String> = match choice.image.check_space(choice.size) {
+    let mut warnings: Vec<String> = match choice.image.check_space(CALLED, choice.size) {
         Ok(low) => low.into_iter().collect(),
         Err(error) => vec![format!("would be refused: {}", reason(&error))],
     };

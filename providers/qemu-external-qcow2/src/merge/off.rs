@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use disksnap_core::{Error, Progress, Result};
+use disksnap_image_file::remove_file;
 use serde::Deserialize;
 
-use crate::image::remove;
 use crate::layer::{Layer, Stamp};
 use crate::qemu_img;
 use crate::record::{Record, remembered, written};
@@ -89,7 +89,7 @@ fn mark(overlay: &Path) -> Result<()> {
 
 /// Removes the mark. Idempotent.
 pub(super) fn unmark(overlay: &Path) -> Result<()> {
-    remove(&mark_of(overlay))
+    remove_file(&mark_of(overlay))
 }
 
 /// A bitmap as `qemu-img info` tells it (`Qcow2BitmapInfo`).

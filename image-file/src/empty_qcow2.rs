@@ -1,7 +1,9 @@
-//! Empty qcow2 overlays, written without a QEMU (QEMU's `docs/interop/qcow2.txt`), and whether one still is empty.
+//! An empty qcow2 image, written into its file without a QEMU (QEMU's `docs/interop/qcow2.txt`), and whether one still
+//! is empty.
 //!
-//! QEMU 7.2 may end in an assertion when it is asked for its nodes while its own `blockdev-create` makes an image,
-//! and an overlay of a domain that is off must not need a `qemu-img`: an empty image is a header and a few numbers.
+//! The guest's QEMU is not asked to make it: while its `blockdev-create` opens the image, QEMU 7.2 ends in an assertion of
+//! `qcow2_get_specific_info` when anyone asks it for its nodes (`query-named-block-nodes`), and the guest ends with
+//! it. Nor is `qemu-img` needed: an empty image is a header and a few numbers.
 
 use std::fs::File;
 use std::io;
@@ -27,14 +29,24 @@ const REFCOUNT_TABLE: u64 = CLUSTER;
 const REFCOUNT_BLOCK: u64 = 2 * CLUSTER;
 const L1_TABLE: u64 = 3 * CLUSTER;
 
-/// Makes an empty file an overlay of `size` bytes, rounded up to whole sectors as QEMU does, over a backing file.
+/// What an overlay names as the image below it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Backing<'a> {
+    /// Its path, absolute or from the overlay's directory; at most 1023 bytes.
+    pub name: &'a str,
+    /// Its format.
+    pub format: &'a str,
+}
+
+/// Makes an empty file an image of a disk of `size` bytes, rounded up to whole sectors as QEMU does, alone or over a
+/// backing file.
 ///
 /// # Errors
 /// `InvalidInput` where the disk is larger than such an image can be (2 PiB) or the name longer; the operating
 /// system's.
-pub(crate) fn write_overlay(file: &File, size: u64, backing: &str, format: &str) -> io::Result<()> {
+pub fn write_empty_qcow2(file: &File, size: u64, backing: Option<Backing<'_>>) -> io::Result<()> {
     let entries = size.div_ceil(L1_ENTRY_COVERS).max(1);
-    if entries > LONGEST_L1 || backing.len() > LONGEST_NAME {
+    if entries > LONGEST_L1 || backing.is_some_and(|b| b.name.len() > LONGEST_NAME) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             "a qcow2 image cannot be that large, or name a backing file with that long a path",
@@ -46,28 +58,19 @@ pub(crate) fn write_overlay(file: &File, size: u64, backing: &str, format: &str)
     let counts: Vec<u8> = (0..clusters).flat_map(|_| 1_u16.to_be_bytes()).collect();
     file.write_all_at(&counts, REFCOUNT_BLOCK)?;
     file.write_all_at(&REFCOUNT_BLOCK.to_be_bytes(), REFCOUNT_TABLE)?;
-    file.write_all_at(&header(size.next_multiple_of(512), entries, backing, format), 0)
+    file.write_all_at(&header(size.next_multiple_of(512), entries, backing), 0)
 }
 
-fn header(size: u64, l1_entries: u64, backing: &str, format: &str) -> Vec<u8> {
+fn header(size: u64, l1_entries: u64, backing: Option<Backing<'_>>) -> Vec<u8> {
     let mut header = vec![0; HEADER];
-    let extension = |bytes: &mut Vec<u8>, kind: u32, data: &[u8]| {
-        let length = u32::try_from(data.len()).unwrap_or_default();
-        bytes.extend(kind.to_be_bytes());
-        bytes.extend(length.to_be_bytes());
-        bytes.extend(data);
-        bytes.resize(bytes.len().next_multiple_of(8), 0);
-    };
-    extension(&mut header, BACKING_FORMAT, format.as_bytes());
-    extension(&mut header, 0, &[]);
-    let name = header.len() as u64;
-    header.extend(backing.as_bytes());
-    let length = u32::try_from(backing.len()).unwrap_or_default();
+    let named = backing.map(|backing| name_backing(&mut header, backing));
     let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, b"QFI\xfb");
     put(4, &3_u32.to_be_bytes());
-    put(8, &name.to_be_bytes());
-    put(16, &length.to_be_bytes());
+    if let Some((at, length)) = named {
+        put(8, &at.to_be_bytes());
+        put(16, &length.to_be_bytes());
+    }
     put(20, &CLUSTER_BITS.to_be_bytes());
     put(24, &size.to_be_bytes());
     // At most `LONGEST_L1`: the four bytes before are zero.
@@ -82,11 +85,27 @@ fn header(size: u64, l1_entries: u64, backing: &str, format: &str) -> Vec<u8> {
     header
 }
 
-/// Whether an overlay made here holds anything that was written to it since.
+/// Puts the format and the name of the backing file behind the header; where the name is, and its length.
+fn name_backing(header: &mut Vec<u8>, backing: Backing<'_>) -> (u64, u32) {
+    let extension = |bytes: &mut Vec<u8>, kind: u32, data: &[u8]| {
+        let length = u32::try_from(data.len()).unwrap_or_default();
+        bytes.extend(kind.to_be_bytes());
+        bytes.extend(length.to_be_bytes());
+        bytes.extend(data);
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+    };
+    extension(header, BACKING_FORMAT, backing.format.as_bytes());
+    extension(header, 0, &[]);
+    let at = header.len() as u64;
+    header.extend(backing.name.as_bytes());
+    (at, u32::try_from(backing.name.len()).unwrap_or_default())
+}
+
+/// Whether an image made here holds anything that was written to it since.
 ///
 /// # Errors
 /// The operating system's.
-pub(crate) fn holds_data(path: &Path) -> io::Result<bool> {
+pub fn qcow2_holds_data(path: &Path) -> io::Result<bool> {
     let file = File::open(path)?;
     let mut numbers = [0; 12];
     match file.read_exact_at(&mut numbers, 36) {
@@ -118,9 +137,63 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use std::process::Command;
 
-    use disksnap_test_support::{need, tools};
+    use disksnap_test_support::{QemuVersion, need, tools};
+    use serde_json::Value;
 
     use super::*;
+
+    fn qemu_img(version: QemuVersion, what: &[&str], image: &Path) -> Value {
+        let mut command = Command::new(version.program("qemu-img"));
+        let output = command
+            .args(what)
+            .args(["-f", "qcow2", "--output=json"])
+            .arg(image);
+        let output = output.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{what:?}: {said}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// `qemu-img check` fails where a reference count or a table is wrong.
+    fn qemu_likes_it(version: QemuVersion) {
+        let dir = tempfile::tempdir().unwrap();
+        let edge = L1_ENTRY_COVERS;
+        let clusters_of_l1 = CLUSTER / 8 * edge;
+        let largest = LONGEST_L1 * edge;
+        for size in [
+            0,
+            1,
+            512,
+            (2 << 20) + 512,
+            edge,
+            edge + 512,
+            clusters_of_l1 + 1,
+            largest,
+        ] {
+            let path = dir.path().join(format!("{size}.qcow2"));
+            write_empty_qcow2(&File::create(&path).unwrap(), size, None).unwrap();
+            qemu_img(version, &["check"], &path);
+            let info = qemu_img(version, &["info"], &path);
+            assert_eq!(info["virtual-size"], size.next_multiple_of(512), "{info}");
+            let data = &info["format-specific"]["data"];
+            assert_eq!(
+                (&data["compat"], &data["refcount-bits"]),
+                (&"1.1".into(), &16.into())
+            );
+        }
+    }
+
+    #[test]
+    fn qemu_takes_the_image_for_an_empty_one() {
+        need!("qemu-img");
+        qemu_likes_it(QemuVersion::V10_0);
+    }
+
+    #[test]
+    fn so_does_the_old_qemu() {
+        need!("qemu-7.2");
+        qemu_likes_it(QemuVersion::V7_2);
+    }
 
     fn run(program: &str, arguments: &[&str]) -> String {
         let output = Command::new(tools::program(program))
@@ -152,7 +225,9 @@ mod tests {
                 &["create", "-q", "-f", format, base.to_str().unwrap(), &rounded],
             );
             let file = File::create(&path).unwrap();
-            write_overlay(&file, size, &format!("base.{format}"), format).unwrap();
+            let name = format!("base.{format}");
+            let backing = Backing { name: &name, format };
+            write_empty_qcow2(&file, size, Some(backing)).unwrap();
             run("qemu-img", &["check", "-q", text]);
             let info = run("qemu-img", &["info", text]);
             for part in [
@@ -163,9 +238,9 @@ mod tests {
             ] {
                 assert!(info.contains(&part), "{part} is not in {info}");
             }
-            assert!(!holds_data(&path).unwrap());
+            assert!(!qcow2_holds_data(&path).unwrap());
             run("qemu-io", &["-f", "qcow2", "-c", "write 0 512", text]);
-            assert!(holds_data(&path).unwrap());
+            assert!(qcow2_holds_data(&path).unwrap());
             run("qemu-img", &["check", "-q", text]);
         }
     }
@@ -173,8 +248,17 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused() {
         let file = tempfile::tempfile().unwrap();
-        for (size, name) in [(3 << 50, "b".to_owned()), (512, "b".repeat(1024))] {
-            let error = write_overlay(&file, size, &name, "raw").unwrap_err();
+        let largest = LONGEST_L1 * L1_ENTRY_COVERS;
+        for (size, name) in [(largest + 1, "b".to_owned()), (512, "b".repeat(1024))] {
+            let error = write_empty_qcow2(
+                &file,
+                size,
+                Some(Backing {
+                    name: &name,
+                    format: "raw",
+                }),
+            )
+            .unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         }
     }
