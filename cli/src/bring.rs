@@ -2,9 +2,8 @@
 
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
-use std::time::Duration;
 
-use disksnap::{Altered, Disk, Error, JobUnit, Progress};
+use disksnap::{Altered, DEADLINE, Disk, Error, JobUnit, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::altered_view::{AlteredView, document};
@@ -12,9 +11,6 @@ use crate::args::{Bring, Keep};
 use crate::context::{Context, Target};
 use crate::failure::{Failure, Outcome};
 use crate::signals::Stop;
-
-/// For how long a disk may stand still when nobody says otherwise.
-const DEADLINE: Duration = Duration::from_secs(8);
 
 pub(crate) async fn merge(context: &Context, merge: Bring) -> Outcome {
     let target = context.target().await?;

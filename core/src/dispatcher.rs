@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use uuid::Uuid;
 
@@ -15,13 +15,11 @@ use crate::resolve::resolve;
 use crate::standing::Standing;
 use crate::window::{self, Instantly, Take};
 use crate::{
-    Act, Altered, Catalog, Change, Connector, Consistency, Control, Disk, DiskRequest, DiskSnapshotRecord,
-    Domain, DomainLock, Effect, Error, ErrorKind, Fit, Health, Intent, JobUnit, Part, Plan, PlannedDisk,
-    Registry, Result, RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Unit, UnitRecord,
+    Act, Altered, Catalog, Change, Connector, Consistency, Control, DEADLINE, DiskRequest,
+    DiskSnapshotRecord, Domain, DomainLock, Effect, Error, ErrorKind, Fit, Health, Intent, JobUnit, Part,
+    Plan, PlannedDisk, Registry, Result, RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Unit,
+    UnitRecord,
 };
-
-/// For how long a running guest's disk may stand still at the end of the merge that a delete begins.
-const MERGE_DEADLINE: Duration = Duration::from_secs(8);
 
 /// Finds each disk's provider and drives it. Cheap to clone; every method may be called at any time,
 /// from any number of tasks and processes: the catalog's lock keeps those on one domain apart.
@@ -140,17 +138,6 @@ impl Dispatcher {
         Ok(list)
     }
 
-    /// The domain's disks as it uses them now, where a snapshot, merge or revert has changed what its document says.
-    /// Empty when the document is up to date.
-    pub async fn outdated(&self, domain: &Domain) -> Result<Vec<Disk>> {
-        let standing = self.standing(&domain.id).await?;
-        let now = domain.disks.iter().map(|disk| (disk, standing.present(disk)));
-        Ok(now
-            .filter(|(said, now)| *said != now)
-            .map(|(_, now)| now)
-            .collect())
-    }
-
     /// One snapshot by name, looked at. `NotFound`, with the names that come near, when there is none.
     pub async fn show(&self, domain: &Domain, name: &SnapshotName) -> Result<Inspected> {
         let control = self.connector.control(domain).await?;
@@ -200,9 +187,7 @@ impl Dispatcher {
         // A merge is long, and locks the domain by itself at both its ends.
         drop(held);
         let mut go_on = |_: &[JobUnit]| ControlFlow::Continue(());
-        deletion.altered = self
-            .merge(domain, name, &stood_on, MERGE_DEADLINE, &mut go_on)
-            .await?;
+        deletion.altered = self.merge(domain, name, &stood_on, DEADLINE, &mut go_on).await?;
         if !deletion.altered.gone {
             let held = self.hold(domain).await?;
             let rest = self.find(domain, name).await?;

@@ -61,7 +61,7 @@ pub use provider::{
 pub use reading::Opened;
 pub use recover::{Recovered, RecoveredHow};
 pub use registry::{Registration, Registry};
-pub use request::{DiskChoice, Disks, Quiesce, SnapshotRequest};
+pub use request::{DEADLINE, DiskChoice, Disks, Quiesce, SnapshotRequest};
 pub use resolve::{Plan, PlannedDisk, Skipped, Why};
 pub use serve::{Serving, StopExports};
 pub use snapshot::{Consistency, DiskSnapshotRecord, Snapshot, UnitRecord, WindowReport};

@@ -1,7 +1,7 @@
 //! Merging: the disks keep their present content, and the snapshot they stand on is given up.
 //!
 //! The work goes on where the disk is; here it is started, watched and brought to its end, by a process that holds
-//! a lease meanwhile. The domain is locked only at both ends: a merge may take hours.
+//! a lease meanwhile. The domain is locked only at both ends: a merge may take hours. Others see it as a job.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -65,7 +65,7 @@ impl Dispatcher {
     /// # Errors
     /// `Unsupported` for a method whose disks do not stand on the snapshot: there is nothing to merge; `Busy` when
     /// the snapshot is served, another merge runs or something else is at work on the disk; `Refused` when it failed
-    /// or was cancelled. The snapshot and the disks are then as they were.
+    /// or was cancelled. The disks are then as they were; the snapshot is too, unless a part of it was merged by then.
     pub async fn merge(
         &self,
         domain: &Domain,
@@ -185,16 +185,19 @@ impl Dispatcher {
         let held = Held::new(Arc::clone(&started.control), lock);
         let ended = match watched {
             Ok(()) => started.finish(deadline).await,
+            // It may still be under way: its intent stays, for whoever takes it up or cancels it.
             Err(error) if error.effect() == Effect::Unknown => return Err(error),
-            Err(error) => Err(error),
+            stopped => stopped,
         };
         let settled = self
             .settle_merge(&held, &started.intent, started.id, started.parts)
-            .await?;
-        match ended {
-            Ok(()) if settled.left.is_empty() => Ok(settled.altered),
-            Ok(()) => Err(stopped(&settled.left)),
-            Err(error) => Err(error.leaving(Effect::RolledBack)),
+            .await;
+        match (ended, settled) {
+            (Ok(()), Ok(settled)) if settled.left.is_empty() => Ok(settled.altered),
+            (Ok(()), Ok(settled)) => Err(stopped(&settled.left)),
+            (Err(error), Ok(_)) => Err(error.leaving(Effect::RolledBack)),
+            (Ok(()), Err(failure)) => Err(failure),
+            (Err(error), Err(failure)) => Err(error.rollback_failed(vec![failure])),
         }
     }
 

@@ -6,6 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{MethodChoice, Options, SnapshotId, SnapshotName};
 
+/// For how long a guest, or a disk of it, may stand still when nobody says otherwise. Windows holds a freeze for about
+/// 10 s.
+pub const DEADLINE: Duration = Duration::from_secs(8);
+
 /// A request for a snapshot of some disks of one domain, all at one instant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotRequest {
@@ -33,7 +37,7 @@ impl Default for SnapshotRequest {
             disks: Disks::Writable,
             quiesce: Quiesce::None,
             mountpoints: Vec::new(),
-            deadline: Duration::from_secs(8),
+            deadline: DEADLINE,
         }
     }
 }

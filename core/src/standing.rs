@@ -3,7 +3,9 @@
 //! A snapshot that changed the domain's disk left the former one as its base. A document from before still names
 //! that base: starting the domain from it would write to the base and destroy the snapshot.
 
-use crate::{Access, Disk, Dispatcher, DomainId, Error, ErrorKind, Moved, Result, RunState, Snapshot};
+use crate::{
+    Access, Disk, Dispatcher, Domain, DomainId, Error, ErrorKind, Moved, Result, RunState, Snapshot,
+};
 
 /// What the records tell of where a domain's disks are.
 #[derive(Debug)]
@@ -89,6 +91,17 @@ impl Standing {
 }
 
 impl Dispatcher {
+    /// The domain's disks as it uses them now, where a snapshot, merge or revert has changed what its document says.
+    /// Empty when the document is up to date.
+    pub async fn outdated(&self, domain: &Domain) -> Result<Vec<Disk>> {
+        let standing = self.standing(&domain.id).await?;
+        let now = domain.disks.iter().map(|disk| (disk, standing.present(disk)));
+        Ok(now
+            .filter(|(said, now)| *said != now)
+            .map(|(_, now)| now)
+            .collect())
+    }
+
     /// What is known of where a domain's disks are.
     pub(crate) async fn standing(&self, domain: &DomainId) -> Result<Standing> {
         Ok(Standing {

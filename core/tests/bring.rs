@@ -393,3 +393,23 @@ async fn a_document_that_names_a_merged_overlay_is_brought_up_to_date() {
         [overlay("vda", again.id)]
     );
 }
+
+#[tokio::test]
+async fn a_merge_that_fails_and_cannot_be_cancelled_tells_both_and_stays_for_recover() {
+    let (scene, _) = scene(RunState::Running);
+    scene.create(&named("s", [by("vda", "a")])).await.unwrap();
+    scene.log.fail("a.finish vda", 1);
+    scene.log.fail("a.cancel vda", 1);
+    let error = merge(&scene, &[]).await.unwrap_err();
+    assert!(error.to_string().contains("a.finish vda fails"), "{error}");
+    assert_eq!(error.effect(), Effect::Unknown);
+    let failures: Vec<String> = error
+        .rollback_failures()
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert!(failures[0].contains("a.cancel vda fails"), "{failures:?}");
+    let recovered = scene.dispatcher.recover(None).await.unwrap();
+    assert_eq!(recovered[0].how, RecoveredHow::Undone);
+    assert_eq!(names(&scene).await, ["s"]);
+}
