@@ -65,6 +65,23 @@ pub trait Setting: fmt::Debug + Send + Sync {
     /// raw files and devices.
     async fn read_snapshot(&self, source: &Source, format: &str, offset: u64, len: u64) -> Result<Vec<u8>>;
 
+    /// Follows a domain that is off to other disks: from now on [`Setting::domain`] says these, as its document would, and
+    /// everything above reads and writes them. A disk that is not among them stays as it is.
+    ///
+    /// Called after a create, delete or revert by which the domain uses other disks than before. A domain that runs is
+    /// never followed so: it says itself what its disks are.
+    ///
+    /// # Errors
+    /// `Unsupported`, which is the default: the fixture cannot follow, so the provider must leave the domain its disks.
+    fn adopt(&mut self, disks: &[Disk]) -> Result<()> {
+        let targets: Vec<&str> = disks.iter().map(|disk| disk.target.as_str()).collect();
+        let what = format!(
+            "the domain uses other disks now ({}), and the fixture has no adopt() that follows it",
+            targets.join(", ")
+        );
+        Err(Error::new(ErrorKind::Unsupported, what))
+    }
+
     /// Spoils a snapshot behind the provider's back, as a mistake or a failing disk would: its file
     /// removed, its volume deleted. The suite then wants to be told so.
     async fn damage(&self, snapshot: &Snapshot) -> Result<()>;

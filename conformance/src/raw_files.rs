@@ -193,6 +193,30 @@ impl Setting for RawSetting {
         read_file(source, format, offset, len)
     }
 
+    /// To other raw files.
+    fn adopt(&mut self, disks: &[Disk]) -> Result<()> {
+        for disk in disks {
+            let path = disk.source.as_ref().and_then(Source::path);
+            if path.is_none() || disk.driver.format.as_deref() != Some("raw") || disk.backing.is_some() {
+                let what = format!("the fixture reads raw files, and {} is none now", disk.target);
+                return Err(Error::new(ErrorKind::Unsupported, what));
+            }
+            let known = self
+                .domain
+                .disks
+                .iter_mut()
+                .find(|known| known.target == disk.target);
+            let known = known.ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Invalid,
+                    format!("the domain has no disk '{}'", disk.target),
+                )
+            })?;
+            known.clone_from(disk);
+        }
+        Ok(())
+    }
+
     /// Removes the files that the snapshot is read from.
     async fn damage(&self, snapshot: &Snapshot) -> Result<()> {
         for disk in &snapshot.disks {

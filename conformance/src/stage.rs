@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use disksnap_core::{
-    Catalog, Control, Deleted, DiskRequest, DiskSnapshot, Disks, Dispatcher, Domain, Error, ErrorKind,
-    Inspected, Registry, Result, RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest,
+    Altered, Catalog, Control, Deleted, Disk, DiskRequest, DiskSnapshot, Disks, Dispatcher, Domain, Error,
+    ErrorKind, Inspected, Registry, Result, RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest,
 };
 
 use crate::examined::{Examined, Instance};
@@ -186,10 +186,59 @@ impl Stage {
         Ok(plan.disks.into_iter().map(|disk| disk.request).collect())
     }
 
-    pub(crate) async fn create(&self, name: &SnapshotName, targets: &[String]) -> Step<Snapshot> {
+    pub(crate) async fn create(&mut self, name: &SnapshotName, targets: &[String]) -> Step<Snapshot> {
         let request = self.request(name, targets);
-        let snapshot = self.dispatcher()?.create(self.domain(), &request).await;
+        let snapshot = self.try_create(&request).await?;
         snapshot.context(format!("creating {name}"))
+    }
+
+    /// A create whose error is the case's to judge.
+    pub(crate) async fn try_create(&mut self, request: &SnapshotRequest) -> Step<Result<Snapshot>> {
+        let created = self.dispatcher()?.create(self.domain(), request).await;
+        self.follow(&[]).await?;
+        Ok(created)
+    }
+
+    /// A delete whose error is the case's to judge.
+    pub(crate) async fn try_delete(&mut self, name: &SnapshotName) -> Step<Result<Deleted>> {
+        let deleted = self.dispatcher()?.delete(self.domain(), name).await;
+        let disks = deleted.as_ref().map_or(&[][..], |done| &done.altered.disks);
+        self.follow(disks).await?;
+        Ok(deleted.map(|done| done.deleted))
+    }
+
+    /// A revert whose error is the case's to judge.
+    pub(crate) async fn try_revert(&mut self, name: &SnapshotName) -> Step<Result<Altered>> {
+        let reverted = self.dispatcher()?.revert(self.domain(), name, &[]).await;
+        let disks = reverted.as_ref().map_or(&[][..], |altered| &altered.disks);
+        self.follow(disks).await?;
+        Ok(reverted)
+    }
+
+    /// After an act that may have given a domain that is off other disks: the setting is told, by what the act said
+    /// and by what the records say, as the domain's document would be changed.
+    pub(crate) async fn follow(&mut self, told: &[Disk]) -> Verdict {
+        if self.is_active() {
+            return Ok(());
+        }
+        self.adopt(told)?;
+        let outdated = self.dispatcher()?.outdated(self.domain()).await;
+        self.adopt(&outdated.context("asking what the domain's disks are now")?)?;
+        let outdated = self.dispatcher()?.outdated(self.domain()).await?;
+        ensure!(
+            outdated.is_empty(),
+            "the domain's disks are {outdated:?} now, and the fixture has not followed"
+        );
+        Ok(())
+    }
+
+    fn adopt(&mut self, disks: &[Disk]) -> Verdict {
+        if disks.is_empty() {
+            return Ok(());
+        }
+        self.setting
+            .adopt(disks)
+            .context("following the domain to its disks")
     }
 
     pub(crate) async fn show(&self, name: &SnapshotName) -> Step<Inspected> {
@@ -197,15 +246,13 @@ impl Stage {
         shown.context(format!("showing {name}"))
     }
 
-    pub(crate) async fn delete(&self, name: &SnapshotName) -> Step<Deleted> {
-        let deleted = self.dispatcher()?.delete(self.domain(), name).await;
-        deleted
-            .map(|done| done.deleted)
-            .context(format!("deleting {name}"))
+    pub(crate) async fn delete(&mut self, name: &SnapshotName) -> Step<Deleted> {
+        let deleted = self.try_delete(name).await?;
+        deleted.context(format!("deleting {name}"))
     }
 
     /// Deletes a snapshot that must be there.
-    pub(crate) async fn delete_now(&self, name: &SnapshotName) -> Verdict {
+    pub(crate) async fn delete_now(&mut self, name: &SnapshotName) -> Verdict {
         let deleted = self.delete(name).await?;
         ensure!(
             deleted == Deleted::Now,

@@ -2,14 +2,16 @@
 #![allow(clippy::unwrap_used, reason = "a test says what failed by panicking")]
 
 mod broken;
+mod unmoved;
 
 use std::path::Path;
 use std::sync::Arc;
 
-use broken::{Broken, Fault};
+use broken::{Broken, Fault, Handing, Hands};
 use disksnap_conformance::{Fixture, Outcome, RawFiles, Report, run};
 use disksnap_core::{Capability, DiskSnapshot};
 use disksnap_memory::Memory;
+use unmoved::Unmoved;
 
 const CAPABILITIES: [Capability; 5] = [
     Capability::Active,
@@ -84,6 +86,46 @@ caught! {
     a_revert_that_shares_the_snapshot: RevertSpoils by "revert-content";
     a_revert_that_changes_others: RevertMixesUp by "revert-spares-others";
     a_panic: Panics by "control";
+}
+
+/// The suite goes with the domain to the disks that a revert hands it.
+#[tokio::test]
+async fn a_revert_that_hands_over_another_image_passes() {
+    let report = report_on(|| Arc::new(Handing(Hands::TheRight))).await;
+    assert!(report.conforms(), "{report}");
+}
+
+/// What a revert hands over, and the cases that must catch what is wrong with it, each alone.
+macro_rules! caught_in_hand {
+    ($($test:ident: $hands:ident by $($case:literal),+;)+) => {$(
+        #[tokio::test]
+        async fn $test() {
+            for case in [$($case),+] {
+                let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+                let fixture = fixture(dir.path(), || Arc::new(Handing(Hands::$hands)));
+                let report = run(fixture, Some(case)).await;
+                assert_eq!(report.failures(), [case], "{report}");
+            }
+        }
+    )+};
+}
+
+caught_in_hand! {
+    a_revert_that_hands_over_the_snapshot: TheSnapshots by "revert-content";
+    a_revert_that_hands_over_the_old_image: TheOld by "revert-content", "revert-spares-others", "revert-killed";
+    a_revert_that_hands_over_a_half: AHalf by "revert-content", "revert-call-fails", "revert-killed";
+    a_revert_that_tells_no_peer: WithoutPeers by "revert-spares-others";
+    a_revert_that_keeps_the_old_image: AndKeepsTheOld by "revert-content", "revert-spares-others";
+}
+
+/// A fixture that cannot follow says so; it does not read the old disks and call that a pass.
+#[tokio::test]
+async fn who_does_not_follow_cannot_pass() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let inner = fixture(dir.path(), || Arc::new(Handing(Hands::TheRight)));
+    let report = run(Arc::new(Unmoved(inner)), Some("revert-content")).await;
+    assert_eq!(report.failures(), ["revert-content"], "{report}");
+    assert!(report.to_string().contains("no adopt()"), "{report}");
 }
 
 #[tokio::test]

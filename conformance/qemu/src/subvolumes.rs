@@ -135,6 +135,13 @@ impl Setting for InSubvolume {
         self.inner().read_snapshot(source, format, offset, len).await
     }
 
+    fn adopt(&mut self, disks: &[Disk]) -> Result<()> {
+        match &mut self.inner {
+            Some(inner) => inner.adopt(disks),
+            None => unreachable!("it is there until this is dropped"),
+        }
+    }
+
     /// Files cannot be removed from a read-only subvolume: the whole of it is.
     async fn damage(&self, snapshot: &Snapshot) -> Result<()> {
         for disk in &snapshot.disks {

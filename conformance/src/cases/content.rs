@@ -7,7 +7,7 @@ use crate::cases::paint;
 use crate::stage::{Context, Stage, Verdict, ensure, name, same};
 
 pub(super) async fn edges(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let target = stage.first();
     paint::picture(&stage, &target, 1).await?;
     let content = stage.live(&target).await?;
@@ -26,7 +26,7 @@ pub(super) async fn edges(fixture: &Arc<dyn Fixture>) -> Verdict {
 }
 
 pub(super) async fn zeroes(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let target = stage.first();
     let size = stage.setting.size(&target);
     stage.write(&target, 0, size, 0x5a).await?;
@@ -47,7 +47,7 @@ pub(super) async fn zeroes(fixture: &Arc<dyn Fixture>) -> Verdict {
 }
 
 pub(super) async fn overwrite(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let target = stage.first();
     paint::picture(&stage, &target, 2).await?;
     let content = stage.live(&target).await?;
@@ -66,7 +66,7 @@ pub(super) async fn overwrite(fixture: &Arc<dyn Fixture>) -> Verdict {
 }
 
 pub(super) async fn several_disks(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 3).await?;
+    let mut stage = Stage::new(fixture, 3).await?;
     let targets = stage.targets(3);
     let mut contents = Vec::new();
     for (target, seed) in targets.iter().zip(1..) {
@@ -102,7 +102,7 @@ pub(super) enum First {
 }
 
 pub(super) async fn two_snapshots(fixture: &Arc<dyn Fixture>, first: First) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let (targets, target) = (stage.targets(1), stage.first());
     let (older, newer) = (name("older"), name("newer"));
     paint::picture(&stage, &target, 1).await?;
@@ -136,7 +136,7 @@ pub(super) async fn two_snapshots(fixture: &Arc<dyn Fixture>, first: First) -> V
 }
 
 pub(super) async fn domain_goes_on(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let target = stage.first();
     let snapshot = name("passing");
     paint::picture(&stage, &target, 1).await?;

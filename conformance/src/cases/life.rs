@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use disksnap_core::{Access, Capability, Deleted, ErrorKind, Health, RunState, SnapshotName};
+use disksnap_core::{Access, Capability, Deleted, Domain, Error, ErrorKind, Health, RunState, SnapshotName};
 
 use crate::Fixture;
 use crate::cases::paint;
@@ -12,7 +12,7 @@ use crate::stage::{Context, Stage, Verdict, ensure, must_fail, name};
 /// One instance for all calls, and no write after the instant: this says only that it works at all,
 /// and that the fixture would see what is left behind.
 pub(super) async fn control(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::lenient(fixture, 1).await?;
+    let mut stage = Stage::lenient(fixture, 1).await?;
     let target = stage.first();
     paint::picture(&stage, &target, 1).await?;
     let content = stage.live(&target).await?;
@@ -34,7 +34,7 @@ pub(super) async fn control(fixture: &Arc<dyn Fixture>) -> Verdict {
 
 /// The stage gives each call a new instance, and each record goes through JSON.
 pub(super) async fn stateless(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 2).await?;
+    let mut stage = Stage::new(fixture, 2).await?;
     let targets = stage.targets(2);
     let snapshot = name("stateless");
     let made = stage.create(&snapshot, &targets).await?;
@@ -50,7 +50,7 @@ pub(super) async fn stateless(fixture: &Arc<dyn Fixture>) -> Verdict {
 }
 
 pub(super) async fn access_fits(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let target = stage.first();
     let snapshot = name("access");
     let made = stage.create(&snapshot, &stage.targets(1)).await?;
@@ -86,7 +86,7 @@ pub(super) async fn access_fits(fixture: &Arc<dyn Fixture>) -> Verdict {
 }
 
 pub(super) async fn inspect_truth(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 2).await?;
+    let mut stage = Stage::new(fixture, 2).await?;
     let snapshot = name("truth");
     let made = stage.create(&snapshot, &stage.targets(2)).await?;
     for unit in &made.units {
@@ -112,7 +112,7 @@ pub(super) async fn inspect_truth(fixture: &Arc<dyn Fixture>) -> Verdict {
 }
 
 pub(super) async fn damage_is_told(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let target = stage.first();
     let snapshot = name("spoilt");
     let made = stage.create(&snapshot, &stage.targets(1)).await?;
@@ -136,7 +136,7 @@ pub(super) async fn damage_is_told(fixture: &Arc<dyn Fixture>) -> Verdict {
 }
 
 pub(super) async fn delete_twice(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let snapshot = name("twice");
     let made = stage.create(&snapshot, &stage.targets(1)).await?;
     stage.delete_now(&snapshot).await?;
@@ -154,7 +154,7 @@ pub(super) async fn delete_twice(fixture: &Arc<dyn Fixture>) -> Verdict {
 }
 
 pub(super) async fn name_twice(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let (targets, target) = (stage.targets(1), stage.first());
     paint::picture(&stage, &target, 1).await?;
     let content = stage.live(&target).await?;
@@ -163,7 +163,7 @@ pub(super) async fn name_twice(fixture: &Arc<dyn Fixture>) -> Verdict {
     let things = stage.things().await?;
     paint::scribble(&stage, &target, 0xea).await?;
     let again = stage.request(&snapshot, &targets);
-    let created = stage.dispatcher()?.create(stage.domain(), &again).await;
+    let created = stage.try_create(&again).await?;
     must_fail(created, ErrorKind::AlreadyExists, "a second snapshot of one name")?;
     let now = stage.things().await?;
     ensure!(now == things, "refused, and there is {now:?} after {things:?}");
@@ -177,16 +177,16 @@ pub(super) async fn name_twice(fixture: &Arc<dyn Fixture>) -> Verdict {
 }
 
 pub(super) async fn id_twice(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let (targets, target) = (stage.targets(1), stage.first());
     paint::picture(&stage, &target, 1).await?;
     let content = stage.live(&target).await?;
     let snapshot = name("once");
     let request = stage.request(&snapshot, &targets);
-    let first = stage.dispatcher()?.create(stage.domain(), &request).await;
+    let first = stage.try_create(&request).await?;
     let first = first.context("the first time")?;
     paint::scribble(&stage, &target, 0xeb).await?;
-    let second = stage.dispatcher()?.create(stage.domain(), &request).await;
+    let second = stage.try_create(&request).await?;
     let second = second.context("the second time")?;
     ensure!(first == second, "the second answer is another snapshot");
     stage.must_hold(&snapshot, &target, &content).await?;
@@ -195,37 +195,84 @@ pub(super) async fn id_twice(fixture: &Arc<dyn Fixture>) -> Verdict {
 }
 
 pub(super) async fn at_once(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let (targets, target) = (stage.targets(1), stage.first());
     paint::picture(&stage, &target, 1).await?;
     let content = stage.live(&target).await?;
     let (left, right) = (name("left"), name("right"));
-    let (one, other) = tokio::join!(stage.create(&left, &targets), stage.create(&right, &targets));
-    one?;
-    other?;
+    create_both(&mut stage, [&left, &right], &targets).await?;
     paint::scribble(&stage, &target, 0xec).await?;
     for snapshot in [&left, &right] {
         stage.must_hold(snapshot, &target, &content).await?;
     }
-    let (one, other) = tokio::join!(delete_patiently(&stage, &left), delete_patiently(&stage, &right));
-    one?;
-    other?;
+    delete_both(&mut stage, [&left, &right]).await?;
     stage.finish().await
+}
+
+/// Two at the same time. Where the first gives the domain, which is off, another disk, the document that the second
+/// was asked with is overtaken and refused; asked with the new one it succeeds.
+async fn create_both(stage: &mut Stage, names: [&SnapshotName; 2], targets: &[String]) -> Verdict {
+    let requests = names.map(|name| stage.request(name, targets));
+    let before = stage.domain().clone();
+    let dispatchers = [stage.dispatcher()?, stage.dispatcher()?];
+    let (one, other) = tokio::join!(
+        dispatchers[0].create(&before, &requests[0]),
+        dispatchers[1].create(&before, &requests[1])
+    );
+    stage.follow(&[]).await?;
+    for (created, request) in [one, other].into_iter().zip(&requests) {
+        match created {
+            Err(error) if is_overtaken(stage, &before, &error) => {
+                let again = stage.try_create(request).await?;
+                again.context("asked with the document as it is now")?;
+            }
+            created => drop(created?),
+        }
+    }
+    Ok(())
+}
+
+fn is_overtaken(stage: &Stage, before: &Domain, error: &Error) -> bool {
+    error.kind() == ErrorKind::Invalid && stage.domain().disks != before.disks
+}
+
+async fn delete_both(stage: &mut Stage, names: [&SnapshotName; 2]) -> Verdict {
+    let before = stage.domain().clone();
+    let dispatchers = [stage.dispatcher()?, stage.dispatcher()?];
+    let (one, other) = tokio::join!(
+        dispatchers[0].delete(&before, names[0]),
+        dispatchers[1].delete(&before, names[1])
+    );
+    for deleted in [&one, &other].into_iter().flatten() {
+        stage.follow(&deleted.altered.disks).await?;
+    }
+    for (deleted, name) in [one, other].into_iter().zip(names) {
+        match deleted {
+            Err(error) if is_overtaken(stage, &before, &error) || is_for_later(&error) => {
+                delete_patiently(stage, name).await?;
+            }
+            deleted => was_there(name, deleted?.deleted)?,
+        }
+    }
+    Ok(())
+}
+
+fn is_for_later(error: &Error) -> bool {
+    error.kind() == ErrorKind::Busy && error.is_retryable()
+}
+
+fn was_there(name: &SnapshotName, deleted: Deleted) -> Verdict {
+    ensure!(deleted == Deleted::Now, "{name} was deleted before");
+    Ok(())
 }
 
 /// A delete that has to merge is told to wait while another merge is under way; one that is told so for ever fails
 /// the case by its time limit.
-async fn delete_patiently(stage: &Stage, snapshot: &SnapshotName) -> Verdict {
+async fn delete_patiently(stage: &mut Stage, snapshot: &SnapshotName) -> Verdict {
     loop {
-        match stage.dispatcher()?.delete(stage.domain(), snapshot).await {
-            Err(error) if error.kind() == ErrorKind::Busy && error.is_retryable() => {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            deleted => {
-                let done = deleted.context(format!("deleting {snapshot}"))?.deleted;
-                ensure!(done == Deleted::Now, "{snapshot} was deleted before");
-                return Ok(());
-            }
+        match stage.try_delete(snapshot).await? {
+            Err(error) if is_for_later(&error) => tokio::time::sleep(Duration::from_millis(20)).await,
+            deleted => return was_there(snapshot, deleted.context(format!("deleting {snapshot}"))?),
         }
     }
 }

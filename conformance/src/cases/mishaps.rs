@@ -27,7 +27,7 @@ fn disks_for(mishap: Mishap) -> usize {
 
 pub(super) async fn create_fails(fixture: &Arc<dyn Fixture>, mishap: Mishap) -> Verdict {
     let disks = disks_for(mishap);
-    let stage = Stage::new(fixture, disks).await?;
+    let mut stage = Stage::new(fixture, disks).await?;
     let targets = stage.targets(disks);
     for n in 0..LIMIT {
         let request = stage.request(&name(&format!("fails-{n}")), &targets);
@@ -35,6 +35,7 @@ pub(super) async fn create_fails(fixture: &Arc<dyn Fixture>, mishap: Mishap) -> 
         stage.points.arm(n, mishap);
         let created = dispatcher.create(stage.domain(), &request).await;
         let hit = stage.points.disarm();
+        stage.follow(&[]).await?;
         let at = hit.as_deref().unwrap_or("no mishap");
         match created {
             // A provider may get over it (a second try, another way): then the snapshot must be good.
@@ -68,7 +69,7 @@ pub(super) async fn create_fails(fixture: &Arc<dyn Fixture>, mishap: Mishap) -> 
 }
 
 pub(super) async fn create_killed(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 2).await?;
+    let mut stage = Stage::new(fixture, 2).await?;
     let targets = stage.targets(2);
     for n in 0..LIMIT {
         let request = stage.request(&name(&format!("killed-{n}")), &targets);
@@ -78,6 +79,7 @@ pub(super) async fn create_killed(fixture: &Arc<dyn Fixture>) -> Verdict {
         let at = match stage.points.killable(create).await {
             Ended::Done(created) => {
                 ensure!(n > 0, "there was no point where it could be killed");
+                stage.follow(&[]).await?;
                 stage.good(&created?).await?;
                 return stage.finish().await;
             }
@@ -103,7 +105,7 @@ pub(super) async fn create_killed(fixture: &Arc<dyn Fixture>) -> Verdict {
 
 pub(super) async fn delete_fails(fixture: &Arc<dyn Fixture>, mishap: Mishap) -> Verdict {
     let disks = disks_for(mishap);
-    let stage = Stage::new(fixture, disks).await?;
+    let mut stage = Stage::new(fixture, disks).await?;
     let targets = stage.targets(disks);
     for n in 0..LIMIT {
         let snapshot = name(&format!("fails-{n}"));
@@ -112,6 +114,7 @@ pub(super) async fn delete_fails(fixture: &Arc<dyn Fixture>, mishap: Mishap) -> 
         stage.points.arm(n, mishap);
         let deleted = dispatcher.delete(stage.domain(), &snapshot).await;
         let hit = stage.points.disarm();
+        stage.follow(&[]).await?;
         let at = hit.as_deref().unwrap_or("no mishap");
         if let Err(error) = deleted {
             if hit.is_none() {
@@ -132,7 +135,7 @@ pub(super) async fn delete_fails(fixture: &Arc<dyn Fixture>, mishap: Mishap) -> 
 }
 
 pub(super) async fn delete_killed(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 2).await?;
+    let mut stage = Stage::new(fixture, 2).await?;
     let merges = fixture.expected_capabilities().contains(&Capability::Merge);
     let targets = stage.targets(2);
     for n in 0..LIMIT {
@@ -145,6 +148,7 @@ pub(super) async fn delete_killed(fixture: &Arc<dyn Fixture>) -> Verdict {
             Ended::Done(deleted) => {
                 ensure!(n > 0, "there was no point where it could be killed");
                 deleted?;
+                stage.follow(&[]).await?;
                 stage.deleted(&snapshot).await?;
                 return stage.finish().await;
             }
@@ -171,11 +175,11 @@ pub(super) async fn delete_killed(fixture: &Arc<dyn Fixture>) -> Verdict {
 
 impl Stage {
     /// Settles all that is open; twice, for the second time must find nothing.
-    pub(super) async fn recover(&self) -> Verdict {
-        let domain = &self.domain().id;
+    pub(super) async fn recover(&mut self) -> Verdict {
+        let domain = self.domain().id.clone();
         for recovered in self
             .dispatcher()?
-            .recover(Some(domain))
+            .recover(Some(&domain))
             .await
             .context("recovering")?
         {
@@ -186,11 +190,11 @@ impl Stage {
         }
         let again = self
             .dispatcher()?
-            .recover(Some(domain))
+            .recover(Some(&domain))
             .await
             .context("recovering again")?;
         ensure!(again.is_empty(), "recovered again, it finds {again:?}");
-        Ok(())
+        self.follow(&[]).await
     }
 
     pub(super) async fn catalog_is_settled(&self) -> Result<bool, Failure> {
@@ -199,8 +203,8 @@ impl Stage {
     }
 
     /// The same request again makes a snapshot (or answers with the one it made), which holds what it should.
-    async fn works_now(&self, request: &SnapshotRequest, n: usize) -> Verdict {
-        let created = self.dispatcher()?.create(self.domain(), request).await;
+    async fn works_now(&mut self, request: &SnapshotRequest, n: usize) -> Verdict {
+        let created = self.try_create(request).await?;
         let created = created.context("the same request again")?;
         if n.is_multiple_of(CONTENT_EVERY) {
             return self.good(&created).await;
@@ -216,7 +220,7 @@ impl Stage {
     }
 
     /// Fails unless a new snapshot is whole and keeps its content; deletes it.
-    async fn good(&self, snapshot: &Snapshot) -> Verdict {
+    async fn good(&mut self, snapshot: &Snapshot) -> Verdict {
         for disk in &snapshot.disks {
             let target = &disk.target;
             let content = self.live(target).await?;
@@ -228,7 +232,7 @@ impl Stage {
     }
 
     /// Fails unless this snapshot is gone, and nothing is left of it.
-    async fn deleted(&self, snapshot: &SnapshotName) -> Verdict {
+    async fn deleted(&mut self, snapshot: &SnapshotName) -> Verdict {
         ensure!(
             self.delete(snapshot).await? == Deleted::Before,
             "after the delete it is still there"

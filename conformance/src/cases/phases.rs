@@ -136,7 +136,7 @@ pub(super) async fn abort_before_anything(fixture: &Arc<dyn Fixture>) -> Verdict
 }
 
 pub(super) async fn abort_spares_others(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let (targets, target) = (stage.targets(1), stage.first());
     let requests = stage.disk_requests(&targets).await?;
     let (one, other) = (SnapshotId::random(), SnapshotId::random());

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use disksnap_core::{Altered, Capability, ErrorKind, SnapshotName};
+use disksnap_core::{Altered, Capability, Disk, ErrorKind, SnapshotName};
 
 use crate::Fixture;
 use crate::cases::paint;
@@ -14,7 +14,7 @@ use crate::stage::{Context, Failure, Stage, Step, Verdict, ensure, name, same};
 const LIMIT: usize = 500;
 
 pub(super) async fn content(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 2).await?;
+    let mut stage = Stage::new(fixture, 2).await?;
     let (targets, snapshot) = (stage.targets(2), name("back"));
     let then = painted(&stage, &targets, 1).await?;
     stage.create(&snapshot, &targets).await?;
@@ -23,7 +23,7 @@ pub(super) async fn content(fixture: &Arc<dyn Fixture>) -> Verdict {
     let mut ended = false;
     // Twice, and the second time it is no matter what was written since the first.
     for byte in [0xd2, 0xd3] {
-        match put_back(&stage, fixture, &snapshot).await? {
+        match put_back(&mut stage, fixture, &snapshot).await? {
             None => {
                 all_same(&stage, &targets, &scribble)
                     .await
@@ -55,7 +55,7 @@ pub(super) async fn content(fixture: &Arc<dyn Fixture>) -> Verdict {
 }
 
 pub(super) async fn spares_others(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 1).await?;
+    let mut stage = Stage::new(fixture, 1).await?;
     let (targets, target) = (stage.targets(1), stage.first());
     let mut snapshots = Vec::new();
     for (seed, text) in (1..).zip(["older", "middle", "newer"]) {
@@ -68,7 +68,7 @@ pub(super) async fn spares_others(fixture: &Arc<dyn Fixture>) -> Verdict {
     for n in [1, 0] {
         let (snapshot, then) = snapshots[n].clone();
         let before = stage.live(&target).await?;
-        let altered = match revert(&stage, &snapshot).await {
+        let altered = match stage.try_revert(&snapshot).await? {
             // Some can put back only the last, or the only one.
             Err(error) if error.kind() == ErrorKind::Busy => None,
             Err(error) if !offered(fixture) && error.kind() == ErrorKind::Unsupported => None,
@@ -94,34 +94,33 @@ pub(super) async fn spares_others(fixture: &Arc<dyn Fixture>) -> Verdict {
 }
 
 pub(super) async fn fails(fixture: &Arc<dyn Fixture>, mishap: Mishap) -> Verdict {
-    let stage = Stage::new(fixture, 2).await?;
+    let mut stage = Stage::new(fixture, 2).await?;
     let targets = stage.targets(2);
+    painted(&stage, &targets, 1).await?;
     for n in 0..LIMIT {
         let (snapshot, then) = (name(&format!("fails-{n}")), contents(&stage, &targets).await?);
         stage.create(&snapshot, &targets).await?;
         dabbed(&stage, &targets, n).await?;
-        if n == 0 && !works(&stage, fixture, &snapshot).await? {
-            stage.delete_now(&snapshot).await?;
+        if n == 0 {
+            if works(&mut stage, fixture, &snapshot, &then).await? {
+                continue;
+            }
             return stage.finish().await;
         }
-        if n == 0 {
-            // It worked, and perhaps the snapshot is used up.
-            stage.delete(&snapshot).await.ok();
-            continue;
-        }
         stage.points.arm(n - 1, mishap);
-        let reverted = revert(&stage, &snapshot).await;
+        let reverted = stage.dispatcher()?.revert(stage.domain(), &snapshot, &[]).await;
         let hit = stage.points.disarm();
+        stage.follow(told(&reverted)).await?;
         let at = hit.clone().unwrap_or_else(|| "no mishap".to_owned());
         if let Err(error) = reverted {
             if hit.is_none() {
                 return Err(error.into());
             }
-            finished(&stage, &snapshot).await.context(&at)?;
+            finished(&mut stage, &snapshot).await.context(&at)?;
         }
         all_same(&stage, &targets, &then).await.context(&at)?;
         stage.runs_as_before().await.context(&at)?;
-        stage.delete(&snapshot).await.ok();
+        stage.delete(&snapshot).await?;
         stage.nothing_left(&at).await?;
         if hit.is_none() {
             return stage.finish().await;
@@ -131,16 +130,15 @@ pub(super) async fn fails(fixture: &Arc<dyn Fixture>, mishap: Mishap) -> Verdict
 }
 
 pub(super) async fn killed(fixture: &Arc<dyn Fixture>) -> Verdict {
-    let stage = Stage::new(fixture, 2).await?;
+    let mut stage = Stage::new(fixture, 2).await?;
     let targets = stage.targets(2);
+    painted(&stage, &targets, 1).await?;
     for n in 0..LIMIT {
         let (snapshot, then) = (name(&format!("killed-{n}")), contents(&stage, &targets).await?);
         stage.create(&snapshot, &targets).await?;
         dabbed(&stage, &targets, n).await?;
         if n == 0 {
-            let works = works(&stage, fixture, &snapshot).await?;
-            stage.delete(&snapshot).await.ok();
-            if works {
+            if works(&mut stage, fixture, &snapshot, &then).await? {
                 continue;
             }
             return stage.finish().await;
@@ -151,9 +149,10 @@ pub(super) async fn killed(fixture: &Arc<dyn Fixture>) -> Verdict {
         let at = match stage.points.killable(reverting).await {
             Ended::Done(reverted) => {
                 ensure!(n > 1, "there was no point where it could be killed");
+                stage.follow(told(&reverted)).await?;
                 reverted?;
                 all_same(&stage, &targets, &then).await?;
-                stage.delete(&snapshot).await.ok();
+                stage.delete(&snapshot).await?;
                 return stage.finish().await;
             }
             Ended::Killed(at) => at,
@@ -165,9 +164,9 @@ pub(super) async fn killed(fixture: &Arc<dyn Fixture>) -> Verdict {
                 .await
                 .context(format!("{at}, recovered"))?;
         }
-        finished(&stage, &snapshot).await.context(&at)?;
+        finished(&mut stage, &snapshot).await.context(&at)?;
         all_same(&stage, &targets, &then).await.context(&at)?;
-        stage.delete(&snapshot).await.ok();
+        stage.delete(&snapshot).await?;
         stage.nothing_left(&at).await?;
     }
     Err(Failure(format!("a revert passes more than {LIMIT} points")))
@@ -177,20 +176,20 @@ fn offered(fixture: &Arc<dyn Fixture>) -> bool {
     fixture.expected_capabilities().contains(&Capability::Revert)
 }
 
-async fn revert(stage: &Stage, snapshot: &SnapshotName) -> disksnap_core::Result<Altered> {
-    let dispatcher = stage.dispatcher()?;
-    dispatcher.revert(stage.domain(), snapshot, &[]).await
+/// The disks that a revert says the domain uses from now on.
+fn told(reverted: &disksnap_core::Result<Altered>) -> &[Disk] {
+    reverted.as_ref().map_or(&[], |altered| &altered.disks)
 }
 
 /// Puts a snapshot back; `None` where that cannot be and is told so: the method does not offer it, or wants the
 /// domain off.
 async fn put_back(
-    stage: &Stage,
+    stage: &mut Stage,
     fixture: &Arc<dyn Fixture>,
     snapshot: &SnapshotName,
 ) -> Step<Option<Altered>> {
     let offered = offered(fixture);
-    match revert(stage, snapshot).await {
+    match stage.try_revert(snapshot).await? {
         Ok(altered) => {
             ensure!(
                 offered,
@@ -212,13 +211,26 @@ async fn put_back(
     }
 }
 
-async fn works(stage: &Stage, fixture: &Arc<dyn Fixture>, snapshot: &SnapshotName) -> Step<bool> {
-    Ok(put_back(stage, fixture, snapshot).await?.is_some())
+/// Whether a snapshot can be put back here: if so it is, with this content; then it is deleted, where the revert has not
+/// used it up.
+async fn works(
+    stage: &mut Stage,
+    fixture: &Arc<dyn Fixture>,
+    snapshot: &SnapshotName,
+    then: &[Vec<u8>],
+) -> Step<bool> {
+    let works = put_back(stage, fixture, snapshot).await?.is_some();
+    if works {
+        let targets = stage.targets(then.len());
+        all_same(stage, &targets, then).await.context("unharmed")?;
+    }
+    stage.delete(snapshot).await?;
+    Ok(works)
 }
 
 /// After a mishap, another revert finishes it; where a revert uses the snapshot up, it may have been done already.
-async fn finished(stage: &Stage, snapshot: &SnapshotName) -> Verdict {
-    match revert(stage, snapshot).await {
+async fn finished(stage: &mut Stage, snapshot: &SnapshotName) -> Verdict {
+    match stage.try_revert(snapshot).await? {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         other => other.map(drop).context("the same revert again"),
     }

@@ -1,5 +1,7 @@
 //! The method `memory` with one fault.
 
+mod handing;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -12,6 +14,8 @@ use disksnap_core::{
 };
 use disksnap_memory::Memory;
 use serde_json::json;
+
+pub(crate) use handing::{Handing, Hands};
 
 /// What is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
