@@ -11,16 +11,19 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs run /run
 
-while read -r module; do
-    insmod "/modules/$module" || echo "GUEST FAILED: cannot load $module"
-done < /modules/order
-
 option() {
     read -r line < /proc/cmdline
     for word in $line; do
         case $word in "$1="*) echo "${word#*=}" ;; esac
     done
 }
+files=$(option fs)
+
+while read -r module; do
+    # It is big, and few want it.
+    case $module:$files in xfs.ko:xfs:*) ;; xfs.ko:*) continue ;; esac
+    insmod "/modules/$module" || echo "GUEST FAILED: cannot load $module"
+done < /modules/order
 
 # SCSI disks are found in the background.
 wait_for() {
@@ -57,6 +60,7 @@ start_files() {
     case $kind in
         # By its path: busybox has a smaller one of the same name built in.
         ext4) /bin/mke2fs -q -F -t ext4 -E nodiscard "$device" ;;
+        xfs) mkfs.xfs -q -K "$device" ;;
         *) echo "GUEST FAILED: no program makes $kind here" && return ;;
     esac
     mount -t "$kind" "$device" /mnt || { echo "GUEST FAILED: cannot mount $device"; return; }
@@ -73,7 +77,6 @@ start_writer() {
 }
 
 start_agent
-files=$(option fs)
 [ -z "$files" ] || start_files "$files"
 disks=$(option writer)
 [ -z "$disks" ] || start_writer "$disks"

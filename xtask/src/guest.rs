@@ -1,7 +1,8 @@
 //! The test guest: Debian's cloud kernel and an initrd with the real guest agent, made without root.
 //!
 //! `vmlinux` and `initrd.img` are the small guest, which boots in seconds and has no root disk.
-//! `lvm-initrd.img` is another, for the same kernel, that has LVM and runs what a test puts into it.
+//! `lvm-initrd.img` is another, for the same kernel, that has LVM and runs what a test puts into it;
+//! `machine-initrd.img` is what is appended to it where a test runs a QEMU inside that guest.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,14 +26,15 @@ pub(crate) const PACKAGES: &[&str] = &[
     "qemu-guest-agent",
     "util-linux",
     "usr-is-merged",
+    "xfsprogs",
 ];
 
 /// A package that depends on the current kernel for virtual machines.
 const KERNEL: &str = "linux-image-cloud-amd64";
 
-const PROGRAMS: &[&str] = &["busybox", "mke2fs", "qemu-ga", "blkdiscard"];
+const PROGRAMS: &[&str] = &["busybox", "mke2fs", "mkfs.xfs", "qemu-ga", "blkdiscard"];
 
-/// Loaded at boot, in this order. Those that are built into the kernel are not in the initrd.
+/// Loaded at boot, in this order; XFS only where it is wanted. Those that are built into the kernel are not in the initrd.
 const MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_blk",
@@ -41,6 +43,7 @@ const MODULES: &[&str] = &[
     "virtio_console",
     "ext4",
     "crc32c_generic",
+    "xfs",
 ];
 
 const INIT: &str = include_str!("../guest/init.sh");
@@ -53,6 +56,7 @@ const LVM_PACKAGES: &[&str] = &[
     "e2fsprogs",
     "libgcc-s1",
     "lvm2",
+    "qemu-system-x86",
     "qemu-utils",
     "thin-provisioning-tools",
     "usr-is-merged",
@@ -89,6 +93,13 @@ const LVM_MODULES: &[&str] = &[
     "btrfs",
 ];
 
+/// What runs a machine inside the guest, apart from the rest since few tests want it.
+const MACHINE_PROGRAMS: &[&str] = &["qemu-system-x86_64"];
+
+/// What a machine without a display or network starts with: where it is in the packages. All go where the program
+/// looks for them beside its own place.
+const FIRMWARE: &[&str] = &["usr/share/seabios/bios-256k.bin", "usr/share/qemu/kvmvapic.bin"];
+
 const LVM_INIT: &str = include_str!("../guest/lvm-init.sh");
 const RUNNER: &str = include_str!("../guest/runner.rs");
 
@@ -102,7 +113,8 @@ pub(crate) fn stamp() -> String {
     let small = format!("{PACKAGES:?} {KERNEL} {PROGRAMS:?} {MODULES:?} {INIT} {WRITER}");
     let lvm =
         format!("{LVM_PACKAGES:?} {LVM_PROGRAMS:?} {LVM_LIBRARIES:?} {LVM_MODULES:?} {LVM_INIT} {RUNNER}");
-    let sources = format!("{RECIPE} {small} {lvm}");
+    let machine = format!("{MACHINE_PROGRAMS:?} {FIRMWARE:?}");
+    let sources = format!("{RECIPE} {small} {lvm} {machine}");
     let digest = Sha256::digest(sources.as_bytes());
     digest
         .iter()
@@ -135,6 +147,7 @@ pub(crate) fn make(tools: &Path, apt: &Apt) -> Result<()> {
     let modules = modules.context("the kernel's package has no modules")?;
     make_initrd(&root, modules, &new)?;
     make_lvm_initrd(&lvm_root, modules, &new)?;
+    make_machine_initrd(&lvm_root, &new)?;
     let mut all = [packages, image, lvm_packages].concat();
     all.sort_by(|a, b| (&a.name, &a.version).cmp(&(&b.name, &b.version)));
     all.dedup();
@@ -184,6 +197,19 @@ fn make_lvm_initrd(root: &Path, modules: &Path, new: &Path) -> Result<()> {
     initrd.file("bin/guest-runner", compile(RUNNER, new)?);
     initrd.file("init", LVM_INIT.as_bytes().to_vec());
     initrd.write(&new.join("lvm-initrd.img"))
+}
+
+fn make_machine_initrd(root: &Path, new: &Path) -> Result<()> {
+    let mut initrd = Initrd::default();
+    for program in MACHINE_PROGRAMS {
+        initrd.program(root, program)?;
+    }
+    for path in FIRMWARE {
+        let name = path.rsplit('/').next().unwrap_or(path);
+        let contents = fs::read(root.join(path)).with_context(|| format!("the packages have no {path}"))?;
+        initrd.file(&format!("share/qemu/{name}"), contents);
+    }
+    initrd.write(&new.join("machine-initrd.img"))
 }
 
 fn with_programs(root: &Path, programs: &[&str]) -> Result<Initrd> {

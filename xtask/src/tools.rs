@@ -77,7 +77,7 @@ const TREES: [Tree; 4] = [
         suite: None,
         packages: &["btrfs-progs", "xfsprogs"],
         alone: false,
-        programs: &["btrfs", "mkfs.btrfs", "mkfs.xfs"],
+        programs: &["btrfs", "mkfs.btrfs", "mkfs.xfs", "xfs_repair"],
     },
 ];
 
