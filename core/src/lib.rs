@@ -11,6 +11,7 @@
 mod accessors;
 mod attach;
 mod catalog;
+mod checkpoint;
 mod disk;
 mod dispatcher;
 mod domain;
@@ -20,6 +21,7 @@ mod host;
 mod hotplug;
 mod image_server;
 mod ledger;
+mod lineage;
 mod merging;
 mod names;
 mod place;
@@ -39,6 +41,7 @@ mod window;
 
 pub use accessors::{Affected, Merge, Peer, Progress, Revert};
 pub use catalog::{Act, Catalog, Change, Definition, DomainLock, Intent, Moved, Part};
+pub use checkpoint::{Checkpoint, CheckpointDisk, CheckpointName, Mark};
 pub use disk::{DeviceKind, Disk, Driver, MethodChoice, Options};
 
 pub use dispatcher::{Deleted, Deletion, Dispatcher, Inspected};
@@ -51,6 +54,7 @@ pub use host::{
 pub use hotplug::{Attached, Hotplug, PlugDisk};
 pub use image_server::{Image, ImageServer};
 pub use ledger::Altered;
+pub use lineage::{Lineage, Removal, Unmark};
 pub use merging::{Job, JobUnit, Watcher};
 pub use names::{Alias, SnapshotId, SnapshotName};
 pub use provider::{

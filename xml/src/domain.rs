@@ -6,6 +6,7 @@ use std::fmt;
 use disksnap_core::{Disk, Domain, DomainId, Error, MethodChoice, Result, Sockets};
 use uuid::Uuid;
 
+use crate::limits;
 use crate::tree::{Elem, Tree};
 use crate::{disk, method, source};
 
@@ -199,11 +200,23 @@ fn socket(ours: Elem<'_, '_>, name: &str) -> Result<Option<std::path::PathBuf>> 
 /// `Invalid` when it is longer than [`MAX_BYTES`](crate::MAX_BYTES) or not UTF-8, with the line and
 /// column where it stops being that.
 pub fn text_of(bytes: Vec<u8>) -> Result<String> {
-    crate::limits::check_length(bytes.len())?;
+    text_within(bytes, limits::ONE)
+}
+
+/// The text of a set of checkpoints.
+///
+/// # Errors
+/// As [`text_of`], but for the length: `Invalid` when it is longer than [`MAX_SET_BYTES`](crate::MAX_SET_BYTES).
+pub fn set_text_of(bytes: Vec<u8>) -> Result<String> {
+    text_within(bytes, limits::SET)
+}
+
+fn text_within(bytes: Vec<u8>, bounds: limits::Bounds) -> Result<String> {
+    limits::check_length(bytes.len(), bounds)?;
     String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
         let before = String::from_utf8_lossy(&error.as_bytes()[..valid]).into_owned();
-        let (line, column) = crate::limits::position(&before, valid);
+        let (line, column) = limits::position(&before, valid);
         Error::new(
             disksnap_core::ErrorKind::Invalid,
             "the document is not UTF-8: expected UTF-8, whatever its XML declaration says",

@@ -13,10 +13,33 @@ pub const MAX_BYTES: usize = 4 << 20;
 pub const MAX_DEPTH: usize = 256;
 /// Most tags, comments and other pieces of markup in a document.
 pub const MAX_MARKUP: usize = 100_000;
+/// Longest set of checkpoints, in bytes; 10 000 of them on 16 disks need 20 MB.
+pub const MAX_SET_BYTES: usize = 64 << 20;
+/// Most pieces of markup in a set of checkpoints.
+pub const MAX_SET_MARKUP: usize = 1_000_000;
 /// Most attributes of one element.
 pub const MAX_ATTRIBUTES: usize = 256;
 /// Most namespace declarations in a document.
 pub const MAX_NAMESPACES: usize = 128;
+
+/// How long and how rich a document may be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bounds {
+    bytes: usize,
+    markup: usize,
+}
+
+/// Those of a document about one thing.
+pub(crate) const ONE: Bounds = Bounds {
+    bytes: MAX_BYTES,
+    markup: MAX_MARKUP,
+};
+
+/// Those of a set of checkpoints.
+pub(crate) const SET: Bounds = Bounds {
+    bytes: MAX_SET_BYTES,
+    markup: MAX_SET_MARKUP,
+};
 
 /// One piece of markup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,17 +140,17 @@ impl<'t> Iterator for Scanner<'t> {
 }
 
 /// Refuses a document that is too long.
-pub(crate) fn check_length(bytes: usize) -> Result<()> {
-    if bytes <= MAX_BYTES {
+pub(crate) fn check_length(bytes: usize, bounds: Bounds) -> Result<()> {
+    if bytes <= bounds.bytes {
         return Ok(());
     }
-    let message = format!("the document has more than {MAX_BYTES} bytes");
+    let message = format!("the document has more than {} bytes", bounds.bytes);
     Err(Error::new(ErrorKind::Invalid, message).with("bytes", bytes))
 }
 
 /// Refuses a document that is too large, too deep or too rich.
-pub(crate) fn check(text: &str) -> Result<()> {
-    check_length(text.len())?;
+pub(crate) fn check(text: &str, bounds: Bounds) -> Result<()> {
+    check_length(text.len(), bounds)?;
     if text.matches("xmlns").count() > MAX_NAMESPACES {
         return Err(too_much(
             text,
@@ -140,8 +163,8 @@ pub(crate) fn check(text: &str) -> Result<()> {
     let mut depth = 0_usize;
     for (n, markup) in Scanner::new(text).enumerate() {
         let at = |what: &str, unit, limit| Err(too_much(text, markup.start, what, unit, limit));
-        if n >= MAX_MARKUP {
-            return at("the document", "tags and comments", MAX_MARKUP);
+        if n >= bounds.markup {
+            return at("the document", "tags and comments", bounds.markup);
         }
         match markup.kind {
             Kind::Open { attributes, .. } | Kind::Empty { attributes, .. } if attributes > MAX_ATTRIBUTES => {
@@ -210,22 +233,22 @@ mod tests {
     #[test]
     fn limits_hold_and_name_the_place() {
         let deep = "<a>".repeat(MAX_DEPTH) + &"</a>".repeat(MAX_DEPTH);
-        assert!(check(&deep).is_ok());
-        let error = check(&format!("<b>{deep}</b>")).expect_err("one level too many");
+        assert!(check(&deep, ONE).is_ok());
+        let error = check(&format!("<b>{deep}</b>"), ONE).expect_err("one level too many");
         assert_eq!(
             error.to_string(),
             "the document has more than 256 levels (line 1, column 769, element a)"
         );
         let rich = format!("<a>\n<b {}/></a>", "x='='".repeat(MAX_ATTRIBUTES + 1));
-        let error = check(&rich).expect_err("one attribute too many");
+        let error = check(&rich, ONE).expect_err("one attribute too many");
         assert_eq!(
             error.to_string(),
             "an element has more than 256 attributes (line 2, column 1, element b)"
         );
-        assert!(check(&rich.replacen("x='='", "", 1)).is_ok());
-        assert!(check(&" ".repeat(MAX_BYTES + 1)).is_err());
-        assert!(check(&"<a/>".repeat(MAX_MARKUP + 1)).is_err());
-        assert!(check(&"<a xmlns:a='b'/>".repeat(MAX_NAMESPACES + 1)).is_err());
+        assert!(check(&rich.replacen("x='='", "", 1), ONE).is_ok());
+        assert!(check(&" ".repeat(MAX_BYTES + 1), ONE).is_err());
+        assert!(check(&"<a/>".repeat(MAX_MARKUP + 1), ONE).is_err());
+        assert!(check(&"<a xmlns:a='b'/>".repeat(MAX_NAMESPACES + 1), ONE).is_err());
     }
 
     #[test]

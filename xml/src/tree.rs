@@ -8,7 +8,7 @@ use std::ops::Range;
 use disksnap_core::{Error, ErrorKind, Result};
 use roxmltree::{Attribute, Document, Node, ParsingOptions};
 
-use crate::limits;
+use crate::limits::{self, Bounds};
 
 /// A well-formed document within the limits.
 #[derive(Debug)]
@@ -18,7 +18,11 @@ pub(crate) struct Tree<'t> {
 
 impl<'t> Tree<'t> {
     pub(crate) fn parse(text: &'t str) -> Result<Self> {
-        limits::check(text)?;
+        Self::parse_within(text, limits::ONE)
+    }
+
+    pub(crate) fn parse_within(text: &'t str, bounds: Bounds) -> Result<Self> {
+        limits::check(text, bounds)?;
         let options = ParsingOptions {
             allow_dtd: false,
             ..ParsingOptions::default()

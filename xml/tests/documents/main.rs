@@ -1,6 +1,7 @@
 //! The documents, read and written: each module is one kind of question.
 #![allow(clippy::unwrap_used, reason = "a test may fail in any way")]
 
+mod checkpoints;
 mod domain;
 mod edits;
 mod faults;

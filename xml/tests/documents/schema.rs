@@ -11,26 +11,26 @@ use disksnap_xml::{DomainDocument, Element, disk_element, new_disk_element};
 
 use crate::{ACTIVE, SOURCES};
 
-/// Whether the text is a domain in libvirt's eyes; `None` where nothing can tell.
-struct Schema {
+/// One of libvirt's schemas.
+pub(crate) struct Schema {
     xmllint: PathBuf,
-    domain: PathBuf,
+    schema: PathBuf,
 }
 
 impl Schema {
     /// The schema, or `None` after saying why not; a panic where `REQUIRE` lists `libvirt-schemas`.
     #[expect(clippy::print_stderr, reason = "this is the report of a skipped test")]
-    fn find() -> Option<Self> {
+    pub(crate) fn find(name: &str) -> Option<Self> {
         let named = std::env::var_os("DISKSNAP_LIBVIRT_SCHEMAS").map(PathBuf::from);
         let installed = PathBuf::from("/usr/share/libvirt/schemas");
-        let domain = named.unwrap_or(installed).join("domain.rng");
+        let schema = named.unwrap_or(installed).join(name);
         let path = std::env::var_os("PATH").unwrap_or_default();
         let xmllint = std::env::split_paths(&path)
             .map(|dir| dir.join("xmllint"))
             .find(|p| p.is_file());
         let why = match xmllint {
-            Some(xmllint) if domain.is_file() => return Some(Self { xmllint, domain }),
-            Some(_) => format!("there is no {}", domain.display()),
+            Some(xmllint) if schema.is_file() => return Some(Self { xmllint, schema }),
+            Some(_) => format!("there is no {}", schema.display()),
             None => "the program xmllint is not installed".to_owned(),
         };
         let required = std::env::var("REQUIRE").unwrap_or_default();
@@ -46,13 +46,13 @@ impl Schema {
         None
     }
 
-    fn check(&self, text: &str) -> Result<(), String> {
+    pub(crate) fn check(&self, text: &str) -> Result<(), String> {
         let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("domain.xml");
+        let file = dir.path().join("document.xml");
         std::fs::write(&file, text).unwrap();
         let output = Command::new(&self.xmllint)
             .args(["--noout", "--nonet", "--relaxng"])
-            .args([&self.domain, &file])
+            .args([&self.schema, &file])
             .stdin(Stdio::null())
             .output()
             .unwrap();
@@ -73,7 +73,9 @@ fn around(disks: &str) -> String {
 
 #[test]
 fn the_schema_can_tell_right_from_wrong() {
-    let Some(schema) = Schema::find() else { return };
+    let Some(schema) = Schema::find("domain.rng") else {
+        return;
+    };
     schema.check(ACTIVE).unwrap();
     schema.check(SOURCES).unwrap();
     schema
@@ -121,7 +123,9 @@ fn sources() -> Vec<Source> {
 
 #[test]
 fn a_disk_written_anew() {
-    let Some(schema) = Schema::find() else { return };
+    let Some(schema) = Schema::find("domain.rng") else {
+        return;
+    };
     let formats = [Some("qcow2"), Some("raw"), None];
     for source in sources() {
         for format in formats {
@@ -162,7 +166,9 @@ fn a_disk_written_anew() {
 
 #[test]
 fn every_disk_moved_to_every_source() {
-    let Some(schema) = Schema::find() else { return };
+    let Some(schema) = Schema::find("domain.rng") else {
+        return;
+    };
     for sample in [ACTIVE, SOURCES] {
         let document = DomainDocument::parse(sample).unwrap();
         for disk in &document.domain().disks {
