@@ -2,7 +2,8 @@
 //!
 //! [`QemuConnector`] finds a domain by the unix sockets in its [`Sockets`](disksnap_core::Sockets) and answers
 //! [`QemuControl`]s, which implement core's `Host` and `Control` for a `qemu-system-*` or `qemu-storage-daemon`.
-//! Providers, which see only `&dyn Host`, ask [`Schema`] what this QEMU can do and [`Graph`] which node serves a disk.
+//! Providers, which see only `&dyn Host`, ask [`Schema`] what this QEMU can do and [`Graph`] which node serves a disk,
+//! and follow their [`jobs`] by name.
 
 mod agent;
 mod connector;
@@ -15,6 +16,7 @@ pub mod graph;
 mod guard;
 pub mod guardian;
 mod hotplug;
+pub mod jobs;
 mod lines;
 mod nbd_server;
 mod order;

@@ -4,7 +4,7 @@
 //! [`ImageFile::of`] looks at the file; [`ImageFile::stands_alone`] says whether the one file is all of
 //! the disk, [`Live`] what the hypervisor that has it open says. [`file_system`], [`mount_options`] and [`room`] tell of
 //! the place it is in; [`put_back`] makes images again what a snapshot has of them. [`MadeFile`] and
-//! [`write_empty_qcow2`] make new ones.
+//! [`write_empty_qcow2`] make new ones, [`QemuImg`] works on those that no hypervisor has open.
 
 mod empty_qcow2;
 mod live;
@@ -12,6 +12,7 @@ mod made;
 mod place;
 mod put_back;
 mod qcow2;
+mod qemu_img;
 
 use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
@@ -25,6 +26,7 @@ pub use made::{Called, MadeFile, remove_file};
 pub use place::{file_system, mount_options, room};
 pub use put_back::{PutBack, can_put_back, forget, like_in_cow, put_back};
 pub use qcow2::Qcow2;
+pub use qemu_img::QemuImg;
 
 /// What stands against a disk: what a probe answers with, and what a create fails with.
 #[derive(Debug, Clone, PartialEq, Eq)]

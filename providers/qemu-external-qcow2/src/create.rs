@@ -3,13 +3,12 @@
 use disksnap_core::{
     Batch, Command, Disk, DiskRequest, Error, ErrorKind, Host, Owner, Result, RunState, SnapshotId, TakePlan,
 };
-use disksnap_hypervisor::Graph;
+use disksnap_hypervisor::{Graph, jobs};
 use disksnap_image_file::{MadeFile, qcow2_holds_data};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::image::{CALLED, fill_in, locate};
-use crate::jobs;
 use crate::layer::{self, Layer, Stamp, unfit};
 use crate::names::Names;
 use crate::place::{self, Place, nodes_of};

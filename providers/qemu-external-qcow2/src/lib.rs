@@ -18,7 +18,6 @@ mod bitmaps;
 mod create;
 mod image;
 mod inspect;
-mod jobs;
 mod layer;
 mod merge;
 mod names;

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use disksnap_core::{
     Affected, Command, Disk, Error, ErrorKind, Host, Merge, Peer, Progress, Result, SnapshotId, Unit,
 };
-use disksnap_hypervisor::Graph;
+use disksnap_hypervisor::{Graph, jobs};
 use disksnap_image_file::remove_file;
 use serde_json::json;
 
@@ -255,7 +255,7 @@ pub(crate) async fn delete(host: &dyn Host, record: &Record) -> Result<()> {
 /// Removes the overlay's nodes and file, and a base that nothing else needs. Idempotent.
 async fn tidy(host: &dyn Host, record: &Record, graph: Option<&Graph>) -> Result<()> {
     if graph.is_some() {
-        crate::jobs::end(host, &record.names().merge()).await?;
+        jobs::end(host, &record.names().merge()).await?;
     }
     if let Some(overlay) = &record.overlay {
         let nodes = graph.map(|graph| nodes_of(graph, overlay)).unwrap_or_default();

@@ -4,7 +4,7 @@
 use disksnap_core::{DiskRequest, Error, ErrorKind, Host, Result, RunState, SnapshotId};
 use disksnap_hypervisor::graph::Node;
 use disksnap_hypervisor::{DiskNodes, Graph};
-use disksnap_image_file::MadeFile;
+use disksnap_image_file::{MadeFile, QemuImg};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -141,7 +141,7 @@ fn refuse_plain(offers: &Offers) -> Result<()> {
         )
         .hint("Use a method that copies the encrypted image as it is."));
     }
-    encrypted::qemu_img().map(|_| ()).ok_or_else(encrypted::missing)
+    QemuImg::find().map(drop).ok_or_else(encrypted::missing)
 }
 
 fn pick(wish: Option<Way>, offers: &Offers, has_seat: bool) -> Result<Way> {

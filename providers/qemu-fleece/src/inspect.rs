@@ -1,10 +1,10 @@
 //! Whether a fleece can be trusted. QEMU sends no event when a snapshot breaks, so one byte range is read.
 
 use disksnap_core::{Command, Health, Host, Result, RunState};
+use disksnap_hypervisor::jobs;
 use serde_json::json;
 
 use crate::build::Fleece;
-use crate::jobs;
 use crate::names::Names;
 use crate::settings::Way;
 
@@ -50,11 +50,7 @@ async fn exists(host: &dyn Host, node: &str) -> Result<bool> {
 }
 
 async fn job_failure(host: &dyn Host, names: &Names) -> Result<Option<String>> {
-    let job = jobs::all(host)
-        .await?
-        .into_iter()
-        .find(|job| job.id == names.job());
-    Ok(match job {
+    Ok(match jobs::find(host, &names.job()).await? {
         None => Some("its backup job is gone".to_owned()),
         Some(job) if job.has_ended() => Some(format!(
             "its backup job has ended: {}",
@@ -104,7 +100,7 @@ async fn read_through(host: &dyn Host, id: &str) -> Result<Health> {
             "its data could not be looked at: the reading job is gone".to_owned(),
         ));
     };
-    jobs::end(host, &job).await?;
+    jobs::end(host, id).await?;
     Ok(match job.error {
         None => Health::Active,
         Some(error) => Health::Broken(format!(

@@ -18,7 +18,6 @@ mod choice;
 mod encrypted;
 mod image;
 mod inspect;
-mod jobs;
 mod names;
 mod offers;
 mod settings;

@@ -2,12 +2,11 @@
 //! order of fleeces on one disk.
 
 use disksnap_core::{Command, Error, ErrorKind, Host, Result, RunState};
-use disksnap_hypervisor::Graph;
 use disksnap_hypervisor::graph::Node;
+use disksnap_hypervisor::{Graph, jobs};
 use serde_json::json;
 
 use crate::choice::reopen_options;
-use crate::jobs;
 use crate::names::Names;
 
 /// Removes the jobs, nodes and secrets of these fleeces from QEMU. Images stay.
@@ -99,7 +98,7 @@ const EXPORT_POLLS: u32 = 5_000;
 async fn end_jobs(host: &dyn Host, all: &[Names], prefix: fn(&Names) -> String) -> Result<()> {
     for job in jobs::all(host).await? {
         if all.iter().any(|names| job.id.starts_with(&prefix(names))) {
-            jobs::end(host, &job).await?;
+            jobs::end(host, &job.id).await?;
         }
     }
     Ok(())

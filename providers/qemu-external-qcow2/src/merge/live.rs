@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use disksnap_core::{Command, Error, ErrorKind, Host, Progress, Result};
 use disksnap_hypervisor::Graph;
+use disksnap_hypervisor::jobs::{self, Job};
 use serde_json::json;
 
 use super::{Live, Standing};
-use crate::jobs::{self, Job};
 use crate::layer::unfit;
 use crate::place::{is_overlay, overlay_root};
 use crate::record::Record;

@@ -76,7 +76,7 @@ pub(super) async fn finish(record: &Record, layers: &[Layer], at: usize) -> Resu
             &record.base.format,
             &path,
         ];
-        qemu_img::run(arguments.map(str::to_owned).to_vec()).await?;
+        qemu_img::run(arguments).await?;
     }
     mark(&overlay.path)
 }
@@ -113,7 +113,7 @@ async fn bitmaps_of(layer: &Layer) -> Result<Vec<Bitmap>> {
     }
     let path = layer.path.to_string_lossy();
     let arguments = ["info", "--output=json", "-f", "qcow2", &path];
-    let told = qemu_img::run(arguments.map(str::to_owned).to_vec()).await?;
+    let told = qemu_img::run(arguments).await?;
     let told: serde_json::Value = remembered(&serde_json::from_str(&told).map_err(|e| {
         Error::new(disksnap_core::ErrorKind::Protocol, "qemu-img info tells no JSON").because(e)
     })?)?;

@@ -1,4 +1,7 @@
 //! QEMU's jobs, followed by asking: a provider has no event stream, and asking survives a reconnect.
+//!
+//! A job is known by the id that it was started with. Whoever wants to see how it ended starts it with
+//! `auto-dismiss: false`, and [`end`]s it.
 
 use std::time::{Duration, Instant};
 
@@ -6,48 +9,65 @@ use disksnap_core::{Command, Error, ErrorKind, Host, Result};
 use serde::Deserialize;
 use serde_json::json;
 
-/// One job as `query-jobs` tells it.
+/// One job (`JobInfo` in QEMU's QAPI).
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) struct Job {
-    pub(crate) id: String,
+pub struct Job {
+    /// Its id.
+    pub id: String,
     /// `created`, `running`, `ready`, `pending`, `concluded`, …
-    pub(crate) status: String,
+    pub status: String,
     /// Bytes done.
     #[serde(default)]
-    pub(crate) current_progress: u64,
+    pub current_progress: u64,
     /// Bytes in all, as known now.
     #[serde(default)]
-    pub(crate) total_progress: u64,
+    pub total_progress: u64,
+    /// Why it has failed, in QEMU's words.
     #[serde(default)]
-    pub(crate) error: Option<String>,
+    pub error: Option<String>,
 }
 
 impl Job {
     /// Whether it has ended, well or badly.
-    pub(crate) fn has_ended(&self) -> bool {
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
         matches!(self.status.as_str(), "concluded" | "null")
     }
 }
 
-/// How long a job of ours may take to end once it should.
+/// How long a job may stand still where it should come to an end.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The job of this id (`query-jobs`).
-pub(crate) async fn find(host: &dyn Host, id: &str) -> Result<Option<Job>> {
+/// All jobs (`query-jobs`).
+///
+/// # Errors
+/// The monitor's; `Protocol` when the answer is no list of jobs.
+pub async fn all(host: &dyn Host) -> Result<Vec<Job>> {
     let reply = host.monitor(Command::bare("query-jobs")).await?;
-    let jobs: Vec<Job> = serde_json::from_value(reply).map_err(|e| {
+    serde_json::from_value(reply).map_err(|e| {
         Error::new(
             ErrorKind::Protocol,
             "query-jobs answered something that is no list of jobs",
         )
         .because(e)
-    })?;
+    })
+}
+
+/// The job of this id.
+///
+/// # Errors
+/// As [`all`].
+pub async fn find(host: &dyn Host, id: &str) -> Result<Option<Job>> {
+    let jobs = all(host).await?;
     Ok(jobs.into_iter().find(|job| job.id == id))
 }
 
 /// Asks until `done` says so of the job, or it does not exist any more (`None`).
-pub(crate) async fn wait(host: &dyn Host, id: &str, done: impl Fn(&Job) -> bool) -> Result<Option<Job>> {
+///
+/// # Errors
+/// As [`all`]; `Timeout` when it makes no progress for half a minute.
+pub async fn wait(host: &dyn Host, id: &str, done: impl Fn(&Job) -> bool) -> Result<Option<Job>> {
     let (mut since, mut pause, mut seen) = (Instant::now(), Duration::from_micros(300), 0);
     loop {
         let job = find(host, id).await?;
@@ -71,14 +91,20 @@ pub(crate) async fn wait(host: &dyn Host, id: &str, done: impl Fn(&Job) -> bool)
 }
 
 /// One command about a job (`job-complete`, `job-finalize`, …).
-pub(crate) async fn tell(host: &dyn Host, id: &str, command: &str) -> Result<()> {
+///
+/// # Errors
+/// The monitor's.
+pub async fn tell(host: &dyn Host, id: &str, command: &str) -> Result<()> {
     host.monitor(Command::new(command, json!({ "id": id })))
         .await
         .map(drop)
 }
 
 /// Ends a job, whatever it does, and forgets it; says how it had ended. Idempotent.
-pub(crate) async fn end(host: &dyn Host, id: &str) -> Result<Option<Job>> {
+///
+/// # Errors
+/// As [`wait`].
+pub async fn end(host: &dyn Host, id: &str) -> Result<Option<Job>> {
     let Some(job) = find(host, id).await? else {
         return Ok(None);
     };
