@@ -128,6 +128,9 @@ pub struct CheckpointDisk {
     pub size: Option<u64>,
     /// What keeps the instant.
     pub mark: Mark,
+    /// The mark is in the hypervisor's memory alone, and ends with that hypervisor: the disk's format has no place for it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub volatile: bool,
 }
 
 /// What keeps a disk's instant, so that later changes are known.

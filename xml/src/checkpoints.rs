@@ -109,14 +109,15 @@ fn disk(elem: Elem<'_, '_>, of: &CheckpointName) -> Result<Option<CheckpointDisk
         id: None,
         size: size.transpose()?,
         mark: Mark::Bitmap(bitmap.to_owned()),
+        volatile: false,
     }))
 }
 
 /// A `<domaincheckpoints>` document of these, in this order; each `<domaincheckpoint>` in it is valid against libvirt's
 /// schema, and none carries a `<domain>`.
 ///
-/// Three things have no place in libvirt's form: fractions of a second, the id of a disk, and a mark that is a kept
-/// snapshot; a disk with such a mark is `checkpoint='no'`.
+/// Four things have no place in libvirt's form: fractions of a second, the id of a disk, that a bitmap is in memory
+/// alone, and a mark that is a kept snapshot; a disk with such a mark is `checkpoint='no'`.
 ///
 /// # Errors
 /// `Unsupported` for a description or a name that XML cannot hold.

@@ -14,6 +14,7 @@ fn checkpoint(text: &str) -> Checkpoint {
         id: None,
         size: None,
         mark: Mark::Bitmap(name.to_owned()),
+        volatile: false,
     };
     Checkpoint {
         name: name.parse().unwrap(),

@@ -13,6 +13,7 @@ fn disk(target: &str, bitmap: &str, size: Option<u64>) -> CheckpointDisk {
         id: None,
         size,
         mark: Mark::Bitmap(bitmap.to_owned()),
+        volatile: false,
     }
 }
 
