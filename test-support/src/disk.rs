@@ -1,7 +1,7 @@
 //! What disk a test wants, and the guest's side of it: writing, zeroing, discarding, reading.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -128,7 +128,7 @@ impl DiskSpec {
         self
     }
 
-    /// Uses an existing image instead of making one; `size` is not looked at then.
+    /// Uses an existing image, or a block device, instead of making one; `size` is not looked at then.
     #[must_use]
     pub fn image(mut self, path: &Path) -> Self {
         self.image = Some(path.to_path_buf());
@@ -208,10 +208,17 @@ impl Attached {
         format!("serial-{}", self.spec.target)
     }
 
+    /// Whether its image is a block device.
+    pub(crate) fn is_device(&self) -> bool {
+        let found = self.image.metadata();
+        found.is_ok_and(|found| found.file_type().is_block_device())
+    }
+
     /// What `-blockdev` takes, bottom to top.
     pub(crate) fn blockdevs(&self) -> Vec<String> {
         let read_only = self.spec.read_only;
-        let file = json!({"driver": "file", "node-name": self.storage_node, "filename": self.image,
+        let driver = if self.is_device() { "host_device" } else { "file" };
+        let file = json!({"driver": driver, "node-name": self.storage_node, "filename": self.image,
             "read-only": read_only, "discard": "unmap", "auto-read-only": false});
         let format = json!({"driver": self.spec.format.as_str(), "node-name": self.format_node,
             "file": self.storage_node, "read-only": read_only, "discard": "unmap"});

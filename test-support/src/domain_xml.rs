@@ -98,6 +98,11 @@ fn write_disk(out: &mut String, disk: &Attached) {
         Bus::VirtioBlk => "virtio",
         Bus::VirtioScsi => "scsi",
     };
+    let (kind, attribute) = if disk.is_device() {
+        ("block", "dev")
+    } else {
+        ("file", "file")
+    };
     let read_only = if spec.read_only { "      <readonly/>\n" } else { "" };
     let address = match spec.bus {
         Bus::VirtioBlk => format!(
@@ -114,9 +119,9 @@ fn write_disk(out: &mut String, disk: &Attached) {
     };
     let written = write!(
         out,
-        "    <disk type='file' device='disk'>\n      \
+        "    <disk type='{kind}' device='disk'>\n      \
          <driver name='qemu' type='{format}' discard='unmap'/>\n      \
-         <source file='{image}' index='{index}'/>\n      <backingStore/>\n      \
+         <source {attribute}='{image}' index='{index}'/>\n      <backingStore/>\n      \
          <target dev='{target}' bus='{bus}'/>\n{read_only}      \
          <serial>{serial}</serial>\n      <alias name='{alias}'/>\n      {address}\n    </disk>\n",
         format = spec.format.as_str(),

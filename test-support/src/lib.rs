@@ -6,7 +6,7 @@
 //! - [`tools`]: where the programs are that `./x tools` gets
 //! - [`need!`], [`skip!`]: tests that not every machine can run
 //! - [`StorageDaemon`]: block nodes and jobs with no guest; the test is the guest
-//! - [`Qemu`]: a whole machine, idle or with the test guest ([`GuestSetup`])
+//! - [`Qemu`]: a whole machine, idle, with the test guest ([`GuestSetup`]) or with a writer that needs no guest kernel
 //! - [`LvmGuest`]: a guest in which tests run that need LVM
 //! - [`GuestDisk`], [`Writer`]: the guest's side of the disks
 //! - [`small_fs()`]: a file system that fills up; [`loop_fs()`]: btrfs or XFS
@@ -19,6 +19,7 @@
 
 mod disk;
 mod domain_xml;
+mod firmware_writer;
 mod guest;
 mod loop_fs;
 mod lvm_guest;
@@ -33,6 +34,7 @@ pub mod tools;
 mod writer;
 
 pub use disk::{Bus, DiskSpec, Format, GuestDisk};
+pub use firmware_writer::firmware_writer_round;
 pub use guest::GuestSetup;
 pub use loop_fs::{LoopFs, LoopFsKind, loop_fs};
 pub use lvm_guest::{GuestOutput, LvmGuest};

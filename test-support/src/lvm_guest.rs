@@ -4,6 +4,7 @@
 //! seconds, so a test program runs many of its tests in one.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -48,9 +49,22 @@ impl LvmGuest {
     /// Boots one with an empty disk of each of these sizes in bytes: `/dev/vda`, `/dev/vdb`, …
     #[must_use]
     pub fn start(disks: &[u64]) -> Self {
+        Self::start_of(&["lvm-initrd.img"], disks)
+    }
+
+    /// [`start`](Self::start), with a `qemu-system-x86_64` of 10.0 in it. A machine that the guest runs so is emulated
+    /// twice: one of [`QemuBuilder::firmware_writer`](crate::QemuBuilder::firmware_writer) writes after some seconds, a Linux
+    /// after minutes.
+    #[must_use]
+    pub fn start_with_qemu(disks: &[u64]) -> Self {
+        Self::start_of(&["lvm-initrd.img", "machine-initrd.img"], disks)
+    }
+
+    fn start_of(initrds: &[&str], disks: &[u64]) -> Self {
         let dir = crate::temp_dir();
         let socket = dir.path().join("port.sock");
-        let args = arguments(dir.path(), &socket, disks);
+        let initrd = initrd(dir.path(), initrds);
+        let args = arguments(dir.path(), &socket, &initrd, disks);
         let program = crate::tools::program("qemu-system-x86_64");
         let process = Process::start("lvm-guest", program, args, dir.path());
         let port = connect(&process, &socket);
@@ -154,8 +168,22 @@ impl LvmGuest {
     }
 }
 
-fn arguments(dir: &Path, socket: &Path, disks: &[u64]) -> Vec<OsString> {
-    let [kernel, initrd] = ["vmlinux", "lvm-initrd.img"].map(file);
+/// One initrd: the kernel unpacks archives that follow each other, and QEMU takes one file.
+fn initrd(dir: &Path, names: &[&str]) -> String {
+    if let [one] = names {
+        return file(one);
+    }
+    let path = dir.join("initrd.img");
+    let mut joined = File::create(&path).expect("a file can be made in a temporary directory");
+    for name in names {
+        let copied = File::open(file(name)).and_then(|mut part| std::io::copy(&mut part, &mut joined));
+        copied.unwrap_or_else(|error| panic!("cannot append {name}: {error}"));
+    }
+    path.to_string_lossy().into_owned()
+}
+
+fn arguments(dir: &Path, socket: &Path, initrd: &str, disks: &[u64]) -> Vec<OsString> {
+    let kernel = file("vmlinux");
     let serial = format!("file:{}", dir.join("serial.log").display());
     let port = format!("socket,id=port,path={},server=on,wait=off", socket.display());
     // One processor: under emulation a second only costs. Without rdrand the first `pvcreate` waits for entropy.
@@ -166,7 +194,7 @@ fn arguments(dir: &Path, socket: &Path, disks: &[u64]) -> Vec<OsString> {
     let mut args: Vec<OsString> = fixed.split_whitespace().map(Into::into).collect();
     let told = [
         ["-kernel", &kernel],
-        ["-initrd", &initrd],
+        ["-initrd", initrd],
         ["-append", &line],
         ["-serial", &serial],
         ["-chardev", &port],
@@ -174,7 +202,7 @@ fn arguments(dir: &Path, socket: &Path, disks: &[u64]) -> Vec<OsString> {
     args.extend(told.iter().flatten().map(Into::into));
     for (n, size) in disks.iter().enumerate() {
         let image = dir.join(format!("disk{n}"));
-        let made = std::fs::File::create(&image).and_then(|made| made.set_len(*size));
+        let made = File::create(&image).and_then(|made| made.set_len(*size));
         made.expect("a disk's image can be made");
         let node = format!(
             "node-name=disk{n},driver=raw,discard=unmap,file.driver=file,file.filename={},file.cache.no-flush=on",

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 
 use crate::disk::{Attached, Bus, DiskSpec, GuestDisk};
 use crate::domain_xml::Described;
+use crate::firmware_writer;
 use crate::guest::GuestSetup;
 use crate::process::{PATIENCE, Process};
 use crate::qmp::Monitor;
@@ -23,6 +24,7 @@ pub struct QemuBuilder {
     disks: Vec<DiskSpec>,
     version: QemuVersion,
     guest: Option<GuestSetup>,
+    firmware_writer: bool,
     prelaunch: bool,
     extra: Vec<String>,
 }
@@ -47,6 +49,16 @@ impl QemuBuilder {
     #[must_use]
     pub fn guest(mut self, setup: GuestSetup) -> Self {
         self.guest = Some(setup);
+        self
+    }
+
+    /// Boots a writer that needs no kernel, only the firmware, on all disks, which are virtio-blk, of one size and full of
+    /// zeroes: see [`firmware_writer_round`](crate::firmware_writer_round). [`Qemu::wait_writer`] waits for it.
+    ///
+    /// It starts within seconds and writes on also where the machine is emulated twice.
+    #[must_use]
+    pub fn firmware_writer(mut self) -> Self {
+        self.firmware_writer = true;
         self
     }
 
@@ -121,6 +133,9 @@ impl QemuBuilder {
         for disk in disks {
             args.extend(disk_arguments(disk));
         }
+        if self.firmware_writer {
+            args.extend(boot_arguments(dir, disks));
+        }
         args.extend(self.extra.iter().cloned());
         // The tests' own monitor comes last.
         args.extend(words(&format!(
@@ -173,6 +188,22 @@ fn disk_arguments(disk: &Attached) -> Vec<String> {
         ))),
     }
     args
+}
+
+/// The firmware finds the disks in the order of their addresses, but for the one that it is told to begin with.
+fn boot_arguments(dir: &Path, disks: &[Attached]) -> Vec<String> {
+    let size = disks.first().map_or(0, |disk| disk.spec.size);
+    let suits = |disk: &Attached| disk.spec.bus == Bus::VirtioBlk && disk.spec.size == size;
+    assert!(
+        disks.iter().all(suits),
+        "the firmware's writer does not suit the disks"
+    );
+    let image = firmware_writer::make_boot_disk(dir, disks.len(), size);
+    words(&format!(
+        "-blockdev driver=raw,node-name=boot,read-only=on,file.driver=file,file.filename={} \
+         -device virtio-blk-pci,drive=boot,addr=0x3,bootindex=0",
+        image.display()
+    ))
 }
 
 fn connect(process: &Process, dir: &Path) -> Monitor {

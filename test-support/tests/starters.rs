@@ -1,7 +1,8 @@
 //! Each starter starts the real thing; what the guest's side writes is there when read another way.
 
 use disksnap_test_support::{
-    DiskSpec, GIB, KIB, MIB, Qemu, QemuVersion, StorageDaemon, Writer, need, pattern, small_fs, tools,
+    DiskSpec, GIB, KIB, MIB, Qemu, QemuVersion, StorageDaemon, Writer, firmware_writer_round, need, pattern,
+    small_fs, tools,
 };
 use serde_json::json;
 
@@ -243,4 +244,39 @@ fn a_small_file_system_is_full_soon() {
     let path = fs.path().to_path_buf();
     drop(fs);
     assert!(!path.exists());
+}
+
+#[test]
+fn the_firmwares_writer_writes_in_order_to_all_disks() {
+    need!("qemu-system-x86_64", "qemu-img");
+    for version in VERSIONS {
+        let vm = Qemu::builder()
+            .version(version)
+            .disk(DiskSpec::new("vda", 4 * MIB))
+            .disk(DiskSpec::new("vdb", 4 * MIB).cluster_size(512))
+            .firmware_writer()
+            .start();
+        vm.wait_writer(16);
+        vm.qmp("stop", json!({}));
+        let printed = vm.writer_rounds();
+        vm.quit();
+        let raw = vm.dir().join("vdb.raw");
+        let mut convert = std::process::Command::new(version.program("qemu-img"));
+        convert.args(["convert", "-f", "qcow2", "-O", "raw"]);
+        let converted = convert.args([vm.image("vdb"), &raw]).status();
+        assert!(converted.expect("qemu-img starts").success());
+        let round = |image: &std::path::Path| {
+            let disk = std::fs::read(image).expect("an image can be read");
+            u64::from(firmware_writer_round(&disk).unwrap_or_else(|why| panic!("{version:?}: {why}")))
+        };
+        let (first, second) = (round(vm.image("vda")), round(&raw));
+        assert!(
+            first == second || first == second + 1,
+            "{first} and {second} are no instant"
+        );
+        assert!(
+            printed <= second && second < printed + 16,
+            "{printed} and {second}"
+        );
+    }
 }

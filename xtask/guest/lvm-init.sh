@@ -10,7 +10,7 @@ mount -t devtmpfs dev /dev
 mount -t tmpfs run /run
 mount -t tmpfs tmp /tmp
 
-mkdir /usr
+mkdir -p /usr
 for place in /sbin /usr/bin /usr/sbin; do
     ln -s /bin "$place"
 done

@@ -96,8 +96,7 @@ const LVM_MODULES: &[&str] = &[
 /// What runs a machine inside the guest, apart from the rest since few tests want it.
 const MACHINE_PROGRAMS: &[&str] = &["qemu-system-x86_64"];
 
-/// What a machine without a display or network starts with: where it is in the packages. All go where the program
-/// looks for them beside its own place.
+/// What a machine without a display or network starts with: where it is in the packages. All go into one directory.
 const FIRMWARE: &[&str] = &["usr/share/seabios/bios-256k.bin", "usr/share/qemu/kvmvapic.bin"];
 
 const LVM_INIT: &str = include_str!("../guest/lvm-init.sh");
@@ -207,7 +206,7 @@ fn make_machine_initrd(root: &Path, new: &Path) -> Result<()> {
     for path in FIRMWARE {
         let name = path.rsplit('/').next().unwrap_or(path);
         let contents = fs::read(root.join(path)).with_context(|| format!("the packages have no {path}"))?;
-        initrd.file(&format!("share/qemu/{name}"), contents);
+        initrd.file(&format!("usr/share/qemu/{name}"), contents);
     }
     initrd.write(&new.join("machine-initrd.img"))
 }
