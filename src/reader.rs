@@ -113,6 +113,12 @@ impl SnapshotReader {
         self.size
     }
 
+    /// What is to be known before its data is read: that the snapshot's room runs out.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.opened.warnings
+    }
+
     /// Where the bytes come from.
     #[must_use]
     pub fn source(&self) -> &Source {

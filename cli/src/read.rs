@@ -29,6 +29,9 @@ pub(crate) async fn run(context: &Context, read: Read) -> Outcome {
         .disksnap
         .read(&target.domain, &read.name, &read.target)
         .await?;
+    for warning in reader.warnings() {
+        context.out.warn(warning);
+    }
     let outcome = tokio::select! {
         outcome = copy(context, &reader, &read) => outcome,
         signal = stop.wait() => Err(Failure::Stopped(signal)),

@@ -101,6 +101,7 @@ struct ModifiedView {
 fn state(health: &Health) -> (&'static str, Option<String>) {
     match health {
         Health::Active => ("active", None),
+        Health::Endangered(why) => ("active", Some(why.clone())),
         Health::Broken(why) => ("broken", Some(why.clone())),
         Health::Gone(why) => ("gone", Some(why.clone())),
     }

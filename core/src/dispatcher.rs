@@ -45,8 +45,9 @@ impl Inspected {
     pub fn overall(&self) -> &Health {
         let rank = |health: &&Health| match health {
             Health::Active => 0,
-            Health::Broken(_) => 1,
-            Health::Gone(_) => 2,
+            Health::Endangered(_) => 1,
+            Health::Broken(_) => 2,
+            Health::Gone(_) => 3,
         };
         self.health.iter().max_by_key(rank).unwrap_or(&Health::Active)
     }

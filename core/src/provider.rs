@@ -332,8 +332,18 @@ pub enum Access {
 pub enum Health {
     /// It is there and readable.
     Active,
+    /// It is there and readable, but will not be for long unless something is done, and what: its room runs out.
+    Endangered(String),
     /// It is there and must not be trusted, and why.
     Broken(String),
     /// It is not there any more, and why.
     Gone(String),
+}
+
+impl Health {
+    /// Whether its data can be trusted now.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        matches!(self, Self::Active | Self::Endangered(_))
+    }
 }

@@ -18,6 +18,8 @@ pub struct Opened {
     pub format: String,
     /// TLS, when the server speaks it.
     pub tls: Option<Tls>,
+    /// What the reader should know: the snapshot's room runs out.
+    pub warnings: Vec<String>,
     reading: Option<Reading>,
 }
 
@@ -55,17 +57,21 @@ impl Dispatcher {
     ) -> Result<Opened> {
         let snapshot = self.find(domain, name).await?;
         let disk = disk_of(&snapshot, target)?;
-        self.refuse_unless_healthy(&*held.control, &snapshot, disk)
+        let danger = self
+            .refuse_unless_healthy(&*held.control, &snapshot, disk)
             .await?;
-        match &disk.access {
-            Access::Source { source, format, .. } if is_plain(source, format) => Ok(Opened {
+        let mut opened = match &disk.access {
+            Access::Source { source, format, .. } if is_plain(source, format) => Ok::<_, Error>(Opened {
                 source: source.clone(),
                 format: format.clone(),
                 tls: None,
+                warnings: Vec::new(),
                 reading: None,
             }),
             _ => self.open_export(held, domain, &disk.alias).await,
-        }
+        }?;
+        opened.warnings.extend(danger);
+        Ok(opened)
     }
 
     /// Serves the disk for this reader alone. The intent outlives the call: it is in force while the lease lives.
@@ -121,6 +127,7 @@ impl Dispatcher {
             source: network_source(&server, &export.node.name),
             format: "raw".to_owned(),
             tls: server.tls,
+            warnings: Vec::new(),
             reading: Some(reading),
         })
     }

@@ -84,7 +84,10 @@ impl Dispatcher {
                 .await
             {
                 Ok(affected) => ledger.record(entry, affected),
-                Err(error) if error.effect() == Effect::Unknown => return Err(error.by(&entry.method)),
+                // Whoever waited in vain does not know what was done either.
+                Err(error) if error.effect() == Effect::Unknown || error.kind() == ErrorKind::Timeout => {
+                    return Err(error.by(&entry.method).leaving(Effect::Unknown));
+                }
                 Err(error) => {
                     let (changes, _) = ledger.close();
                     self.catalog.settle(intent.id, domain, &changes).await?;

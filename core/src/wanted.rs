@@ -64,7 +64,11 @@ impl Dispatcher {
         let mut exports: Vec<Export> = Vec::with_capacity(request.disks.len());
         for wanted in &request.disks {
             let (snapshot, disk) = by_alias(domain, &snapshots, &wanted.alias)?;
-            self.refuse_unless_healthy(control, snapshot, disk).await?;
+            let danger = self.refuse_unless_healthy(control, snapshot, disk).await?;
+            // A reader gets it with what it opened.
+            if let Some(why) = danger.filter(|_| !matches!(purpose, Purpose::Reader(_))) {
+                tracing::warn!("the snapshot {} that is exported is endangered: {why}", snapshot.name);
+            }
             let export = new_export(wanted, snapshot, disk, purpose);
             let same_server = |e: &Export| e.served_by() == export.served_by();
             let clash =
@@ -80,14 +84,16 @@ impl Dispatcher {
         Ok(exports)
     }
 
+    /// What endangers it, where it is good.
     pub(crate) async fn refuse_unless_healthy(
         &self,
         control: &dyn Control,
         snapshot: &Snapshot,
         disk: &DiskSnapshotRecord,
-    ) -> Result<()> {
+    ) -> Result<Option<String>> {
         let (what, reason) = match self.health(control, snapshot, disk).await? {
-            Health::Active => return Ok(()),
+            Health::Active => return Ok(None),
+            Health::Endangered(why) => return Ok(Some(why)),
             Health::Broken(reason) => ("broken", reason),
             Health::Gone(reason) => ("gone", reason),
         };

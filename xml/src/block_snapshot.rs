@@ -288,6 +288,7 @@ fn health_element(health: &Health) -> Element {
     let element = Element::new("health");
     match health {
         Health::Active => element.attr("state", "active"),
+        Health::Endangered(why) => element.attr("state", "active").text(why),
         Health::Broken(why) => element.attr("state", "broken").text(why),
         Health::Gone(why) => element.attr("state", "gone").text(why),
     }

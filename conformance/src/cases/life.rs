@@ -24,7 +24,7 @@ pub(super) async fn control(fixture: &Arc<dyn Fixture>) -> Verdict {
     );
     let shown = stage.show(&snapshot).await?;
     ensure!(
-        *shown.overall() == Health::Active,
+        shown.overall().is_good(),
         "a new snapshot is {:?}",
         shown.overall()
     );
@@ -40,7 +40,7 @@ pub(super) async fn stateless(fixture: &Arc<dyn Fixture>) -> Verdict {
     let made = stage.create(&snapshot, &targets).await?;
     let shown = stage.show(&snapshot).await?;
     ensure!(
-        *shown.overall() == Health::Active,
+        shown.overall().is_good(),
         "another process finds it {:?}",
         shown.overall()
     );
@@ -96,7 +96,7 @@ pub(super) async fn inspect_truth(fixture: &Arc<dyn Fixture>) -> Verdict {
             .inspect(&*control, made.id, &unit.unit)
             .await
             .context("inspecting")?;
-        ensure!(health == Health::Active, "a new unit is {health:?}");
+        ensure!(health.is_good(), "a new unit is {health:?}");
     }
     stage.delete_now(&snapshot).await?;
     for unit in &made.units {
@@ -123,7 +123,7 @@ pub(super) async fn damage_is_told(fixture: &Arc<dyn Fixture>) -> Verdict {
         .context("damaging the snapshot")?;
     let shown = stage.show(&snapshot).await?;
     ensure!(
-        *shown.overall() != Health::Active,
+        !shown.overall().is_good(),
         "a spoilt snapshot is called active"
     );
     let opened = stage.dispatcher()?.open(stage.domain(), &snapshot, &target).await;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use disksnap_core::{
-    Capability, Deleted, Effect, Health, RecoveredHow, Snapshot, SnapshotName, SnapshotRequest,
+    Capability, Deleted, Effect, RecoveredHow, Snapshot, SnapshotName, SnapshotRequest,
 };
 
 use crate::Fixture;
@@ -93,7 +93,7 @@ pub(super) async fn create_killed(fixture: &Arc<dyn Fixture>) -> Verdict {
         }
         for inspected in &whole {
             ensure!(
-                *inspected.overall() == Health::Active,
+                inspected.overall().is_good(),
                 "{at}: recovered into a snapshot that is {:?}",
                 inspected.overall()
             );
@@ -211,7 +211,7 @@ impl Stage {
         }
         let shown = self.show(&created.name).await?;
         ensure!(
-            *shown.overall() == Health::Active,
+            shown.overall().is_good(),
             "the same request again makes a snapshot that is {:?}",
             shown.overall()
         );
