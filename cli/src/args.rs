@@ -123,10 +123,7 @@ pub(crate) enum Command {
     /// Finish or undo what a killed run left behind; safe at any time
     Recover,
     /// Try a method's provider against the conformance suite
-    Conform {
-        /// The method
-        method: String,
-    },
+    Conform(Conform),
     /// Print a shell's completions
     Completions {
         /// The shell
@@ -160,6 +157,28 @@ pub(crate) enum DomainCommand {
     Update,
     /// Print the domain's XML as it is now, with its exports and snapshots in it
     Show,
+}
+
+/// What the suite is run on.
+#[derive(Debug, Args)]
+pub(crate) struct Conform {
+    /// The method
+    pub(crate) method: String,
+    /// Only the cases whose name holds this, besides the control
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) case: Option<String>,
+    /// Only the places whose name holds this, such as "domain off" or "thin"
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) place: Option<String>,
+    /// lvm: the volume group to make small volumes in
+    ///
+    /// Their names begin with disksnap-conform-, and they are removed after each case. Nothing else may be made in the group
+    /// meanwhile: the suite would take it for left over.
+    #[arg(long, value_name = "VG")]
+    pub(crate) volume_group: Option<String>,
+    /// lvm: a thin pool of that group, for thin volumes too
+    #[arg(long, value_name = "POOL", requires = "volume_group")]
+    pub(crate) thin_pool: Option<String>,
 }
 
 /// Which disks, and by which methods.

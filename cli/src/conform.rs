@@ -4,17 +4,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use disksnap::{Capability, DiskSnapshot, Error, ErrorKind};
-use disksnap_conformance::{CaseResult, Fixture, Outcome as Case, RawFiles, Report, run_watched};
+use disksnap_conformance::{CaseResult, Fixture, Outcome as Case, RawFiles, Report, run_chosen};
 use disksnap_conformance_qemu::{
-    InSubvolumes, LoopFs, LoopFsKind, OverlayFixture, Process, QemuFixture, QemuVersion, lacking, lacking_fs,
-    loop_fs,
+    InSubvolumes, LogicalVolumes, LoopFs, LoopFsKind, OverlayFixture, Process, QemuFixture, QemuVersion,
+    lacking, lacking_fs, loop_fs,
 };
 use serde_json::{Value, json};
 
-use crate::args::Form;
+use crate::args::{Conform, Form};
 use crate::context::Context;
 use crate::failure::Outcome;
 use crate::output::print;
+use crate::signals::Stop;
 
 /// One run of the suite: a method in one kind of place.
 struct Run {
@@ -33,46 +34,88 @@ impl Drop for Scratch {
     }
 }
 
-pub(crate) async fn run(context: &Context, method: &str) -> Outcome {
-    let method = disksnap::methods()?.get(method)?.method().name;
+pub(crate) async fn run(context: &Context, wanted: Conform) -> Outcome {
+    let method = disksnap::methods()?.get(&wanted.method)?.method().name;
     let method = method.as_str();
-    let (mut held, mut mounted) = (None, Vec::new());
-    let runs = match method {
+    if wanted.volume_group.is_some() && method != "lvm" {
+        let what = format!("--volume-group is for the method lvm, and '{method}' makes no volumes");
+        return Err(Error::new(ErrorKind::Invalid, what).into());
+    }
+    let (mut held, mut mounted, mut volumes) = (None, Vec::new(), Vec::new());
+    let mut runs = match method {
         "memory" => memory(&held.insert(scratch()?).0),
         "qemu-fleece" => qemu_fleece(),
         "qemu-external-qcow2" => qemu_external_qcow2(),
         "btrfs" => btrfs(&mut mounted),
         "reflink" => reflink(&mut mounted),
+        "lvm" => lvm(&wanted, &mut volumes)?,
         _ => return Err(no_fixture(method).into()),
     };
-    let text = context.out.form == Form::Text;
+    if let Some(text) = &wanted.place {
+        only_places(&mut runs, text)?;
+    }
+    // From here on something is made, which a case removes at its end.
+    let stop = Stop::listen(true)?;
     let (mut reports, mut skipped) = (Vec::new(), 0);
     for Run { place, fixture } in runs {
-        let fixture = match fixture {
-            Ok(fixture) => fixture,
+        match fixture {
+            Ok(fixture) => {
+                let report = run_one(context, &wanted, &stop, (method, &place), fixture).await?;
+                reports.push((place, report));
+            }
             Err(why) => {
                 skipped += 1;
                 context.out.warn(&format!("{method}, {place}: left out, {why}"));
-                continue;
             }
-        };
-        if text {
-            print(format!("{method}, {place}\n").as_bytes())?;
         }
-        let mut printed = Ok(());
-        let told = |result: &CaseResult| {
-            if text && printed.is_ok() {
-                printed = print(line(result).as_bytes());
-            }
-        };
-        let report = run_watched(fixture, None, told).await;
-        printed?;
-        if text {
-            print(format!("{}\n\n", report.summary()).as_bytes())?;
-        }
-        reports.push((place, report));
+        stop.check()?;
+    }
+    let left: Vec<String> = volumes.iter().flat_map(|volumes| volumes.not_removed()).collect();
+    if !left.is_empty() {
+        let what = format!("volumes could not be removed after a case: {}", left.join("; "));
+        let hint = "Remove them with `lvremove`; the names of all begin with disksnap-conform- or disksnap.";
+        return Err(Error::new(ErrorKind::Busy, what).by(method).hint(hint).into());
     }
     conclude(context, method, &reports, skipped)
+}
+
+/// Runs the suite in one place. After a signal the case that runs is let to its end, and no other begins.
+async fn run_one(
+    context: &Context,
+    wanted: &Conform,
+    stop: &Stop,
+    (method, place): (&str, &str),
+    fixture: Arc<dyn Fixture>,
+) -> Outcome<Report> {
+    let text = context.out.form == Form::Text;
+    if text {
+        print(format!("{method}, {place}\n").as_bytes())?;
+    }
+    let mut printed = Ok(());
+    let told = |result: &CaseResult| {
+        if text && printed.is_ok() {
+            printed = print(line(result).as_bytes());
+        }
+    };
+    let named = |case: &str| wanted.case.as_ref().is_none_or(|text| case.contains(text));
+    let chosen = |case: &str| named(case) && stop.heard().is_none();
+    let report = run_chosen(fixture, chosen, told).await;
+    printed?;
+    if text {
+        print(format!("{}\n\n", report.summary()).as_bytes())?;
+    }
+    Ok(report)
+}
+
+/// Leaves the other places out.
+fn only_places(runs: &mut Vec<Run>, text: &str) -> Result<(), Error> {
+    let all: Vec<String> = runs.iter().map(|run| run.place.clone()).collect();
+    runs.retain(|run| run.place.contains(text));
+    if !runs.is_empty() {
+        return Ok(());
+    }
+    let what = format!("no place's name holds {text:?}");
+    Err(Error::new(ErrorKind::NotFound, what).hint(format!("There are: {}.", all.join("; "))))
 }
 
 fn conclude(context: &Context, method: &str, reports: &[(String, Report)], skipped: usize) -> Outcome {
@@ -236,9 +279,9 @@ fn qemu_external_qcow2() -> Vec<Run> {
     all.into_iter().map(run).collect()
 }
 
-/// What the methods offer that take image files whole. Not `GuestSafe`: a guest that overwrites shared extents can run
-/// out of room.
-const OF_FILES: [Capability; 4] = [
+/// What the methods offer that take a disk whole. Not `GuestSafe`: a guest that overwrites what is shared can run out of
+/// room.
+const WHOLE: [Capability; 4] = [
     Capability::Active,
     Capability::Inactive,
     Capability::DirectRead,
@@ -258,14 +301,14 @@ fn mount(kind: LoopFsKind, mounted: &mut Vec<LoopFs>) -> Result<PathBuf, String>
 const ROOM: u64 = 512 << 20;
 
 fn running(method: &'static str, images: &Path) -> QemuFixture {
-    QemuFixture::new(Process::Machine, OF_FILES, linked(method)).raw_images_in(images)
+    QemuFixture::new(Process::Machine, WHOLE, linked(method)).raw_images_in(images)
 }
 
 fn btrfs(mounted: &mut Vec<LoopFs>) -> Vec<Run> {
     let fs = mount(LoopFsKind::Btrfs, mounted);
     let off = fs.clone().map(|fs| InSubvolumes {
         fs,
-        make: Box::new(|images: &Path| RawFiles::new(images, OF_FILES, linked("btrfs"))),
+        make: Box::new(|images: &Path| RawFiles::new(images, WHOLE, linked("btrfs"))),
     });
     let on = fs.map(|fs| InSubvolumes {
         fs,
@@ -287,9 +330,7 @@ fn reflink(mounted: &mut Vec<LoopFs>) -> Vec<Run> {
     let mut runs = Vec::new();
     for (kind, name) in [(LoopFsKind::Xfs, "XFS"), (LoopFsKind::Btrfs, "btrfs")] {
         let fs = mount(kind, mounted);
-        let off = fs
-            .clone()
-            .map(|fs| RawFiles::new(fs, OF_FILES, linked("reflink")));
+        let off = fs.clone().map(|fs| RawFiles::new(fs, WHOLE, linked("reflink")));
         runs.push(Run {
             place: format!("{name}, the domain off"),
             fixture: off.map(|fixture| Arc::new(fixture) as _),
@@ -300,6 +341,35 @@ fn reflink(mounted: &mut Vec<LoopFs>) -> Vec<Run> {
         });
     }
     runs
+}
+
+/// On volumes of the caller's own group: there is no place that is ours on every machine.
+fn lvm(wanted: &Conform, made: &mut Vec<Arc<LogicalVolumes>>) -> Result<Vec<Run>, Error> {
+    let Some(group) = &wanted.volume_group else {
+        return Err(Error::new(ErrorKind::Invalid, "the method lvm needs a volume group to be tried in").hint(
+            "Give one with a little free space by `--volume-group VG`, and a thin pool of it by `--thin-pool POOL`; \
+             small volumes are made there and removed again.",
+        ));
+    };
+    let mut runs = Vec::new();
+    let pools = std::iter::once(None).chain(wanted.thin_pool.as_deref().map(Some));
+    for pool in pools {
+        let mut capabilities = WHOLE.to_vec();
+        if pool.is_none() {
+            // A classic snapshot that is full breaks, and the guest goes on.
+            capabilities.push(Capability::GuestSafe);
+        }
+        let fixture = Arc::new(LogicalVolumes::new(group, pool, capabilities, linked("lvm"))?);
+        made.push(Arc::clone(&fixture));
+        runs.push(Run {
+            place: match pool {
+                None => "classic snapshots, the domain off".to_owned(),
+                Some(_) => "thin snapshots, the domain off".to_owned(),
+            },
+            fixture: Ok(fixture),
+        });
+    }
+    Ok(runs)
 }
 
 /// A fixture that needs a QEMU 10.0, where there is one.

@@ -73,7 +73,7 @@ async fn run(context: &Context, command: Command) -> Outcome {
         Command::Attach(attach) => attach::attach(context, attach).await,
         Command::Detach(detach) => attach::detach(context, detach).await,
         Command::Recover => recover::run(context).await,
-        Command::Conform { method } => conform::run(context, &method).await,
+        Command::Conform(conform) => conform::run(context, conform).await,
         Command::Completions { shell } => pages::completions(shell),
         Command::Man { directory } => pages::man(&directory),
     }

@@ -1,9 +1,11 @@
-//! Fixtures for the conformance suite: domains that run in a real QEMU, idle machine or storage daemon.
+//! Fixtures for the conformance suite: domains that run in a real QEMU, idle machine or storage daemon, and domains
+//! on real btrfs and LVM.
 
 mod domain;
 mod overlay;
 mod setting;
 mod subvolumes;
+mod volumes;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -18,6 +20,7 @@ pub use disksnap_test_support::{LoopFs, LoopFsKind, QemuVersion, loop_fs};
 pub use crate::overlay::OverlayFixture;
 use crate::setting::QemuSetting;
 pub use crate::subvolumes::InSubvolumes;
+pub use crate::volumes::LogicalVolumes;
 
 /// What holds the disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -186,7 +186,14 @@ impl Place {
 
     /// All volumes of the group, hidden ones too.
     fn volumes(&self) -> Result<Vec<Volume>> {
-        let fields = ["-a", "--noheadings", "--separator", ":", "-o", "lv_uuid,lv_name,origin"];
+        let fields = [
+            "-a",
+            "--noheadings",
+            "--separator",
+            ":",
+            "-o",
+            "lv_uuid,lv_name,origin",
+        ];
         let told = self.run("lvs", &[&fields[..], &[&self.group]].concat())?;
         let plain = |name: &str| name.trim_start_matches('[').trim_end_matches(']').to_owned();
         let volume = |line: &str| {
@@ -213,7 +220,11 @@ impl Place {
             }
         }
         let device = Path::new("/dev").join(&self.group).join(name);
-        write(&device, 0, &vec![0; usize::try_from(self.size).unwrap_or_default()])?;
+        write(
+            &device,
+            0,
+            &vec![0; usize::try_from(self.size).unwrap_or_default()],
+        )?;
         Ok(device)
     }
 }
@@ -334,7 +345,9 @@ impl OnVolumes {
         if ours.is_empty() {
             return Ok(());
         }
-        let names = ours.iter().map(|volume| format!("{}/{}", self.place.group, volume.name));
+        let names = ours
+            .iter()
+            .map(|volume| format!("{}/{}", self.place.group, volume.name));
         let arguments: Vec<String> = ["-y", "-f"].map(str::to_owned).into_iter().chain(names).collect();
         match self.place.run("lvremove", &arguments) {
             // One may have gone with another.
@@ -429,7 +442,11 @@ impl Setting for OnVolumes {
     }
 
     async fn leftovers(&self) -> Result<Vec<String>> {
-        let mut left: Vec<String> = self.new_volumes()?.into_iter().map(|volume| volume.name).collect();
+        let mut left: Vec<String> = self
+            .new_volumes()?
+            .into_iter()
+            .map(|volume| volume.name)
+            .collect();
         left.retain(|name| !self.names.contains(name));
         let failed = |e| Error::io("cannot list the directory", e);
         for entry in std::fs::read_dir(self.dir.path()).map_err(failed)? {
@@ -441,9 +458,12 @@ impl Setting for OnVolumes {
 
 /// On to the disk itself.
 fn write(device: &Path, offset: u64, bytes: &[u8]) -> Result<()> {
-    let written = OpenOptions::new().write(true).open(device).and_then(|file: File| {
-        file.write_all_at(bytes, offset)?;
-        file.sync_all()
-    });
+    let written = OpenOptions::new()
+        .write(true)
+        .open(device)
+        .and_then(|file: File| {
+            file.write_all_at(bytes, offset)?;
+            file.sync_all()
+        });
     written.map_err(|e| Error::io(format!("cannot write {}", device.display()), e))
 }
