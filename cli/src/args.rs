@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
-use disksnap::{DiskChoice, Listen, Quiesce, SnapshotName};
+use disksnap::{DiskChoice, Listen, MergeInto, Quiesce, SnapshotName};
 
 use crate::values::{parse_disk, parse_name, parse_option, parse_seconds, parse_size};
 
@@ -204,12 +204,11 @@ pub(crate) enum SnapshotCommand {
         #[arg(value_parser = parse_name)]
         name: SnapshotName,
     },
-    /// Give a snapshot up by merging it, where the domain's disk stands on it; the guest goes on
+    /// Merge a snapshot that the domain's disk stands on; the disk keeps its content, and the guest goes on
     ///
     /// For methods that put an image of the snapshot below the disk (qemu-external-qcow2). A long merge shows how far it
-    /// is; Ctrl-C cancels it, and the disk goes on as before, but what was copied is in the snapshot's image: it can then only
-    /// be merged to the end. After a kill, the same command takes it up again.
-    Merge(Bring),
+    /// is; Ctrl-C cancels it, and the disk goes on as before. After a kill, the same command takes it up again.
+    Merge(Merge),
     /// Put a snapshot's content back into its disks: what was written since is lost
     ///
     /// The domain must be off, unless the method says otherwise.
@@ -239,6 +238,37 @@ pub(crate) struct Keep {
     pub(crate) keep_document: bool,
 }
 
+/// What is to be merged, and which way.
+#[derive(Debug, Args)]
+pub(crate) struct Merge {
+    #[command(flatten)]
+    pub(crate) bring: Bring,
+    /// Which image goes into the other
+    #[arg(long, value_enum, value_name = "IMAGE", default_value_t)]
+    pub(crate) into: IntoImage,
+}
+
+/// Which image goes into the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum IntoImage {
+    /// What was written since goes down into the snapshot's image, which is given up; cancelled, the snapshot is good for
+    /// nothing but to be merged again
+    #[default]
+    Base,
+    /// The snapshot's data goes up into the overlay: the disk needs the snapshot's image no longer, and the snapshot remains;
+    /// cancelled, all is as before
+    Overlay,
+}
+
+impl From<IntoImage> for MergeInto {
+    fn from(into: IntoImage) -> Self {
+        match into {
+            IntoImage::Base => Self::Base,
+            IntoImage::Overlay => Self::Overlay,
+        }
+    }
+}
+
 /// Which snapshot, and which of its disks.
 #[derive(Debug, Args)]
 pub(crate) struct Bring {
@@ -264,7 +294,8 @@ pub(crate) enum JobCommand {
         /// Its id
         id: uuid::Uuid,
     },
-    /// Cancel one: its disks go on as before; the snapshot may be good for nothing but to be merged again
+    /// Cancel one: its disks go on as before; a snapshot that was merged into its base may be good for nothing but to be
+    /// merged again
     Cancel {
         /// Its id
         id: uuid::Uuid,

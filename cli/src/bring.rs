@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
 
-use disksnap::{Altered, DEADLINE, Disk, Error, JobUnit, Progress};
+use disksnap::{Altered, DEADLINE, Disk, Error, JobUnit, MergeInto, MergeOptions, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::altered_view::{AlteredView, document};
@@ -12,7 +12,7 @@ use crate::context::{Context, Target};
 use crate::failure::{Failure, Outcome};
 use crate::signals::Stop;
 
-pub(crate) async fn merge(context: &Context, merge: Bring) -> Outcome {
+pub(crate) async fn merge(context: &Context, merge: Bring, into: MergeInto) -> Outcome {
     let target = context.target().await?;
     let stop = Stop::listen(false)?;
     let bar = bar(context.out.quiet);
@@ -25,11 +25,15 @@ pub(crate) async fn merge(context: &Context, merge: Bring) -> Outcome {
             Some(_) => ControlFlow::Break(()),
         }
     };
-    let deadline = merge.deadline.unwrap_or(DEADLINE);
+    let options = MergeOptions {
+        targets: merge.disks.clone(),
+        into,
+        deadline: merge.deadline.unwrap_or(DEADLINE),
+    };
     let merged = target
         .disksnap
         .dispatcher()
-        .merge(&target.domain, &merge.name, &merge.disks, deadline, &mut watcher)
+        .merge(&target.domain, &merge.name, &options, &mut watcher)
         .await;
     bar.finish_and_clear();
     match merged {

@@ -1,7 +1,7 @@
 //! `disksnap job`: merges that are under way.
 
 use disksnap::xml::Element;
-use disksnap::{Error, ErrorKind, Job, JobUnit, Progress, Result};
+use disksnap::{Error, ErrorKind, Job, JobUnit, MergeInto, Progress, Result};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -54,6 +54,7 @@ fn document(jobs: &[Job]) -> Result<String> {
             .attr("id", job.id)
             .attr("domain", &job.domain.name)
             .attr("snapshot", &job.snapshot)
+            .attr("into", into(job.into))
             .attr("driven", if job.driven { "yes" } else { "no" })
             .children(job.units.iter().map(|unit| {
                 let element = Element::new("disks").attr("targets", unit.targets.join(" "));
@@ -66,6 +67,13 @@ fn document(jobs: &[Job]) -> Result<String> {
             }))
     });
     Element::new("jobs").children(each).to_document()
+}
+
+fn into(into: MergeInto) -> &'static str {
+    match into {
+        MergeInto::Base => "base",
+        MergeInto::Overlay => "overlay",
+    }
 }
 
 fn word(progress: &Progress) -> &'static str {
@@ -100,6 +108,7 @@ struct JobView {
     id: String,
     domain: String,
     snapshot: String,
+    into: MergeInto,
     driven: bool,
     units: Vec<UnitView>,
 }
@@ -117,6 +126,7 @@ impl JobView {
             id: job.id.to_string(),
             domain: job.domain.name.clone(),
             snapshot: job.snapshot.to_string(),
+            into: job.into,
             driven: job.driven,
             units: job.units.iter().map(UnitView::new).collect(),
         }
@@ -146,7 +156,7 @@ impl Text for Jobs {
         if self.jobs.is_empty() {
             return "No merge is under way.\n".to_owned();
         }
-        let header = ["ID", "DOMAIN", "SNAPSHOT", "DRIVEN", "DISKS"];
+        let header = ["ID", "DOMAIN", "SNAPSHOT", "INTO", "DRIVEN", "DISKS"];
         let mut rows = vec![header.map(str::to_owned).to_vec()];
         rows.extend(self.jobs.iter().map(|job| {
             let units: Vec<String> = job.units.iter().map(UnitView::text).collect();
@@ -155,6 +165,7 @@ impl Text for Jobs {
                 job.id.clone(),
                 job.domain.clone(),
                 job.snapshot.clone(),
+                into(job.into).to_owned(),
                 driven.to_owned(),
                 units.join("; "),
             ]

@@ -20,7 +20,7 @@ pub(crate) async fn run(context: &Context, command: SnapshotCommand) -> Outcome 
         SnapshotCommand::Create(create) => self::create(context, create).await,
         SnapshotCommand::List => list(context).await,
         SnapshotCommand::Show { name } => show(context, &name).await,
-        SnapshotCommand::Merge(merge) => bring::merge(context, merge).await,
+        SnapshotCommand::Merge(merge) => bring::merge(context, merge.bring, merge.into.into()).await,
         SnapshotCommand::Revert(revert) => bring::revert(context, revert).await,
         SnapshotCommand::Delete { names, all, document } => delete(context, names, all, document).await,
     }

@@ -155,6 +155,12 @@ struct ExaminedMerge {
 
 #[async_trait]
 impl Merge for ExaminedMerge {
+    fn stream(&self) -> Option<Arc<dyn Merge>> {
+        let inner = self.inner.stream()?;
+        let points = Arc::clone(&self.points);
+        Some(Arc::new(Self { inner, points }))
+    }
+
     async fn start(&self, host: &dyn Host, id: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()> {
         let (unit, peers) = (sent(unit)?, sent(&peers.to_vec())?);
         let call = self.inner.start(host, id, &unit, &peers);

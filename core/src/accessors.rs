@@ -4,6 +4,7 @@
 //! answer with one of these traits where the unit at hand allows it, and with `None` where it does not.
 
 use std::fmt;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -73,7 +74,19 @@ pub enum Progress {
     Failed(String),
 }
 
-/// A unit that the domain's disk stands on: giving it up means merging.
+/// Which way a merge goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MergeInto {
+    /// What stands on the snapshot goes down into it (`block-commit`, libvirt's `blockcommit`). The snapshot is given up.
+    #[default]
+    Base,
+    /// The snapshot's data goes up into what stands on it (`block-stream`, libvirt's `blockpull`). The disk needs the
+    /// snapshot no longer; the snapshot remains, readable, by itself.
+    Overlay,
+}
+
+/// A unit that the domain's disk stands on: giving it up, or freeing the disk of it, means merging.
 ///
 /// ```text
 /// start ─► progress … ─► Ready ─► ┌ guardian armed: release() if we die ┐ ─► conclude
@@ -83,10 +96,17 @@ pub enum Progress {
 ///
 /// The merge itself goes on where the disk is (in the hypervisor), not in the caller's process. All calls
 /// are idempotent, and find what runs by names derived from `id` and the unit.
+///
+/// One value merges one way. What [`DiskSnapshot::merge`](crate::DiskSnapshot::merge) answers with merges into the base;
+/// its [`Merge::stream`] is the other way.
 #[async_trait]
 pub trait Merge: fmt::Debug + Send + Sync {
+    /// What merges the same unit into the overlay ([`MergeInto::Overlay`]); `None` where the method cannot, and of what
+    /// does that itself. Pure.
+    fn stream(&self) -> Option<Arc<dyn Merge>>;
+
     /// Starts the merge, or finds the one that runs or has run. The disk's present content stays; the
-    /// snapshot is given up.
+    /// snapshot is given up, or stands by itself from then on.
     ///
     /// # Errors
     /// `Busy` when something else is at work on the disk, or a peer stands on what would be changed.
@@ -104,9 +124,9 @@ pub trait Merge: fmt::Debug + Send + Sync {
     /// The commands that let the guest's disk go if this process dies within [`Merge::finish`]. Pure.
     fn release(&self, id: SnapshotId, unit: &Unit) -> Vec<Command>;
 
-    /// Stops it; the disk goes on as before the merge, and keeps standing on the snapshot. What was copied so far may be
-    /// in the base already, so that the snapshot no longer holds its instant: `inspect` says so. Nothing to cancel is
-    /// no error.
+    /// Stops it; the disk goes on as before the merge, and keeps standing on the snapshot. What was copied into the base
+    /// so far may be there already, so that the snapshot no longer holds its instant: `inspect` says so. What was
+    /// copied into the overlay harms nothing. Nothing to cancel is no error.
     async fn cancel(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()>;
 
     /// After the end: removes what is of no more use, and tells what was changed.

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
-    Alias, Attached, Disk, DiskRequest, Domain, DomainId, Export, NbdServer, Prepared, Result, Snapshot,
-    SnapshotId, SnapshotName, Source,
+    Alias, Attached, Checkpoint, CheckpointName, Disk, DiskRequest, Domain, DomainId, Export, MergeInto,
+    NbdServer, Prepared, Result, Snapshot, SnapshotId, SnapshotName, Source,
 };
 
 /// The durable catalog. Every method is one atomic, durable step: after a kill it has happened or not.
@@ -123,6 +123,9 @@ pub enum Act {
         /// The lease of the process that drives it.
         lease: Uuid,
     },
+        /// Which way it goes.
+        #[serde(default)]
+        into: MergeInto,
     /// Units of a snapshot are being put back.
     Revert {
         /// Which snapshot.

@@ -15,9 +15,9 @@ use crate::resolve::resolve;
 use crate::standing::Standing;
 use crate::window::{self, Instantly, Take};
 use crate::{
-    Act, Altered, Catalog, Change, Connector, Consistency, Control, DEADLINE, DiskRequest,
-    DiskSnapshotRecord, Domain, DomainLock, Effect, Error, ErrorKind, Fit, Health, Intent, JobUnit, Part,
-    Plan, PlannedDisk, Registry, Result, RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Unit,
+    Act, Altered, Catalog, Change, Connector, Consistency, Control, DiskRequest, DiskSnapshotRecord, Domain,
+    DomainLock, Effect, Error, ErrorKind, Fit, Health, Intent, JobUnit, MergeOptions, Part, Plan,
+    PlannedDisk, Registry, Result, RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Unit,
     UnitRecord,
 };
 
@@ -188,7 +188,11 @@ impl Dispatcher {
         // A merge is long, and locks the domain by itself at both its ends.
         drop(held);
         let mut go_on = |_: &[JobUnit]| ControlFlow::Continue(());
-        deletion.altered = self.merge(domain, name, &stood_on, DEADLINE, &mut go_on).await?;
+        let options = MergeOptions {
+            targets: stood_on,
+            ..MergeOptions::default()
+        };
+        deletion.altered = self.merge(domain, name, &options, &mut go_on).await?;
         if !deletion.altered.gone {
             let held = self.hold(domain).await?;
             let rest = self.find(domain, name).await?;

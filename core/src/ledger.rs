@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use crate::{
-    Affected, Change, Disk, Domain, Error, ErrorKind, Moved, Peer, Result, Snapshot, SnapshotId,
-    SnapshotName, Unit,
+    Access, Affected, Change, Disk, DiskResult, Domain, Error, ErrorKind, Moved, Peer, Result, Snapshot,
+    SnapshotId, SnapshotName, Unit,
 };
 
 /// What a merge or a revert did, for the caller.
@@ -125,8 +125,14 @@ impl<'a> Ledger<'a> {
         if unit.is_none() {
             self.altered.ended.extend(entry.targets());
         }
+        if let Some(unit) = &unit {
+            self.left_behind(&entry.unit, unit, &disks);
+        }
         self.put(self.of, &entry.method, &entry.unit.unit, unit);
         for Peer { snapshot, unit } in peers {
+            if let Some(old) = self.unit(snapshot, &entry.method, &unit.unit).cloned() {
+                self.left_behind(&old, &unit, &disks);
+            }
             let key = unit.unit.clone();
             self.put(snapshot, &entry.method, &key, Some(unit));
         }
@@ -151,6 +157,29 @@ impl<'a> Ledger<'a> {
             let disk = disk.clone();
             self.moves.push(Moved { from, disk });
         }
+    }
+
+    /// Remembers what the disks stood on, and stand on no longer: a document may still name it, and a domain started from
+    /// that would write to the snapshot.
+    fn left_behind(&mut self, old: &Unit, new: &Unit, disks: &[Disk]) {
+        for result in &old.disks {
+            let left = |r: &DiskResult| r.target == result.target && r.modified.is_none();
+            let now = disks.iter().find(|disk| disk.target == result.target);
+            if let (Some(_), Access::Source { source, .. }, Some(disk)) =
+                (&result.modified, &result.access, now)
+                && new.disks.iter().any(left)
+            {
+                let (from, disk) = (source.clone(), disk.clone());
+                self.moves.push(Moved { from, disk });
+            }
+        }
+    }
+
+    fn unit(&self, id: SnapshotId, method: &str, key: &str) -> Option<&Unit> {
+        let snapshot = self.snapshots.iter().find(|s| s.id == id)?;
+        let mut units = snapshot.units.iter();
+        let record = units.find(|r| r.method == method && r.unit.unit == key);
+        record.map(|record| &record.unit)
     }
 
     fn put(&mut self, id: SnapshotId, method: &str, key: &str, unit: Option<Unit>) {

@@ -39,7 +39,7 @@ mod standing;
 mod wanted;
 mod window;
 
-pub use accessors::{Affected, Merge, Peer, Progress, Revert};
+pub use accessors::{Affected, Merge, MergeInto, Peer, Progress, Revert};
 pub use catalog::{Act, Catalog, Change, Definition, DomainLock, Intent, Moved, Part};
 pub use checkpoint::{Checkpoint, CheckpointDisk, CheckpointName, Mark};
 pub use disk::{DeviceKind, Disk, Driver, MethodChoice, Options};
@@ -55,7 +55,7 @@ pub use hotplug::{Attached, Hotplug, PlugDisk};
 pub use image_server::{Image, ImageServer};
 pub use ledger::Altered;
 pub use lineage::{Lineage, Removal, Unmark};
-pub use merging::{Job, JobUnit, Watcher};
+pub use merging::{Job, JobUnit, MergeOptions, Watcher};
 pub use names::{Alias, SnapshotId, SnapshotName};
 pub use provider::{
     Access, Batch, Capability, DiskRequest, DiskResult, DiskSnapshot, Fit, Health, Method, OptionDoc,

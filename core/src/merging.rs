@@ -13,12 +13,33 @@ use uuid::Uuid;
 use crate::dispatcher::Held;
 use crate::ledger::{Altered, Entry, Ledger, chosen, refuse_exported};
 use crate::{
-    Act, Command, Control, Dispatcher, Domain, DomainId, DomainLock, Effect, Error, ErrorKind, Guard, Intent,
-    Merge, Progress, Result, Snapshot, SnapshotId, SnapshotName, Watch,
+    Act, Command, Control, DEADLINE, Dispatcher, Domain, DomainId, DomainLock, Effect, Error, ErrorKind,
+    Guard, Intent, Merge, MergeInto, Progress, Result, Snapshot, SnapshotId, SnapshotName, Watch,
 };
 
 /// Between two looks at a merge that runs.
 const LOOKS: Duration = Duration::from_millis(100);
+
+/// What is to be merged, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MergeOptions {
+    /// The targets of the disks; all of the snapshot's when none is named.
+    pub targets: Vec<String>,
+    /// Which way.
+    pub into: MergeInto,
+    /// Bounds the moment at the end in which a running guest's disk may stand still.
+    pub deadline: Duration,
+}
+
+impl Default for MergeOptions {
+    fn default() -> Self {
+        Self {
+            targets: Vec::new(),
+            into: MergeInto::Base,
+            deadline: DEADLINE,
+        }
+    }
+}
 
 /// A merge that is under way.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -29,6 +50,8 @@ pub struct Job {
     pub domain: DomainId,
     /// The snapshot that is merged.
     pub snapshot: SnapshotName,
+    /// Which way.
+    pub into: MergeInto,
     /// When it was begun.
     pub since: SystemTime,
     /// Whether a process brings it to its end; else `merge` takes it up again, and `recover` cancels it.
@@ -57,10 +80,11 @@ struct Part {
 pub type Watcher<'a> = &'a mut (dyn FnMut(&[JobUnit]) -> ControlFlow<()> + Send);
 
 impl Dispatcher {
-    /// Merges a snapshot, or its part on the disks with these targets, and gives it up; the disks keep their present
-    /// content, and a running guest goes on. Takes up again what a process that died has left.
+    /// Merges a snapshot, or its part on the disks that are named; the disks keep their present content, and a running
+    /// guest goes on. Takes up again what a process that died has left.
     ///
-    /// `deadline` bounds the moment at the end in which a running guest's disk may stand still.
+    /// Merged into its base the snapshot is given up. Merged into the overlay it remains, and stands by itself:
+    /// doing that again changes nothing.
     ///
     /// # Errors
     /// `Unsupported` for a method whose disks do not stand on the snapshot: there is nothing to merge; `Busy` when
@@ -70,11 +94,10 @@ impl Dispatcher {
         &self,
         domain: &Domain,
         name: &SnapshotName,
-        targets: &[String],
-        deadline: Duration,
+        options: &MergeOptions,
         watcher: Watcher<'_>,
     ) -> Result<Altered> {
-        let merged = self.merge_inner(domain, name, targets, deadline, watcher).await;
+        let merged = self.merge_inner(domain, name, options, watcher).await;
         merged.map_err(|e| {
             e.during("merge")
                 .with("domain", &domain.id)
@@ -89,16 +112,18 @@ impl Dispatcher {
             if let Act::Merge {
                 snapshot,
                 name,
-                targets,
+                into,
                 lease,
+                ..
             } = &intent.act
             {
                 let control = self.connector.control(&intent.domain).await?;
-                let parts = self.parts_of(&intent.domain.id, *snapshot, targets).await?;
+                let parts = self.parts_of(&intent).await?;
                 jobs.push(Job {
                     id: intent.id,
                     domain: intent.domain.id.clone(),
                     snapshot: name.clone(),
+                    into: *into,
                     since: intent.since,
                     driven: self.catalog.lease_lives(*lease).await?,
                     units: look(&*control, *snapshot, &parts).await?,
@@ -124,14 +149,11 @@ impl Dispatcher {
         };
         if job.driven {
             // Its own process notices, and settles it.
-            let Act::Merge {
-                snapshot, targets, ..
-            } = &intent.act
-            else {
+            let Act::Merge { snapshot, .. } = &intent.act else {
                 return Ok(job);
             };
             let control = self.connector.control(&intent.domain).await?;
-            let parts = self.parts_of(&intent.domain.id, *snapshot, targets).await?;
+            let parts = self.parts_of(&intent).await?;
             cancel(&*control, *snapshot, &parts).await?;
         } else {
             drop(self.hold(&intent.domain).await.map_err(|e| e.during("cancel"))?);
@@ -174,17 +196,16 @@ impl Dispatcher {
         &self,
         domain: &Domain,
         name: &SnapshotName,
-        targets: &[String],
-        deadline: Duration,
+        options: &MergeOptions,
         watcher: Watcher<'_>,
     ) -> Result<Altered> {
-        let started = self.start_merge(domain, name, targets).await?;
+        let started = self.start_merge(domain, name, options).await?;
         let watched = started.watch(watcher).await;
         // The lock is taken without settling what was left: that this is under way, its lease says.
         let lock = self.catalog.lock(&domain.id).await?;
         let held = Held::new(Arc::clone(&started.control), lock);
         let ended = match watched {
-            Ok(()) => started.finish(deadline).await,
+            Ok(()) => started.finish(options.deadline).await,
             // It may still be under way: its intent stays, for whoever takes it up or cancels it.
             Err(error) if error.effect() == Effect::Unknown => return Err(error),
             stopped => stopped,
@@ -194,20 +215,26 @@ impl Dispatcher {
             .await;
         match (ended, settled) {
             (Ok(()), Ok(settled)) if settled.left.is_empty() => Ok(settled.altered),
-            (Ok(()), Ok(settled)) => Err(stopped(&settled.left)),
+            (Ok(()), Ok(settled)) => Err(stopped(&settled.left, options.into)),
             (Err(error), Ok(_)) => Err(error.leaving(Effect::RolledBack)),
             (Ok(()), Err(failure)) => Err(failure),
             (Err(error), Err(failure)) => Err(error.rollback_failed(vec![failure])),
         }
     }
 
-    async fn start_merge(&self, domain: &Domain, name: &SnapshotName, targets: &[String]) -> Result<Started> {
+    async fn start_merge(
+        &self,
+        domain: &Domain,
+        name: &SnapshotName,
+        options: &MergeOptions,
+    ) -> Result<Started> {
+        let MergeOptions { targets, into, .. } = options;
         let lock = self.catalog.lock(&domain.id).await?;
         let control = self.connector.control(domain).await?;
         let held = Held::new(Arc::clone(&control), lock);
         self.refuse_while_merging(&domain.id).await?;
         let snapshot = self.find(domain, name).await?;
-        let (id, since) = match self.abandoned(&domain.id, snapshot.id, targets).await? {
+        let (id, since) = match self.abandoned(&domain.id, snapshot.id, options).await? {
             Some(found) => found,
             None => (Uuid::new_v4(), SystemTime::now()),
         };
@@ -217,12 +244,13 @@ impl Dispatcher {
         let standing = self.standing(&domain.id).await?;
         standing.refuse_stale(&control.state().await?, own)?;
         let snapshots = standing.snapshots;
-        let parts = self.merging(chosen(&snapshot, targets)?)?;
+        let parts = self.merging(chosen(&snapshot, targets)?, *into)?;
         let (lease, guard) = self.catalog.lease().await?;
         let act = Act::Merge {
             snapshot: snapshot.id,
             name: name.clone(),
             targets: parts.iter().flat_map(|part| part.entry.targets()).collect(),
+            into: *into,
             lease,
         };
         let intent = Intent {
@@ -253,32 +281,41 @@ impl Dispatcher {
             control,
             intent,
             id: snapshot.id,
+            into: *into,
             parts,
             _lease: guard,
         })
     }
 
-    /// The merge of just these disks that nobody drives any more.
+    /// The merge of just these disks, the same way, that nobody drives any more.
     async fn abandoned(
         &self,
         domain: &DomainId,
         of: SnapshotId,
-        wanted: &[String],
+        options: &MergeOptions,
     ) -> Result<Option<(Uuid, SystemTime)>> {
+        let wanted = &options.targets;
         let same = |intent: &Intent| match &intent.act {
             Act::Merge {
-                snapshot, targets, ..
-            } => *snapshot == of && (wanted.is_empty() || targets.iter().all(|t| wanted.contains(t))),
+                snapshot,
+                targets,
+                into,
+                ..
+            } => {
+                *snapshot == of
+                    && *into == options.into
+                    && (wanted.is_empty() || targets.iter().all(|t| wanted.contains(t)))
+            }
             _ => false,
         };
         let intents = self.catalog.intents(Some(domain)).await?;
         Ok(intents.iter().find(|i| same(i)).map(|i| (i.id, i.since)))
     }
 
-    fn merging(&self, entries: Vec<Entry>) -> Result<Vec<Part>> {
+    fn merging(&self, entries: Vec<Entry>, into: MergeInto) -> Result<Vec<Part>> {
         let mut parts = Vec::with_capacity(entries.len());
         for entry in entries {
-            let Some(merge) = self.registry.get(&entry.method)?.merge(&entry.unit) else {
+            let Some(down) = self.registry.get(&entry.method)?.merge(&entry.unit) else {
                 return Err(Error::new(
                     ErrorKind::Unsupported,
                     format!(
@@ -292,15 +329,28 @@ impl Dispatcher {
                      revert` puts the snapshot's content back.",
                 ));
             };
+            let merge = match into {
+                MergeInto::Base => down,
+                MergeInto::Overlay => down.stream().ok_or_else(|| no_stream(&entry))?,
+            };
             parts.push(Part { entry, merge });
         }
         Ok(parts)
     }
 
     /// The units that a merge is about, as far as they are still recorded.
-    async fn parts_of(&self, domain: &DomainId, id: SnapshotId, targets: &[String]) -> Result<Vec<Part>> {
-        let snapshots = self.catalog.snapshots(domain).await?;
-        let Some(snapshot) = snapshots.iter().find(|s| s.id == id) else {
+    async fn parts_of(&self, intent: &Intent) -> Result<Vec<Part>> {
+        let Act::Merge {
+            snapshot: id,
+            targets,
+            into,
+            ..
+        } = &intent.act
+        else {
+            return Ok(Vec::new());
+        };
+        let snapshots = self.catalog.snapshots(&intent.domain.id).await?;
+        let Some(snapshot) = snapshots.iter().find(|s| s.id == *id) else {
             return Ok(Vec::new());
         };
         let known: Vec<String> = targets
@@ -311,19 +361,16 @@ impl Dispatcher {
         if known.is_empty() {
             return Ok(Vec::new());
         }
-        self.merging(chosen(snapshot, &known)?)
+        self.merging(chosen(snapshot, &known)?, *into)
     }
 
     /// What a dead process left of a merge: what has ended is recorded, the rest is cancelled. Says whether all had ended.
-    pub(crate) async fn end_merge(
-        &self,
-        held: &Held,
-        intent: &Intent,
-        id: SnapshotId,
-        targets: &[String],
-    ) -> Result<bool> {
-        let parts = self.parts_of(&intent.domain.id, id, targets).await?;
-        let settled = self.settle_merge(held, intent, id, parts).await?;
+    pub(crate) async fn end_merge(&self, held: &Held, intent: &Intent) -> Result<bool> {
+        let Act::Merge { snapshot, .. } = &intent.act else {
+            return Ok(true);
+        };
+        let parts = self.parts_of(intent).await?;
+        let settled = self.settle_merge(held, intent, *snapshot, parts).await?;
         Ok(settled.left.is_empty())
     }
 
@@ -362,6 +409,7 @@ struct Started {
     control: Arc<dyn Control>,
     intent: Intent,
     id: SnapshotId,
+    into: MergeInto,
     parts: Vec<Part>,
     _lease: Box<dyn DomainLock>,
 }
@@ -387,7 +435,10 @@ impl Started {
                 })?;
             let over = |unit: &&JobUnit| matches!(unit.progress, Progress::Idle | Progress::Failed(_));
             if let Some(unit) = units.iter().find(over) {
-                return Err(stopped(&[(unit.targets.join(", "), unit.progress.clone())]));
+                return Err(stopped(
+                    &[(unit.targets.join(", "), unit.progress.clone())],
+                    self.into,
+                ));
             }
             if watcher(&units).is_break() {
                 return Err(Error::new(ErrorKind::Refused, "the merge was cancelled"));
@@ -479,13 +530,30 @@ async fn cancel(control: &dyn Control, id: SnapshotId, parts: &[Part]) -> Result
     Ok(())
 }
 
-fn stopped(left: &[(String, Progress)]) -> Error {
+fn stopped(left: &[(String, Progress)], into: MergeInto) -> Error {
     let each = left.iter().map(|(targets, progress)| match progress {
         Progress::Failed(why) => format!("the merge of {targets} failed: {why}"),
         _ => format!("the merge of {targets} was cancelled"),
     });
-    Error::new(ErrorKind::Refused, each.collect::<Vec<_>>().join("; ")).hint(
-        "The disks go on as before, and nothing of theirs is lost. The snapshot may hold later data by now, and says so \
-         then: merge it again once the cause is mended.",
+    Error::new(ErrorKind::Refused, each.collect::<Vec<_>>().join("; ")).hint(match into {
+        MergeInto::Base => {
+            "The disks go on as before, and nothing of theirs is lost. The snapshot may hold later data by now, and says \
+             so then: merge it again once the cause is mended."
+        }
+        MergeInto::Overlay => {
+            "The disks and the snapshot are as before, and nothing is lost. Merge again once the cause is mended."
+        }
+    })
+}
+
+fn no_stream(entry: &Entry) -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        format!(
+            "a {} snapshot cannot be merged into what stands on it",
+            entry.method
+        ),
     )
+    .with("disk", entry.targets().join(", "))
+    .hint("Merge it into its base.")
 }

@@ -139,10 +139,8 @@ impl Dispatcher {
                 self.redo_revert(held, intent, *snapshot, targets).await?;
                 Ok(RecoveredHow::Finished)
             }
-            Act::Merge {
-                snapshot, targets, ..
-            } => {
-                let ended = self.end_merge(held, intent, *snapshot, targets).await?;
+            Act::Merge { .. } => {
+                let ended = self.end_merge(held, intent).await?;
                 Ok(if ended {
                     RecoveredHow::Finished
                 } else {

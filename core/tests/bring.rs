@@ -8,7 +8,8 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use disksnap_core::{
-    Altered, Catalog, Command, Deleted, Effect, ErrorKind, JobUnit, Progress, RecoveredHow, Result, RunState,
+    Altered, Catalog, Command, Deleted, Effect, ErrorKind, JobUnit, MergeInto, MergeOptions, Progress,
+    RecoveredHow, Result, RunState,
 };
 use serde_json::json;
 
@@ -29,12 +30,19 @@ fn on(units: &[JobUnit]) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
+fn of(targets: &[&str]) -> MergeOptions {
+    MergeOptions {
+        targets: targets.iter().map(|&t| t.to_owned()).collect(),
+        deadline: LONG,
+        ..MergeOptions::default()
+    }
+}
+
 async fn merge(scene: &Scene, targets: &[&str]) -> Result<Altered> {
-    let targets: Vec<String> = targets.iter().map(|&t| t.to_owned()).collect();
     let name = name_of("s");
     let dispatcher = &scene.dispatcher;
     dispatcher
-        .merge(&scene.domain, &name, &targets, LONG, &mut on)
+        .merge(&scene.domain, &name, &of(targets), &mut on)
         .await
 }
 
@@ -82,7 +90,7 @@ async fn nothing_is_guarded_while_the_domain_is_off() {
     scene.log.take();
     let merged = scene
         .dispatcher
-        .merge(&now, &name_of("s"), &[], LONG, &mut on)
+        .merge(&now, &name_of("s"), &of(&[]), &mut on)
         .await
         .unwrap();
     assert!(merged.gone);
@@ -149,6 +157,25 @@ async fn what_fails_leaves_the_snapshot_and_says_so() {
 }
 
 #[tokio::test]
+async fn a_method_that_merges_one_way_only_refuses_the_other() {
+    let (scene, _) = scene(RunState::Running);
+    scene.create(&named("s", [by("vda", "a")])).await.unwrap();
+    let up = MergeOptions {
+        into: MergeInto::Overlay,
+        ..of(&[])
+    };
+    let name = name_of("s");
+    let merged = scene
+        .dispatcher
+        .merge(&scene.domain, &name, &up, &mut on)
+        .await;
+    let error = merged.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(scene.catalog.intents(None).await.unwrap().is_empty());
+    merge(&scene, &[]).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_merge_that_fails_by_itself_tells_why() {
     let (scene, merges) = scene(RunState::Running);
     scene.create(&named("s", [by("vda", "a")])).await.unwrap();
@@ -171,9 +198,10 @@ async fn a_watcher_that_breaks_off_cancels() {
         ControlFlow::Break(())
     };
     let name = name_of("s");
+    let all = of(&[]);
     let merge = scene
         .dispatcher
-        .merge(&scene.domain, &name, &[], LONG, &mut watcher);
+        .merge(&scene.domain, &name, &all, &mut watcher);
     let error = merge.await.unwrap_err();
     assert_eq!(error.effect(), Effect::RolledBack);
     assert_eq!(seen, [running]);
@@ -225,9 +253,10 @@ async fn kill_while_running(scene: &Scene, merges: &Merges) {
         ControlFlow::Continue(())
     };
     let name = name_of("s");
+    let all = of(&[]);
     let merge = scene
         .dispatcher
-        .merge(&scene.domain, &name, &[], LONG, &mut watcher);
+        .merge(&scene.domain, &name, &all, &mut watcher);
     tokio::select! {
         merged = merge => panic!("{merged:?}"),
         () = begun.notified() => {}

@@ -58,6 +58,10 @@ pub(crate) fn stood_on(target: &str, snapshot: SnapshotId) -> DiskResult {
 
 #[async_trait]
 impl Merge for Standing {
+    fn stream(&self) -> Option<Arc<dyn Merge>> {
+        None
+    }
+
     async fn start(&self, _: &dyn Host, _: SnapshotId, unit: &Unit, _: &[Peer]) -> Result<()> {
         self.note("start", unit)?;
         let mut merges = self.merges.lock().unwrap();

@@ -94,6 +94,32 @@ pub(crate) async fn unite(
     transact(host, actions).await
 }
 
+/// Adds the base's bitmaps to the overlay's, which record as before; those that only the base has come to be there, and do
+/// not record. May be done at any time: both together tell the same before and after.
+pub(crate) async fn gather(
+    host: &dyn Host,
+    graph: &Graph,
+    base: &LiveLayer,
+    overlay: &LiveLayer,
+) -> Result<()> {
+    let mut actions = Vec::new();
+    for bitmap in of(graph, base) {
+        if !of(graph, overlay).any(|b| b.name == bitmap.name) {
+            actions.push(action(
+                "add",
+                json!({
+                    "node": overlay.format, "name": bitmap.name, "granularity": bitmap.granularity,
+                    "persistent": bitmap.persistent, "disabled": true,
+                }),
+            ));
+        }
+        let from = json!([{ "node": base.format, "name": bitmap.name }]);
+        let merge = json!({ "node": overlay.format, "target": bitmap.name, "bitmaps": from });
+        actions.push(action("merge", merge));
+    }
+    transact(host, actions).await
+}
+
 async fn transact(host: &dyn Host, actions: Vec<Value>) -> Result<()> {
     if actions.is_empty() {
         return Ok(());

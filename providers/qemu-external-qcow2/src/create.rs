@@ -297,6 +297,7 @@ pub(crate) async fn complete(host: &dyn Host, choice: &Choice) -> Result<Record>
         below: choice.layers.get(1..).unwrap_or_default().to_vec(),
         overlay: Some(choice.image.path.clone()),
         orphan: false,
+        streamed: None,
         size: choice.size,
         stamp,
     })

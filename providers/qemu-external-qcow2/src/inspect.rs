@@ -5,6 +5,7 @@ use disksnap_hypervisor::Graph;
 
 use crate::place::Place;
 use crate::record::Record;
+use crate::touched;
 
 /// Looks at the real thing.
 pub(crate) async fn inspect(host: &dyn Host, record: &Record) -> Result<Health> {
@@ -59,9 +60,11 @@ pub(crate) fn files(record: &Record) -> Result<Option<Health>> {
             ))));
         }
     }
-    let differs = record
-        .stamp
-        .as_ref()
-        .map(|stamp| stamp.differs(&record.base.path));
-    Ok(differs.transpose()?.flatten().map(Health::Broken))
+    let Some(stamp) = &record.stamp else {
+        return Ok(None);
+    };
+    match stamp.differs(&record.base.path)? {
+        Some(_) if touched::only_streamed(&record.base.path, stamp)? => Ok(None),
+        differs => Ok(differs.map(Health::Broken)),
+    }
 }

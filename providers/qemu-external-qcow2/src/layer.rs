@@ -198,7 +198,7 @@ fn known(layer: Layer) -> std::result::Result<Layer, String> {
 }
 
 /// The layer that an image's header names.
-fn below_by_header(layer: &Layer) -> std::result::Result<Option<Layer>, String> {
+pub(crate) fn below_by_header(layer: &Layer) -> std::result::Result<Option<Layer>, String> {
     if layer.format != "qcow2" {
         return Ok(None);
     }

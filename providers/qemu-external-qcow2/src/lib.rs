@@ -8,7 +8,8 @@
 //! | | domain runs | domain off |
 //! | --- | --- | --- |
 //! | create | `blockdev-add`, then one `transaction` for all disks | the overlay is written; the document names it |
-//! | merge | `block-commit`, finished with the bitmaps | `qemu-img commit`, `rebase` |
+//! | merge into the base | `block-commit`, finished with the bitmaps | `qemu-img commit`, `rebase` |
+//! | merge into the overlay | `block-stream`; the snapshot stands by itself then | `qemu-img rebase` |
 //! | revert | not possible | a fresh overlay in the place of the present one |
 //!
 //! The bitmaps that record what changes go on on the overlay, under the same names, from the snapshot's instant; a
@@ -21,11 +22,14 @@ mod inspect;
 mod layer;
 mod merge;
 mod names;
+mod off_bitmaps;
 mod place;
 mod qemu_img;
 mod record;
 mod revert;
 mod settings;
+mod stream;
+mod touched;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

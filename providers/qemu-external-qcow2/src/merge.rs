@@ -4,6 +4,7 @@ mod live;
 mod off;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
@@ -17,6 +18,8 @@ use crate::busy;
 use crate::layer::{self, Layer, Stamp, disk_of, unfit};
 use crate::place::{Place, graph_of, nodes_of};
 use crate::record::{Kin, Record};
+use crate::stream::ExternalStream;
+use crate::touched;
 
 /// What merges. It has no state: everything is found by names and paths.
 #[derive(Debug, Clone, Copy)]
@@ -45,11 +48,11 @@ enum Standing {
 }
 
 /// An overlay in a running disk's chain.
-struct Live {
-    graph: Graph,
-    place: Place,
+pub(crate) struct Live {
+    pub(crate) graph: Graph,
+    pub(crate) place: Place,
     /// Which of the place's layers it is; the base is the next.
-    at: usize,
+    pub(crate) at: usize,
 }
 
 impl Standing {
@@ -125,7 +128,7 @@ impl Standing {
 
 /// The disk as it is now: before and after a merge it is the same one, whatever image the document names. An overlay
 /// that is merged is open still, but nothing uses it.
-fn find(graph: &Graph, disk: &Disk, record: &Record, overlay: &Path) -> Result<Place> {
+pub(crate) fn find(graph: &Graph, disk: &Disk, record: &Record, overlay: &Path) -> Result<Place> {
     let on = |layer: &Layer| Place::find(graph, &disk_of(disk, std::slice::from_ref(layer)));
     let found = Place::find(graph, disk);
     if found.as_ref().is_ok_and(|place| place.is_used) {
@@ -141,6 +144,10 @@ fn find(graph: &Graph, disk: &Disk, record: &Record, overlay: &Path) -> Result<P
 
 #[async_trait]
 impl Merge for ExternalMerge {
+    fn stream(&self) -> Option<Arc<dyn Merge>> {
+        Some(Arc::new(ExternalStream))
+    }
+
     async fn start(&self, host: &dyn Host, _: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()> {
         let record = Record::of(unit)?;
         let kin = Kin::of(&record.target, peers)?;
@@ -262,11 +269,12 @@ async fn tidy(host: &dyn Host, record: &Record, graph: Option<&Graph>) -> Result
         // The file first: an open node without a file says that the merge had ended.
         remove_file(overlay)?;
         off::unmark(overlay)?;
+        touched::forget(overlay)?;
         live::remove_nodes(host, nodes).await?;
     } else if record.orphan {
         remove_file(&record.base.path)?;
     }
-    Ok(())
+    touched::forget(&record.base.path)
 }
 
 /// The peers whose records change with a merge, and the disk as the domain uses it from then on.

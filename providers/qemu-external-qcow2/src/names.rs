@@ -43,6 +43,11 @@ impl Names {
         format!("{}-mrg", self.prefix)
     }
 
+    /// The job that frees the disk of the snapshot.
+    pub(crate) fn stream(&self) -> String {
+        format!("{}-str", self.prefix)
+    }
+
     /// The job that takes a snapshot back that did not come to be.
     pub(crate) fn undo(&self) -> String {
         format!("{}-un", self.prefix)
@@ -65,7 +70,13 @@ mod tests {
         let id = SnapshotId::random();
         for target in ["vda", "nvme0n1p1-very-long", "x:y", "", "sdaaa", "12345678"] {
             let names = Names::new(id, target);
-            for name in [names.overlay(), names.file(), names.merge(), names.undo()] {
+            for name in [
+                names.overlay(),
+                names.file(),
+                names.merge(),
+                names.stream(),
+                names.undo(),
+            ] {
                 assert!(name.len() <= 31, "{name}");
                 assert!(name.starts_with(OURS) && !name.starts_with(FLEECES), "{name}");
                 assert!(

@@ -32,6 +32,42 @@ pub(crate) fn commit(layers: &[Layer]) -> [String; 4] {
     [commit, quietly, kept, format!("json:{}", opened(layers))]
 }
 
+/// Copies into the top image of a chain what it reads from the second, and puts it on the third, or on nothing.
+pub(crate) async fn rebase(chain: &[Layer]) -> Result<()> {
+    let image = format!("json:{}", opened(chain));
+    let mut arguments = vec!["rebase".to_owned(), "-q".to_owned(), "-b".to_owned()];
+    match chain.get(2) {
+        Some(below) => {
+            let path = below.path.to_string_lossy().into_owned();
+            arguments.extend([path, "-F".to_owned(), below.format.clone()]);
+        }
+        None => arguments.push(String::new()),
+    }
+    arguments.push(image);
+    run(arguments).await.map(drop)
+}
+
+/// Writes into the header of an image what is below it, and nothing else.
+pub(crate) async fn name_below(image: &Layer, below: Option<&Layer>) -> Result<()> {
+    let Some(below) = below else {
+        return Ok(());
+    };
+    let (name, path) = (below.name_from(&image.path), image.path.to_string_lossy());
+    let arguments = [
+        "rebase",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        &name,
+        "-F",
+        &below.format,
+        &path,
+    ];
+    run(arguments).await.map(drop)
+}
+
 /// What opens a chain whatever the headers in it say.
 fn opened(layers: &[Layer]) -> Value {
     let Some((top, below)) = layers.split_first() else {

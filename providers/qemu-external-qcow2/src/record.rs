@@ -25,6 +25,9 @@ pub(crate) struct Record {
     /// The base was once an overlay of ours, and nothing but snapshots needs it any more: it goes with this one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) orphan: bool,
+    /// The overlay that the base's data has gone into: one of ours too, which the disk stands on by itself since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) streamed: Option<PathBuf>,
     /// Virtual size in bytes.
     pub(crate) size: u64,
     /// What tells whether the base was written to.
@@ -55,6 +58,11 @@ impl Record {
             self.overlay
                 .as_ref()
                 .map(|overlay| ("overlay".to_owned(), path(overlay))),
+        );
+        details.extend(
+            self.streamed
+                .as_ref()
+                .map(|overlay| ("merged into".to_owned(), path(overlay))),
         );
         Ok(Unit {
             unit: self.target.clone(),

@@ -82,7 +82,8 @@ fn refuse_foreign(record: &Record, kin: &[Kin], top: &Layer) -> Result<()> {
         )
         .hint("Bring the document up to date with `disksnap domain update`."));
     }
-    if records.any(|r| r.overlay.as_ref().is_some_and(|overlay| top.is_at(overlay))) {
+    let made = |r: &Record| r.overlay.iter().chain(&r.streamed).any(|path| top.is_at(path));
+    if records.any(made) {
         return Ok(());
     }
     Err(busy(
@@ -122,11 +123,12 @@ fn replace(record: &Record, path: &Path) -> Result<()> {
 }
 
 /// Every image that this method has made and a record still names.
-fn overlays(record: &Record, kin: &[Kin]) -> Vec<std::path::PathBuf> {
+pub(crate) fn overlays(record: &Record, kin: &[Kin]) -> Vec<std::path::PathBuf> {
     let records = std::iter::once(record).chain(kin.iter().map(|peer| &peer.record));
     let of = |r: &Record| {
         let base = r.orphan.then(|| r.base.path.clone());
-        r.overlay.iter().cloned().chain(base).collect::<Vec<_>>()
+        let made = r.overlay.iter().chain(&r.streamed).cloned();
+        made.chain(base).collect::<Vec<_>>()
     };
     records.flat_map(of).collect()
 }
@@ -139,6 +141,9 @@ fn restood(record: &Record, chain: &[Layer], ours: &[std::path::PathBuf]) -> Rec
         .position(|layer| layer.is_at(&record.base.path));
     let mut record = record.clone();
     record.overlay = at.map(|at| chain[at].path.clone());
+    if record.overlay.is_some() {
+        record.streamed = None;
+    }
     record.orphan = at.is_none() && ours.iter().any(|path| record.base.is_at(path));
     record
 }

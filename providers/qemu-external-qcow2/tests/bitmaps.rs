@@ -5,6 +5,7 @@ mod rig;
 
 use std::collections::BTreeMap;
 
+use disksnap_core::MergeInto;
 use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, QemuVersion, need};
 use rig::{Rig, info, leftovers};
 use serde_json::{Value, json};
@@ -153,7 +154,7 @@ async fn a_cancelled_merge_leaves_them_recording() {
     let name = rig::name_of("one");
     let cancelled = rig
         .dispatcher
-        .merge(&rig.domain, &name, &[], rig::DEADLINE, &mut stop)
+        .merge(&rig.domain, &name, &rig::options(MergeInto::Base), &mut stop)
         .await;
     assert_eq!(cancelled.unwrap_err().kind(), disksnap_core::ErrorKind::Refused);
     assert_eq!(looks, 1);

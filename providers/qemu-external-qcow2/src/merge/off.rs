@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use disksnap_core::{Error, Progress, Result};
 use disksnap_image_file::remove_file;
-use serde::Deserialize;
 
 use crate::layer::{Layer, Stamp};
+use crate::off_bitmaps::{Bitmap, bitmaps_of, change};
 use crate::qemu_img;
-use crate::record::{Record, remembered, written};
+use crate::record::{Record, written};
 
 /// The file that says that an overlay is merged: it holds the overlay's stamp at that time, so that it is worth
 /// nothing once somebody has written to the overlay again.
@@ -62,21 +62,7 @@ pub(super) async fn finish(record: &Record, layers: &[Layer], at: usize) -> Resu
         change(base, &[recording], bitmap, None).await?;
     }
     if let Some(child) = at.checked_sub(1).and_then(|above| layers.get(above)) {
-        let name = record.base.name_from(&child.path);
-        let path = child.path.to_string_lossy();
-        let arguments = [
-            "rebase",
-            "-q",
-            "-u",
-            "-f",
-            "qcow2",
-            "-b",
-            &name,
-            "-F",
-            &record.base.format,
-            &path,
-        ];
-        qemu_img::run(arguments).await?;
+        qemu_img::name_below(child, Some(base)).await?;
     }
     mark(&overlay.path)
 }
@@ -90,61 +76,4 @@ fn mark(overlay: &Path) -> Result<()> {
 /// Removes the mark. Idempotent.
 pub(super) fn unmark(overlay: &Path) -> Result<()> {
     remove_file(&mark_of(overlay))
-}
-
-/// A bitmap as `qemu-img info` tells it (`Qcow2BitmapInfo`).
-#[derive(Debug, Clone, Deserialize)]
-struct Bitmap {
-    name: String,
-    granularity: u64,
-    flags: Vec<String>,
-}
-
-impl Bitmap {
-    fn recording(&self) -> bool {
-        self.flags.iter().any(|flag| flag == "auto")
-    }
-}
-
-/// The bitmaps of an image that can still be used.
-async fn bitmaps_of(layer: &Layer) -> Result<Vec<Bitmap>> {
-    if layer.format != "qcow2" {
-        return Ok(Vec::new());
-    }
-    let path = layer.path.to_string_lossy();
-    let arguments = ["info", "--output=json", "-f", "qcow2", &path];
-    let told = qemu_img::run(arguments).await?;
-    let told: serde_json::Value = remembered(&serde_json::from_str(&told).map_err(|e| {
-        Error::new(disksnap_core::ErrorKind::Protocol, "qemu-img info tells no JSON").because(e)
-    })?)?;
-    let bitmaps = &told["format-specific"]["data"]["bitmaps"];
-    let bitmaps: Vec<Bitmap> = if bitmaps.is_null() {
-        Vec::new()
-    } else {
-        remembered(bitmaps)?
-    };
-    let usable = |bitmap: &Bitmap| !bitmap.flags.iter().any(|flag| flag == "in-use");
-    Ok(bitmaps.into_iter().filter(usable).collect())
-}
-
-/// One change of a bitmap (`qemu-img bitmap`); a merge takes the bitmap of the same name in `from`.
-async fn change(layer: &Layer, what: &[&str], bitmap: &Bitmap, from: Option<&Layer>) -> Result<()> {
-    let mut arguments = vec!["bitmap".to_owned()];
-    arguments.extend(what.iter().map(|&w| w.to_owned()));
-    if what.contains(&"--add") {
-        arguments.extend(["-g".to_owned(), bitmap.granularity.to_string()]);
-    }
-    if let Some(from) = from {
-        let path = from.path.to_string_lossy().into_owned();
-        arguments.extend([
-            bitmap.name.clone(),
-            "-b".to_owned(),
-            path,
-            "-F".to_owned(),
-            "qcow2".to_owned(),
-        ]);
-    }
-    let path = layer.path.to_string_lossy().into_owned();
-    arguments.extend(["-f".to_owned(), "qcow2".to_owned(), path, bitmap.name.clone()]);
-    qemu_img::run(arguments).await.map(drop)
 }

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use disksnap_catalog::{SqliteCatalog, StateDir};
 use disksnap_core::{
-    Access, Altered, Control, Disk, DiskChoice, Disks, Dispatcher, Domain, Health, MethodChoice, Registry,
-    Result, Snapshot, SnapshotName, SnapshotRequest,
+    Access, Altered, Control, Disk, DiskChoice, Disks, Dispatcher, Domain, Health, MergeInto, MergeOptions,
+    MethodChoice, Registry, Result, Snapshot, SnapshotName, SnapshotRequest,
 };
 use disksnap_hypervisor::{GuardianProgram, Paths, QemuConnector};
 use disksnap_qemu_external_qcow2::QemuExternalQcow2;
@@ -80,10 +80,20 @@ impl Rig {
     }
 
     pub async fn merge(&mut self, name: &str) -> Result<Altered> {
+        self.merge_into(name, MergeInto::Base).await
+    }
+
+    /// Frees the disk of a snapshot.
+    pub async fn stream(&mut self, name: &str) -> Result<Altered> {
+        self.merge_into(name, MergeInto::Overlay).await
+    }
+
+    async fn merge_into(&mut self, name: &str, into: MergeInto) -> Result<Altered> {
+        let options = options(into);
         let mut go_on = |_: &[_]| ControlFlow::Continue(());
         let altered = self
             .dispatcher
-            .merge(&self.domain, &name_of(name), &[], DEADLINE, &mut go_on)
+            .merge(&self.domain, &name_of(name), &options, &mut go_on)
             .await?;
         self.follow(altered.disks.clone());
         Ok(altered)
@@ -243,6 +253,14 @@ pub fn become_guardian_when_asked() {
 
 pub fn name_of(name: &str) -> SnapshotName {
     name.parse().unwrap()
+}
+
+pub fn options(into: MergeInto) -> MergeOptions {
+    MergeOptions {
+        into,
+        deadline: DEADLINE,
+        ..MergeOptions::default()
+    }
 }
 
 /// These disks by this method, by the name that documents have for it.
