@@ -7,6 +7,7 @@ use disksnap_core::{Disk, DiskRequest, ErrorKind, Source};
 use disksnap_image_file::{ImageFile, Qcow2, Unfit};
 
 use crate::device::{Named, of_number, of_path};
+use crate::filling::{filling, pool_fault};
 use crate::mount::{self, Inside};
 use crate::settings::Settings;
 use crate::volume::Volume;
@@ -276,31 +277,6 @@ fn way(volume: &Volume, volumes: &[Volume]) -> Result<Way, Unfit> {
     }
 }
 
-/// What is wrong with the pool of a thin volume, if anything.
-pub(crate) fn pool_fault(volume: &Volume, volumes: &[Volume]) -> Option<String> {
-    let pool = pool_of(volume, volumes)?;
-    let name = pool.full_name();
-    let full = |percent: Option<f64>| percent.is_some_and(|percent| percent >= 100.0);
-    if full(pool.data_percent) || pool.health == "out_of_data" {
-        Some(format!(
-            "the thin pool {name} is full: writes to its volumes wait or fail; `lvextend` enlarges it"
-        ))
-    } else if full(pool.metadata_percent) {
-        Some(format!(
-            "the metadata of the thin pool {name} is full; `lvextend --poolmetadatasize` enlarges it"
-        ))
-    } else if !pool.health.is_empty() {
-        Some(format!("the thin pool {name} is not well: {}", pool.health))
-    } else {
-        None
-    }
-}
-
-fn pool_of<'a>(volume: &Volume, volumes: &'a [Volume]) -> Option<&'a Volume> {
-    let of = |pool: &&Volume| pool.group == volume.group && pool.name == volume.pool && pool.is_thin_pool();
-    volumes.iter().find(of)
-}
-
 fn pool_is_sound(volume: &Volume, volumes: &[Volume]) -> Result<(), Unfit> {
     match pool_fault(volume, volumes) {
         None => Ok(()),
@@ -309,36 +285,4 @@ fn pool_is_sound(volume: &Volume, volumes: &[Volume]) -> Result<(), Unfit> {
             why,
         }),
     }
-}
-
-/// What fills up: the pool of a thin volume, or the earlier snapshots of a classic one.
-fn filling(volume: &Volume, volumes: &[Volume], mark: u8) -> Vec<String> {
-    let above = |percent: Option<f64>| percent.filter(|percent| *percent >= f64::from(mark));
-    let mut warnings = Vec::new();
-    if let Some(pool) = pool_of(volume, volumes) {
-        let name = pool.full_name();
-        if let Some(percent) = above(pool.data_percent) {
-            warnings.push(format!(
-                "the thin pool {name} is {percent:.0} % full; when it is full, the guest's writes wait or fail"
-            ));
-        }
-        if let Some(percent) = above(pool.metadata_percent) {
-            warnings.push(format!(
-                "the metadata of the thin pool {name} is {percent:.0} % full"
-            ));
-        }
-    }
-    let of_it = |other: &&Volume| {
-        other.group == volume.group && other.origin == volume.name && other.is_classic_snapshot()
-    };
-    for snapshot in volumes.iter().filter(of_it) {
-        if let Some(percent) = above(snapshot.data_percent) {
-            let name = snapshot.full_name();
-            warnings.push(format!(
-                "the snapshot {name} of the same volume is {percent:.0} % full, and breaks when it is full: \
-                 `lvextend` enlarges it"
-            ));
-        }
-    }
-    warnings
 }

@@ -2,9 +2,10 @@
 //!
 //! A thin volume gets a thin snapshot, any other a classic one. The volume is found from the disk, or named by
 //! the request. Here: the contract. Where a disk lives is in `find` (by way of `device` and `mount`), the snapshot
-//! itself in `snapshot`, putting it back in `revert`; lvm2's commands in `lvm2`, its reports in `volume`.
+//! itself in `snapshot`, how full it is in `filling`, putting it back in `revert`; lvm2's commands in `lvm2`, its reports in `volume`.
 
 mod device;
+mod filling;
 mod find;
 mod lvm2;
 mod marker;
@@ -236,14 +237,14 @@ fn suits(state: &RunState, found: &Found) -> Fits<()> {
 
 /// Disks that share a snapshot must be told the same of it.
 fn agree(unit: &[&Found]) -> Fits<()> {
-    let size = unit[0].settings.size;
-    if unit.iter().all(|found| found.settings.size == size) {
+    let told = |found: &&Found| (found.settings.size, found.settings.warn);
+    if unit.iter().all(|found| told(found) == told(&unit[0])) {
         return Ok(());
     }
     Err(Unfit {
         kind: ErrorKind::Invalid,
         why: format!(
-            "disks on {} share one snapshot, and are told different sizes for it",
+            "disks on {} share one snapshot, and are told different sizes or warning marks for it",
             unit[0].unit()
         ),
     })

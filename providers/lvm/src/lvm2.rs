@@ -51,6 +51,25 @@ impl Lvm {
 
     /// All logical volumes that this host sees, hidden ones too, as lvm2 has them (lvs(8)).
     pub(crate) fn volumes(&self) -> Result<Vec<Volume>> {
+        self.list(&[])
+    }
+
+    /// Those of one group, and none where there is no such group.
+    pub(crate) fn volumes_of(&self, group: &str) -> Result<Vec<Volume>> {
+        match self.list(&[group]) {
+            // Nothing else that is not found may pass for a group that is gone.
+            Err(error)
+                if error
+                    .message()
+                    .contains(&format!("Volume group \"{group}\" not found")) =>
+            {
+                Ok(Vec::new())
+            }
+            other => other,
+        }
+    }
+
+    fn list(&self, groups: &[&str]) -> Result<Vec<Volume>> {
         let fields = FIELDS.join(",");
         let arguments = [
             "-a",
@@ -62,7 +81,7 @@ impl Lvm {
             "-o",
             &fields,
         ];
-        parse(&self.run("lvs", &arguments, None)?)
+        parse(&self.run("lvs", &[&arguments, groups].concat(), None)?)
     }
 
     /// Runs one command to its end and gives what it printed. `held` is open in it for as long as it lives.

@@ -18,6 +18,10 @@ use crate::{blocking, remembered};
 /// How long a merge may make no progress before it is left to itself.
 const STANDSTILL: Duration = Duration::from_mins(1);
 
+/// How long is waited before a merge is looked at again: first, and at most.
+const SHORTEST: Duration = Duration::from_millis(10);
+const LONGEST: Duration = Duration::from_secs(1);
+
 /// The merge of a snapshot into its origin.
 #[derive(Debug)]
 pub(crate) struct Merging;
@@ -79,7 +83,7 @@ enum Merged {
 
 fn merge(made: &Made) -> Result<Merged> {
     let lvm = Lvm::find()?;
-    let volumes = lvm.volumes()?;
+    let volumes = lvm.volumes_of(&made.group)?;
     let Some(snapshot) = made.among(&volumes) else {
         return after(made, &volumes);
     };
@@ -131,8 +135,9 @@ fn activate_anew(lvm: &Lvm, made: &Made) -> Result<()> {
 /// Waits for the end of a merge, as long as it gets on.
 fn wait(lvm: &Lvm, made: &Made) -> Result<Merged> {
     let (mut last, mut since) = (None, Instant::now());
+    let mut pause = SHORTEST;
     loop {
-        let volumes = lvm.volumes()?;
+        let volumes = lvm.volumes_of(&made.group)?;
         let Some(snapshot) = made.among(&volumes) else {
             return after(made, &volumes);
         };
@@ -154,6 +159,7 @@ fn wait(lvm: &Lvm, made: &Made) -> Result<Merged> {
                 "the merge into {name} goes on in the background; `lvs -a {name}` shows how far it is"
             )));
         }
-        sleep(Duration::from_millis(200));
+        sleep(pause);
+        pause = (pause * 2).min(LONGEST);
     }
 }

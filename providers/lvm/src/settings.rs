@@ -11,6 +11,8 @@ use crate::volume::Volume;
 const DEVICE: &str = "device.path";
 const SIZE: &str = "snapshot.size";
 const WARN: &str = "snapshot.warn";
+/// From how many percent on what fills up is warned of, where the caller does not say.
+pub(crate) const MARK: u8 = 80;
 
 /// How much room a classic snapshot gets for what is overwritten.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +55,8 @@ pub(crate) fn docs() -> Vec<OptionDoc> {
         ),
         doc(
             WARN,
-            "from how many percent on a filling snapshot or thin pool is warned of: 1 to 100, 80 when not given",
+            "from how many percent on a filling snapshot or thin pool is warned of, when it is made, looked at and read: 1 to \
+             100, 80 when not given",
         ),
     ]
 }
@@ -69,7 +72,7 @@ impl Settings {
         Ok(Self {
             device,
             size: options.get(SIZE).map(size).transpose()?,
-            warn: options.get(WARN).map_or(Ok(80), warn)?,
+            warn: options.get(WARN).map_or(Ok(MARK), warn)?,
         })
     }
 }

@@ -8,13 +8,17 @@ use disksnap_image_file::Unfit;
 use serde::{Deserialize, Serialize};
 
 use crate::device::{Named, of_path};
-use crate::find::{Found, Way, pool_fault};
+use crate::filling::{danger, pool_fault};
+use crate::find::{Found, Way};
 use crate::lvm2::Lvm;
 use crate::marker;
+use crate::settings::MARK;
 use crate::volume::Volume;
 
 /// On every volume that this method makes.
 const TAG: &str = "disksnap";
+/// How many letters of a volume's id in device-mapper are its group's.
+const GROUP_ID: usize = 32;
 /// The longest name of a device-mapper device.
 const LONGEST: usize = 127;
 
@@ -29,6 +33,8 @@ pub(crate) struct Planned {
     name: String,
     /// The room of a classic snapshot in bytes; `None` for a thin one.
     room: Option<u64>,
+    #[serde(default = "default_mark")]
+    warn: u8,
     marker: PathBuf,
     pub(crate) images: Vec<Image>,
 }
@@ -56,7 +62,14 @@ pub(crate) struct Made {
     pub(crate) uuid: String,
     pub(crate) path: PathBuf,
     pub(crate) thin: bool,
+    /// The percentage from which on its filling is told.
+    #[serde(default = "default_mark")]
+    warn: u8,
     pub(crate) images: Vec<Image>,
+}
+
+fn default_mark() -> u8 {
+    MARK
 }
 
 /// The tag that says which request made a volume.
@@ -153,6 +166,7 @@ impl Planned {
             origin_id: format!("{}{}", volume.group_uuid, volume.uuid),
             name: name(id, volume),
             room,
+            warn: unit.first()?.settings.warn,
             marker,
             images: unit.iter().map(image).collect(),
         })
@@ -213,27 +227,46 @@ impl Planned {
     /// Looks at what it has become. After this no take is late any more.
     pub(crate) fn complete(&self) -> Result<Made> {
         marker::remove(&self.marker)?;
-        let volumes = Lvm::find()?.volumes()?;
-        let here = |volume: &&Volume| {
-            volume.group == self.group && volume.name == self.name && is_ours(volume, self.id)
-        };
-        let Some(volume) = volumes.iter().find(here) else {
-            let what = format!(
-                "the snapshot {}/{} that was just taken is gone",
-                self.group, self.name
-            );
-            return Err(Error::new(ErrorKind::Broken, what));
+        let path = PathBuf::from(format!("/dev/{}/{}", self.group, self.name));
+        let (uuid, path) = match self.shown_by_kernel(&path) {
+            Some(uuid) => (uuid, path),
+            None => self.listed()?,
         };
         Ok(Made {
             id: self.id,
             group: self.group.clone(),
             origin: self.origin.clone(),
             name: self.name.clone(),
-            uuid: volume.uuid.clone(),
-            path: PathBuf::from(&volume.path),
-            thin: volume.is_thin(),
+            uuid,
+            path,
+            thin: self.room.is_none(),
+            warn: self.warn,
             images: self.images.clone(),
         })
+    }
+
+    /// The snapshot's id, where the kernel shows its device: no command of lvm2 is needed then.
+    fn shown_by_kernel(&self, path: &Path) -> Option<String> {
+        let Ok(Named::Id(id)) = of_path(path) else {
+            return None;
+        };
+        // The group's id, the first half of either, is the same.
+        let (group, own) = id.split_at_checked(GROUP_ID)?;
+        (Some(group) == self.origin_id.get(..GROUP_ID)).then(|| own.to_owned())
+    }
+
+    /// The same from lvm2, where whoever makes the devices' names is slow.
+    fn listed(&self) -> Result<(String, PathBuf)> {
+        let volumes = Lvm::find()?.volumes_of(&self.group)?;
+        let here = |volume: &&Volume| volume.name == self.name && is_ours(volume, self.id);
+        let found = volumes.iter().find(here).ok_or_else(|| {
+            let what = format!(
+                "the snapshot {}/{} that was just taken is gone",
+                self.group, self.name
+            );
+            Error::new(ErrorKind::Broken, what)
+        })?;
+        Ok((found.uuid.clone(), PathBuf::from(&found.path)))
     }
 }
 
@@ -262,7 +295,7 @@ impl Made {
 
     /// What has become of it, from lvm2 itself.
     pub(crate) fn health(&self) -> Result<Health> {
-        let volumes = Lvm::find()?.volumes()?;
+        let volumes = Lvm::find()?.volumes_of(&self.group)?;
         let name = self.full_name();
         let Some(volume) = self.among(&volumes) else {
             return Ok(Health::Gone(format!(
@@ -291,7 +324,8 @@ impl Made {
         } else {
             pool_fault(volume, &volumes)
         };
-        Ok(fault.map_or(Health::Active, Health::Broken))
+        let danger = || danger(volume, &volumes, self.warn).map_or(Health::Active, Health::Endangered);
+        Ok(fault.map_or_else(danger, Health::Broken))
     }
 
     /// Deletes it. Idempotent.
@@ -301,7 +335,7 @@ impl Made {
     /// more, and then it is left alone.
     pub(crate) fn delete(&self) -> Result<()> {
         let lvm = Lvm::find()?;
-        let volumes = lvm.volumes()?;
+        let volumes = lvm.volumes_of(&self.group)?;
         let Some(volume) = self.among(&volumes) else {
             return Ok(());
         };
@@ -314,7 +348,7 @@ impl Made {
                 "It is left alone; if it is of no use, remove it with `lvremove`, then delete again.",
             ));
         }
-        remove(&lvm, volume)
+        remove(&lvm, &[volume]).map(drop)
     }
 }
 
@@ -322,29 +356,48 @@ impl Made {
 pub(crate) fn abort(id: SnapshotId, marker: &Path) -> Result<()> {
     let closed = marker::close(marker)?;
     let lvm = Lvm::find()?;
-    for volume in lvm.volumes()?.iter().filter(|volume| is_ours(volume, id)) {
-        remove(&lvm, volume)?;
+    let volumes = lvm.volumes()?;
+    let ours: Vec<&Volume> = volumes.iter().filter(|volume| is_ours(volume, id)).collect();
+    // Where somebody else was quicker with one of several, the others may be there still.
+    if matches!(remove(&lvm, &ours)?, Removed::Some) {
+        for volume in ours {
+            remove(&lvm, &[volume])?;
+        }
     }
     marker::remove(marker)?;
     drop(closed);
     Ok(())
 }
 
-fn remove(lvm: &Lvm, volume: &Volume) -> Result<()> {
-    let name = volume.full_name();
-    if volume.merging {
+/// What `lvremove` found to do.
+enum Removed {
+    All,
+    Some,
+}
+
+/// Removes these, all by one command.
+fn remove(lvm: &Lvm, volumes: &[&Volume]) -> Result<Removed> {
+    if let Some(volume) = volumes.iter().find(|volume| volume.merging) {
+        let name = volume.full_name();
         let what = format!("the snapshot {name} is being merged into its origin, and goes with that");
         return Err(Error::new(ErrorKind::Busy, what).hint(
             "Activate the origin anew when nothing uses it (lvchange -an, then -ay), and delete again.",
         ));
     }
-    match lvm.run("lvremove", &["-y", &name], None) {
+    let names: Vec<String> = volumes.iter().map(|volume| volume.full_name()).collect();
+    if names.is_empty() {
+        return Ok(Removed::All);
+    }
+    let arguments = std::iter::once("-y").chain(names.iter().map(String::as_str));
+    match lvm.run("lvremove", &arguments.collect::<Vec<_>>(), None) {
+        Ok(_) => Ok(Removed::All),
         // Somebody else was quicker.
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Removed::Some),
         Err(error) if error.kind() == ErrorKind::Busy => Err(error.hint(format!(
-            "Find what has /dev/{name} open or mounted, end it, and delete again."
+            "Find what has /dev/{} open or mounted, end it, and delete again.",
+            names.join(" or /dev/")
         ))),
-        other => other.map(drop),
+        Err(error) => Err(error),
     }
 }
 

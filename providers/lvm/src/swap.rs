@@ -15,7 +15,7 @@ use crate::volume::Volume;
 /// `Busy` when something has the volume open; nothing is changed then.
 pub(crate) fn put_back(lvm: &Lvm, made: &Made) -> Result<()> {
     let (new, old) = (made.side_name("back"), made.side_name("old"));
-    let volumes = lvm.volumes()?;
+    let volumes = lvm.volumes_of(&made.group)?;
     let named = |name: &str| {
         volumes
             .iter()
