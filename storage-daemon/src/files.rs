@@ -6,11 +6,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use disksnap_core::{DomainId, Error, ErrorKind, NbdServer, Result};
+use disksnap_core::{DomainId, Error, ErrorKind, Listen, NbdServer, Result};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,18 @@ pub(crate) struct Files {
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
     server: NbdServer,
+    /// Which file its socket is: where the caller chose the path, another one may be there later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    socket: Option<Which>,
+}
+
+/// One socket. Its inode's number may be another's as soon as it is removed, so that the time counts too; nothing changes
+/// that of a socket.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Which {
+    device: u64,
+    inode: u64,
+    made: (i64, i64),
 }
 
 impl Files {
@@ -132,6 +145,7 @@ impl Files {
     pub(crate) fn remember(&self, server: &NbdServer) -> Result<()> {
         let record = Record {
             server: server.clone(),
+            socket: socket_of(server).and_then(which_socket),
         };
         write_whole(&self.record(), &record)
             .map_err(|e| Error::io("cannot record the image server", e).with("path", self.record().display()))
@@ -139,6 +153,10 @@ impl Files {
 
     /// `None` where it was never wholly started.
     pub(crate) fn remembered(&self) -> Result<Option<NbdServer>> {
+        Ok(self.record_there()?.map(|record| record.server))
+    }
+
+    fn record_there(&self) -> Result<Option<Record>> {
         let path = self.record();
         let failed = |e| Error::io("cannot read the image server's record", e).with("path", path.display());
         let text = match std::fs::read(&path) {
@@ -146,11 +164,12 @@ impl Files {
             other => other.map_err(failed)?,
         };
         let record: std::result::Result<Record, _> = serde_json::from_slice(&text);
-        Ok(record.ok().map(|record| record.server))
+        Ok(record.ok())
     }
 
     /// Removes all files of a daemon that is no more; idempotent. The lock goes last: it is how they are found.
     pub(crate) fn remove(&self) -> Result<()> {
+        self.remove_socket()?;
         let socket = self.path(".img.sock");
         let halves = [unfinished(&self.record()), unfinished(&self.lock())];
         let whole = [
@@ -172,6 +191,46 @@ impl Files {
         }
         Ok(())
     }
+
+    /// Removes the socket that a daemon which was killed left where the caller had it: the very one, and only if nobody
+    /// listens on it.
+    fn remove_socket(&self) -> Result<()> {
+        let Some(record) = self.record_there()? else {
+            return Ok(());
+        };
+        let Some(path) = socket_of(&record.server) else {
+            return Ok(());
+        };
+        let is_it = record.socket.is_some() && which_socket(path) == record.socket;
+        if !is_it || UnixStream::connect(path).is_ok() {
+            return Ok(());
+        }
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io(
+                "cannot remove the socket that the image server left",
+                error,
+            )
+            .with("socket", path.display())),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn socket_of(server: &NbdServer) -> Option<&Path> {
+    match &server.listen {
+        Listen::Unix(path) => Some(path),
+        Listen::Tcp { .. } => None,
+    }
+}
+
+/// Which file is there, where it is a socket.
+fn which_socket(path: &Path) -> Option<Which> {
+    let found = std::fs::symlink_metadata(path).ok()?;
+    found.file_type().is_socket().then(|| Which {
+        device: found.dev(),
+        inode: found.ino(),
+        made: (found.mtime(), found.mtime_nsec()),
+    })
 }
 
 fn holds(pid: i32, lock: (u64, u64)) -> bool {

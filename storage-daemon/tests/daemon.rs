@@ -279,3 +279,38 @@ async fn one_that_hangs_is_killed() {
     kill_process(Pid::from_raw(pid).unwrap(), Signal::STOP).unwrap();
     site.stop().await;
 }
+
+/// A socket outside the run directory is the caller's choice of place: what a killed daemon left there is its own, what
+/// somebody else put there since is not.
+#[tokio::test]
+async fn the_socket_of_one_that_was_killed_goes_and_another_s_stays() {
+    let site = Site::new();
+    let socket = site.path("chosen.sock");
+    let server = NbdServer {
+        listen: Listen::Unix(socket.clone()),
+        ..site.server()
+    };
+    let killed = async || {
+        site.daemons.start(&site.domain, &server).await.unwrap();
+        let instance = site.running().await.unwrap().instance.unwrap();
+        let pid: i32 = instance.split('/').nth(1).unwrap().parse().unwrap();
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+        while site.running().await.is_some() {
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+        assert!(socket.exists());
+    };
+    killed().await;
+    // Again at the same place, as if nothing had happened.
+    killed().await;
+    site.stop().await;
+    assert!(!socket.exists());
+    killed().await;
+    std::fs::remove_file(&socket).unwrap();
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    site.stop().await;
+    assert!(socket.exists(), "nobody listens there, and it is not ours");
+    let error = site.daemons.start(&site.domain, &server).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{error}");
+    site.stop().await;
+}
