@@ -5,6 +5,7 @@ mod attach;
 mod bad_input;
 mod bring;
 mod daemons;
+mod every_method;
 mod exports;
 mod help;
 mod image_exports;
