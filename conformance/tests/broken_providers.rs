@@ -7,7 +7,7 @@ mod unmoved;
 use std::path::Path;
 use std::sync::Arc;
 
-use broken::{Broken, Fault, Handing, Hands};
+use broken::{Broken, Call, Fault, Handing, Hands, Mishap, Slip, Subtle};
 use disksnap_conformance::{Fixture, Outcome, RawFiles, Report, run};
 use disksnap_core::{Capability, DiskSnapshot};
 use disksnap_memory::Memory;
@@ -21,7 +21,7 @@ const CAPABILITIES: [Capability; 5] = [
     Capability::Revert,
 ];
 
-fn fixture(dir: &Path, make: fn() -> Arc<dyn DiskSnapshot>) -> Arc<dyn Fixture> {
+fn fixture(dir: &Path, make: impl Fn() -> Arc<dyn DiskSnapshot> + Send + Sync + 'static) -> Arc<dyn Fixture> {
     Arc::new(RawFiles::new(dir, CAPABILITIES, make))
 }
 
@@ -126,6 +126,115 @@ async fn who_does_not_follow_cannot_pass() {
     let report = run(Arc::new(Unmoved(inner)), Some("revert-content")).await;
     assert_eq!(report.failures(), ["revert-content"], "{report}");
     assert!(report.to_string().contains("no adopt()"), "{report}");
+}
+
+/// A slip and the one case that sees it, while all others pass.
+macro_rules! seen_by_one {
+    ($($test:ident: $slip:expr => $case:literal;)+) => {
+        /// The cases of which it is proven that no other makes them superfluous.
+        const ALONE: &[&str] = &[$($case),+];
+
+        $(
+            #[tokio::test]
+            async fn $test() {
+                let report = report_on(|| Arc::new(Subtle($slip))).await;
+                assert_eq!(report.failures(), [$case], "{report}");
+            }
+        )+
+    };
+}
+
+seen_by_one! {
+    only_a_look_at_the_answer_sees_a_silent_probe: Slip::ProbeSaysNothing => "probe-accepts";
+    only_an_odd_request_sees_an_option_too_many: Slip::OptionTooMany => "unknown-option";
+    only_comparing_keys_sees_a_unit_renamed: Slip::UnitRenamed => "prepare-covers";
+    only_planning_twice_sees_another_plan: Slip::PlanTwice => "take-plan-pure";
+    only_three_disks_see_the_third_mistaken: Slip::ThirdDisk => "several-disks";
+    only_reading_between_writes_sees_a_stale_cache: Slip::StaleCache => "content-edges";
+    only_zeroing_sees_zeroes_missed: Slip::MissesZeroes => "content-zeroes";
+    only_writing_all_sees_an_overflow: Slip::Overflows => "content-overwrite";
+    only_the_older_first_sees_the_newer_spoilt: Slip::SpoilsNewer => "two-older-first";
+    only_the_newer_first_sees_the_older_spoilt: Slip::SpoilsOlder => "two-newer-first";
+    only_the_same_instant_sees_content_shared: Slip::SharesTheSame => "at-once";
+    only_the_domain_sees_its_disk_touched: Slip::DeleteTouches => "domain-goes-on";
+    only_the_capabilities_tell_a_merge_too_many: Slip::OffersToMerge => "access-fits";
+    only_the_sizes_tell_a_wrong_one: Slip::SizeWrong => "access-fits";
+    only_a_look_at_the_deleted_sees_it_called_broken: Slip::GoneIsBroken => "inspect-truth";
+    only_damage_shows_who_is_blind_to_it: Slip::BlindToDamage => "damage-is-told";
+    only_a_lost_answer_shows_litter_of_prepare: Slip::Litters(Call::Prepare, Mishap::Error) => "create-call-fails";
+    only_a_disconnect_shows_litter_of_prepare: Slip::Litters(Call::Prepare, Mishap::Disconnect) => "create-disconnected";
+    only_a_kill_shows_litter_of_prepare: Slip::Litters(Call::Prepare, Mishap::Kill) => "create-killed";
+    only_a_lost_answer_shows_litter_of_delete: Slip::Litters(Call::Delete, Mishap::Error) => "delete-call-fails";
+    only_a_disconnect_shows_litter_of_delete: Slip::Litters(Call::Delete, Mishap::Disconnect) => "delete-disconnected";
+    only_a_kill_shows_litter_of_delete: Slip::Litters(Call::Delete, Mishap::Kill) => "delete-killed";
+    only_a_lost_answer_shows_litter_of_revert: Slip::Litters(Call::Revert, Mishap::Error) => "revert-call-fails";
+    only_a_disconnect_shows_litter_of_revert: Slip::Litters(Call::Revert, Mishap::Disconnect) => "revert-disconnected";
+    only_a_kill_shows_litter_of_revert: Slip::Litters(Call::Revert, Mishap::Kill) => "revert-killed";
+}
+
+/// The same for the plainer faults above.
+macro_rules! caught_by_one {
+    ($($test:ident: $provider:expr => $case:literal;)+) => {
+        const ALONE_TOO: &[&str] = &[$($case),+];
+
+        $(
+            #[tokio::test]
+            async fn $test() {
+                let report = report_on(|| Arc::new($provider)).await;
+                assert_eq!(report.failures(), [$case], "{report}");
+            }
+        )+
+    };
+}
+
+caught_by_one! {
+    only_the_control_needs_to_reject_who_rejects_all: Broken::new(Fault::RejectsAll) => "control";
+    only_the_description_shows_an_option_twice: Broken::new(Fault::OptionTwice) => "describes-itself";
+    only_the_expected_list_shows_a_capability_lost: Broken::new(Fault::CapabilityLost) => "capabilities";
+    only_an_unfit_disk_shows_it_as_an_error: Broken::new(Fault::UnfitIsError) => "probe-unfit";
+    only_preparing_again_shows_a_nonce: Broken::new(Fault::PrepareDiffers) => "prepare-again";
+    only_aborting_twice_shows_who_hates_it: Broken::new(Fault::AbortOnce) => "abort-twice";
+    only_others_show_who_aborts_all: Broken::new(Fault::AbortTakesAll) => "abort-spares-others";
+    only_the_second_revert_shows_content_shared: Broken::new(Fault::RevertSpoils) => "revert-content";
+    only_others_show_who_forgets_peers: Handing(Hands::WithoutPeers) => "revert-spares-others";
+}
+
+/// These fail with others: what they look for is looked for in passing elsewhere too, or is core's to see to. They
+/// say by their name what is wrong where a longer case would say it at some point of many.
+const NEVER_ALONE: [(&str, Fault); 7] = [
+    // Every case gives each call a new instance.
+    ("stateless", Fault::StateInInstance),
+    // Every failed create aborts: with the record, without it, and before anything.
+    ("abort-undoes", Fault::AbortLeaks),
+    ("abort-without-record", Fault::AbortNeedsRecord),
+    ("abort-before-anything", Fault::AbortLeaks),
+    // A kill after a delete repeats it.
+    ("delete-twice", Fault::DeleteOnce),
+    // The provider is not called the second time: this is core's promise, on this provider's snapshots.
+    ("name-twice", Fault::Stale),
+    ("id-twice", Fault::Stale),
+];
+
+/// A new case comes with a provider that it catches.
+#[test]
+fn every_case_is_seen_to_catch_something() {
+    let never = NEVER_ALONE.map(|(case, _)| case);
+    let mut proven: Vec<&str> = [ALONE, ALONE_TOO, &never].concat();
+    let mut cases: Vec<&str> = disksnap_conformance::cases().map(|(name, _)| name).collect();
+    proven.sort_unstable();
+    proven.dedup();
+    cases.sort_unstable();
+    assert_eq!(proven, cases);
+}
+
+#[tokio::test]
+async fn those_never_alone_catch_something_too() {
+    for (case, fault) in NEVER_ALONE {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let fixture = fixture(dir.path(), move || Arc::new(Broken::new(fault)));
+        let report = run(fixture, Some(case)).await;
+        assert_eq!(report.failures(), [case], "{report}");
+    }
 }
 
 #[tokio::test]

@@ -72,6 +72,19 @@ pub(super) async fn access_fits(fixture: &Arc<dyn Fixture>) -> Verdict {
             disk.size
         );
     }
+    for unit in &made.units {
+        let (provider, unit) = (stage.provider(), &unit.unit);
+        let offers = [
+            (Capability::Revert, provider.revert(unit).is_some()),
+            (Capability::Merge, provider.merge(unit).is_some()),
+        ];
+        for (capability, offered) in offers {
+            ensure!(
+                capabilities.contains(&capability) == offered,
+                "a new snapshot offers '{capability}': {offered}; the capabilities say otherwise"
+            );
+        }
+    }
     let state = stage.control().await?.state().await?;
     let needed = match state {
         RunState::Off => Capability::Inactive,
@@ -199,13 +212,17 @@ pub(super) async fn at_once(fixture: &Arc<dyn Fixture>) -> Verdict {
     let (targets, target) = (stage.targets(1), stage.first());
     paint::picture(&stage, &target, 1).await?;
     let content = stage.live(&target).await?;
-    let (left, right) = (name("left"), name("right"));
+    let (left, right, kept) = (name("left"), name("right"), name("kept"));
     create_both(&mut stage, [&left, &right], &targets).await?;
+    stage.create(&kept, &targets).await?;
     paint::scribble(&stage, &target, 0xec).await?;
-    for snapshot in [&left, &right] {
+    for snapshot in [&left, &right, &kept] {
         stage.must_hold(snapshot, &target, &content).await?;
     }
     delete_both(&mut stage, [&left, &right]).await?;
+    let held = stage.must_hold(&kept, &target, &content).await;
+    held.context("beside two deletes at once")?;
+    stage.delete_now(&kept).await?;
     stage.finish().await
 }
 

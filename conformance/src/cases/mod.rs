@@ -151,7 +151,7 @@ pub(crate) const CASES: &[Case] = &[
     ),
     case!(
         "access-fits",
-        "the data is reached in the way that the capabilities promise, at the disk's size",
+        "a snapshot is read, put back and merged as the capabilities promise, and has the disk's size",
         life::access_fits
     ),
     case!(
@@ -181,7 +181,7 @@ pub(crate) const CASES: &[Case] = &[
     ),
     case!(
         "at-once",
-        "two requests for one disk at the same time both succeed",
+        "two requests for one disk at the same time both succeed, and two deletes, beside a third snapshot",
         life::at_once
     ),
     case!(

@@ -1,6 +1,7 @@
 //! The method `memory` with one fault.
 
 mod handing;
+mod subtle;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,6 +17,7 @@ use disksnap_memory::Memory;
 use serde_json::json;
 
 pub(crate) use handing::{Handing, Hands};
+pub(crate) use subtle::{Call, Mishap, Slip, Subtle};
 
 /// What is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
