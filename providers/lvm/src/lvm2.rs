@@ -1,7 +1,7 @@
 //! lvm2's program: where it is, how it is run, what its failures are. Everything goes through here.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use disksnap_core::{Error, ErrorKind, Result};
 
@@ -89,24 +89,43 @@ impl Lvm {
     /// It is never killed: it may have suspended a device that a guest waits for.
     pub(crate) fn run(&self, command: &str, arguments: &[&str], held: Option<File>) -> Result<String> {
         let all = std::iter::once(command).chain(arguments.iter().copied());
-        let expression = duct::cmd(&self.program, all)
+        let expression = duct::cmd(&self.program, all);
+        let expression = match held {
+            Some(file) => expression.stdin_file(file),
+            None => expression.stdin_null(),
+        };
+        self.finish(&expression, command)
+    }
+
+    /// Runs several commands in one process (lvm(8), a file of commands), which ends at the first that fails, and carries them
+    /// out though this process dies. They are written to `file`, which `held` has open, as the process does for as long as it
+    /// lives. No word of them may hold a space or a quote.
+    pub(crate) fn script(&self, commands: &[&[&str]], file: &Path, held: File) -> Result<()> {
+        let lines = commands.iter().map(|words| words.join(" ") + "\n");
+        let text: String = std::iter::once("#!lvm\n".to_owned()).chain(lines).collect();
+        std::fs::write(file, text).map_err(|e| Error::io(format!("cannot write {}", file.display()), e))?;
+        let names: Vec<&str> = commands
+            .iter()
+            .filter_map(|words| words.first().copied())
+            .collect();
+        let expression = duct::cmd(&self.program, ["/proc/self/fd/0"]).stdin_file(held);
+        self.finish(&expression, &names.join(", ")).map(drop)
+    }
+
+    fn finish(&self, expression: &duct::Expression, what: &str) -> Result<String> {
+        let output = expression
             // Its messages are told apart by their English words.
             .env("LC_ALL", "C")
             .env("LVM_SUPPRESS_FD_WARNINGS", "1")
             .stdout_capture()
             .stderr_capture()
-            .unchecked();
-        let expression = match held {
-            Some(file) => expression.stdin_file(file),
-            None => expression.stdin_null(),
-        };
-        let output = expression
+            .unchecked()
             .run()
             .map_err(|e| Error::io(format!("cannot run {}", self.program.display()), e))?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
-        Err(failure(command, &String::from_utf8_lossy(&output.stderr)))
+        Err(failure(what, &String::from_utf8_lossy(&output.stderr)))
     }
 }
 

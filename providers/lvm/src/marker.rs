@@ -66,7 +66,7 @@ pub(crate) fn close(path: &Path) -> Result<Option<File>> {
             Ok(()) => return Ok(Some(file)),
             Err(error) if error != rustix::io::Errno::WOULDBLOCK => return Err(failed(error.into())),
             Err(_) if begun.elapsed() > PATIENCE => {
-                let what = "an lvcreate of this request does not end";
+                let what = "a command of lvm2 for this request does not end";
                 return Err(Error::new(ErrorKind::Busy, what)
                     .with("path", path.display())
                     .hint("See what it waits for (`ps`, `dmsetup info`), then run `disksnap recover`."));

@@ -3,6 +3,7 @@
 //! A merge of a thin snapshot cuts the tie between the volume and its other thin snapshots: these are put back by
 //! `swap` instead.
 
+use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -30,10 +31,11 @@ pub(crate) struct Merging;
 impl Revert for Merging {
     /// At once where nothing has the origin open. Else LVM does it when the origin is next activated, and
     /// the answer says so.
-    async fn revert(&self, _: &dyn Host, _: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<Affected> {
+    async fn revert(&self, host: &dyn Host, _: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<Affected> {
         let made: Made = remembered(&unit.data)?;
         let (count, thin) = (others(&made, peers), made.thin);
-        let merged = blocking(move || merge(&made)).await?;
+        let dir = host.image_dir().to_owned();
+        let merged = blocking(move || merge(&made, &dir)).await?;
         let warnings = match (count, thin) {
             (0, _) => Vec::new(),
             (_, true) => vec![format!(
@@ -81,14 +83,14 @@ enum Merged {
     Later(String),
 }
 
-fn merge(made: &Made) -> Result<Merged> {
+fn merge(made: &Made, dir: &Path) -> Result<Merged> {
     let lvm = Lvm::find()?;
     let volumes = lvm.volumes_of(&made.group)?;
     let Some(snapshot) = made.among(&volumes) else {
         return after(made, &volumes);
     };
     if made.thin && snapshot.origin != made.origin {
-        return swap::put_back(&lvm, made).map(|()| Merged::Kept);
+        return swap::put_back(&lvm, made, dir).map(|()| Merged::Kept);
     }
     if snapshot.merging {
         // Asked for before, by a call that did not live to tell.
@@ -107,9 +109,20 @@ fn merge(made: &Made) -> Result<Merged> {
             let what = format!("another snapshot is being merged into {}", made.origin_name());
             return Err(Error::new(ErrorKind::Busy, what));
         }
-        lvm.run("lvconvert", &["-y", "--merge", &made.full_name()], None)?;
+        begin(&lvm, made)?;
     }
     wait(&lvm, made)
+}
+
+/// Asks for the merge. That of a call that was killed may still have been on its way: then it is as well.
+fn begin(lvm: &Lvm, made: &Made) -> Result<()> {
+    let begun = lvm.run("lvconvert", &["-y", "--merge", &made.full_name()], None);
+    let Err(error) = begun else { return Ok(()) };
+    let volumes = lvm.volumes_of(&made.group)?;
+    match made.among(&volumes) {
+        Some(snapshot) if !snapshot.merging => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// A snapshot that is not there: merged, since its health was looked at before.

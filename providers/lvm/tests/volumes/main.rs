@@ -6,6 +6,8 @@ mod bad_input;
 mod conformance;
 mod file_systems;
 mod finding;
+mod kills;
+mod machine;
 mod reverting;
 mod running;
 mod sound;
@@ -58,3 +60,9 @@ fn what_is_in_a_snapshot_is_sound() {
     need!("lvm");
     in_guest(&["file_systems::", "running::", "sound::"]);
 }
+#[test]
+fn reverts_can_be_killed_at_any_command() {
+    need!("lvm");
+    in_guest(&["kills::"]);
+}
+
