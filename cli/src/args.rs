@@ -473,6 +473,13 @@ pub(crate) struct Attach {
     /// The domain to attach it to: the path of its XML, or its name or UUID
     #[arg(long, value_name = "DOMAIN", value_hint = ValueHint::FilePath, required_unless_present = "print")]
     pub(crate) to: Option<String>,
+    /// Where the NBD server speaks TLS: the ca-cert.pem, client-cert.pem and client-key.pem of that domain's hypervisor;
+    /// the server's directory if nothing is said
+    #[arg(long, value_name = "DIRECTORY", value_hint = ValueHint::DirPath, conflicts_with = "print")]
+    pub(crate) tls_credentials: Option<PathBuf>,
+    /// The name in the server's certificate, where it is not the address
+    #[arg(long, value_name = "NAME", requires = "tls_credentials")]
+    pub(crate) tls_hostname: Option<String>,
     /// Print the <disk> for that domain's XML, and do nothing
     #[arg(long)]
     pub(crate) print: bool,

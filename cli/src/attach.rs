@@ -3,13 +3,14 @@
 use disksnap::xml::{self, Element};
 use disksnap::{
     Access, Attached, BackingStore, Disk, DiskSnapshotRecord, Domain, DomainId, Driver, Error, ErrorKind,
-    NbdServer, NetworkHost, Result, Serving, SnapshotName, Source,
+    NbdServer, NetworkHost, PlugTls, Result, Serving, SnapshotName, Source,
 };
 use serde::Serialize;
 
 use crate::args::{Attach, Detach};
 use crate::context::{Context, Target};
 use crate::failure::Outcome;
+use crate::inside_view::InsideView;
 use crate::output::{Text, fields, print};
 use crate::signals::Stop;
 
@@ -20,27 +21,53 @@ pub(crate) async fn attach(context: &Context, attach: Attach) -> Outcome {
         None => None,
     };
     if attach.print {
-        return print_disk(&target, &attach, to.as_ref()).await;
+        return print_disk(context, &target, &attach, to.as_ref()).await;
     }
     let to = to.ok_or_else(|| {
         Error::new(ErrorKind::Invalid, "no domain to attach to is given")
             .hint("Say --to DOMAIN, or --print for the <disk> alone.")
     })?;
+    // Whatever is wrong with the snapshot, the act itself tells.
+    let found = target
+        .disksnap
+        .dispatcher()
+        .show(&target.domain, &attach.name)
+        .await;
+    let inside = found.ok().and_then(|found| {
+        let record = found.snapshot.disk(&attach.target)?;
+        InsideView::of(&record.access)
+    });
     let stop = Stop::listen(true)?;
     let attached = target
         .disksnap
         .dispatcher()
-        .attach(&target.domain, &attach.name, &attach.target, &to)
+        .attach(
+            &target.domain,
+            &attach.name,
+            &attach.target,
+            &to,
+            tls(&attach)?.as_ref(),
+        )
         .await?;
-    let view = AttachedView::new(&attach, &attached);
+    let view = AttachedView::new(&attach, &attached, inside);
     context.out.show(&view, || {
         xml::new_disk_element(&seen(&attached, &to))?.to_document()
     })?;
     stop.check()
 }
 
+fn tls(attach: &Attach) -> Result<Option<PlugTls>> {
+    let Some(directory) = &attach.tls_credentials else {
+        return Ok(None);
+    };
+    Ok(Some(PlugTls {
+        credentials: crate::export::credentials(directory)?,
+        hostname: attach.tls_hostname.clone(),
+    }))
+}
+
 /// Prints the `<disk>` and touches nothing.
-async fn print_disk(target: &Target, attach: &Attach, to: Option<&Domain>) -> Outcome {
+async fn print_disk(context: &Context, target: &Target, attach: &Attach, to: Option<&Domain>) -> Outcome {
     let dispatcher = target.disksnap.dispatcher();
     let found = dispatcher.show(&target.domain, &attach.name).await?;
     let record = found.snapshot.disk(&attach.target).ok_or_else(|| {
@@ -55,10 +82,17 @@ async fn print_disk(target: &Target, attach: &Attach, to: Option<&Domain>) -> Ou
     })?;
     let serving = dispatcher.serving(&target.domain).await?;
     let disk = printed(record, &serving, &attach.name, &free_target(to))?;
+    if let Some(inside) = InsideView::of(&record.access) {
+        let what = format!(
+            "this is the device that the image is inside: {}",
+            inside.path_text()
+        );
+        context.out.warn(&what);
+    }
     print(xml::new_disk_element(&disk)?.to_document()?.as_bytes())
 }
 
-/// The export where there is one, else the image with all its layers.
+/// The export where there is one, else the image with all its layers, or the device that it is inside.
 fn printed(record: &DiskSnapshotRecord, serving: &Serving, name: &SnapshotName, dev: &str) -> Result<Disk> {
     let export = serving.exports.iter().find(|export| export.alias == record.alias);
     if let Some((export, server)) = export.and_then(|e| Some((e, serving.server_of(e)?))) {
@@ -70,6 +104,12 @@ fn printed(record: &DiskSnapshotRecord, serving: &Serving, name: &SnapshotName, 
             format,
             backing,
         } => Ok(disk(dev, source.clone(), format, backing.as_deref())),
+        Access::Inside(inside) => {
+            let source = Source::Block {
+                dev: inside.device.clone(),
+            };
+            Ok(disk(dev, source, "raw", None))
+        }
         Access::Node(_) => Err(Error::new(
             ErrorKind::Unavailable,
             "the snapshot's disk is inside the hypervisor, and not exported",
@@ -111,7 +151,7 @@ fn seen(attached: &Attached, to: &Domain) -> Disk {
         protocol: "nbd".to_owned(),
         name: Some(attached.disk.name.clone()),
         hosts: vec![attached.disk.listen.host()],
-        tls: false,
+        tls: attached.disk.tls.is_some(),
     };
     Disk {
         serial: Some(attached.disk.serial.clone()),
@@ -172,16 +212,19 @@ struct AttachedView {
     /// Where its bytes come from.
     uri: Option<String>,
     read_only: bool,
+    /// Where the image is in the attached device, where it is not the device itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    inside: Option<InsideView>,
 }
 
 impl AttachedView {
-    fn new(attach: &Attach, attached: &Attached) -> Self {
+    fn new(attach: &Attach, attached: &Attached, inside: Option<InsideView>) -> Self {
         let disk = &attached.disk;
         let source = Source::Network {
             protocol: "nbd".to_owned(),
             name: Some(disk.name.clone()),
             hosts: vec![disk.listen.host()],
-            tls: false,
+            tls: disk.tls.is_some(),
         };
         Self {
             snapshot: attach.name.to_string(),
@@ -191,6 +234,7 @@ impl AttachedView {
             serial: disk.serial.clone(),
             uri: disksnap::nbd_uri(&source),
             read_only: true,
+            inside,
         }
     }
 }
@@ -207,7 +251,9 @@ impl Text for AttachedView {
             ("serial", self.serial.clone()),
             ("over", self.uri.clone().unwrap_or_default()),
         ];
-        fields("", rows)
+        // The guest's device holds the file system; how it is reached from the host is of no use there.
+        let inside = self.inside.iter().map(|inside| ("image", inside.path_text()));
+        fields("", rows.into_iter().chain(inside))
     }
 }
 

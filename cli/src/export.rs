@@ -1,6 +1,6 @@
 //! `disksnap export`: serving snapshots over NBD.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use disksnap::xml::{self, Element};
 use disksnap::{
@@ -91,11 +91,16 @@ fn tls(place: &Place) -> Result<Option<Tls>> {
     let Some(directory) = &place.tls_credentials else {
         return Ok(None);
     };
-    let failed = |e| Error::io("cannot find the TLS credentials", e).with("path", directory.display());
     Ok(Some(Tls {
-        credentials: directory.canonicalize().map_err(failed)?,
+        credentials: credentials(directory)?,
         verify_client: !place.no_verify_client,
     }))
+}
+
+/// A directory as a hypervisor, which stands elsewhere, finds it.
+pub(crate) fn credentials(directory: &Path) -> Result<PathBuf> {
+    let failed = |e| Error::io("cannot find the TLS credentials", e).with("path", directory.display());
+    directory.canonicalize().map_err(failed)
 }
 
 async fn list(context: &Context) -> Outcome {

@@ -11,7 +11,7 @@ use crate::dispatcher::Held;
 use crate::wanted::{Purpose, disk_of, node_name};
 use crate::{
     Act, Alias, Attached, Dispatcher, Domain, DomainId, Effect, Error, ErrorKind, Export, ExportDisk,
-    ExportRequest, Hotplug, Intent, Listen, PlugDisk, RecoveredHow, Result, SnapshotName,
+    ExportRequest, Hotplug, Intent, Listen, NbdServer, PlugDisk, PlugTls, RecoveredHow, Result, SnapshotName,
 };
 
 /// The most characters that a guest sees of a serial number.
@@ -22,18 +22,23 @@ const PATIENCE: Duration = Duration::from_secs(30);
 impl Dispatcher {
     /// Attaches a disk of a snapshot, read-only, to the running domain `to`. Idempotent.
     ///
+    /// The disk goes over the server that runs, or over one on a unix socket. To a server that speaks TLS the other
+    /// hypervisor does too: with `tls`, or else with the client's certificate in the server's own directory.
+    ///
     /// # Errors
     /// `NotFound` for an unknown snapshot or disk; `Broken` for one that must not be read; `Unavailable` when `to` does
-    /// not run; `NoSpace` when its machine has no free place to plug into; what the export meets.
+    /// not run; `NoSpace` when its machine has no free place to plug into; `Invalid` for `tls` where the server does not
+    /// speak it; what the export meets.
     pub async fn attach(
         &self,
         domain: &Domain,
         name: &SnapshotName,
         target: &str,
         to: &Domain,
+        tls: Option<&PlugTls>,
     ) -> Result<Attached> {
         let held = self.hold(domain).await.map_err(|e| e.during("attach"))?;
-        let attached = self.attach_held(&held, domain, name, target, to).await;
+        let attached = self.attach_held(&held, domain, name, target, (to, tls)).await;
         attached.map_err(|e| {
             e.during("attach")
                 .with("domain", &domain.id)
@@ -49,7 +54,7 @@ impl Dispatcher {
         domain: &Domain,
         name: &SnapshotName,
         target: &str,
-        to: &Domain,
+        (to, tls): (&Domain, Option<&PlugTls>),
     ) -> Result<Attached> {
         let snapshot = self.find(domain, name).await?;
         let disk = disk_of(&snapshot, target)?;
@@ -57,7 +62,7 @@ impl Dispatcher {
             .await?;
         self.refuse_off(to).await?;
         let device = node_name(&format!("{}/{target}/{}", snapshot.id, to.id.uuid));
-        let (server, running) = self.listening_for(held, domain, disk).await?;
+        let (listen, server) = self.listening_for(held, domain, disk).await?;
         let mut attached = Box::new(Attached {
             to: Domain {
                 disks: Vec::new(),
@@ -67,15 +72,16 @@ impl Dispatcher {
                 serial: device.chars().take(SERIAL).collect(),
                 node: format!("{device}-n"),
                 device,
-                listen: server,
+                listen,
                 name: String::new(),
+                tls: client_of(server.as_ref(), tls)?,
             },
         });
         let purpose = Purpose::Guest(attached.clone());
         let alias = purpose.alias(&disk.alias);
         attached.disk.name.clone_from(&alias.0);
         if let Some(there) = self.attachment(&domain.id, &alias).await? {
-            if running && self.is_plugged(&there).await? {
+            if server.is_some() && self.is_plugged(&there).await? {
                 return Ok(*there);
             }
             // The guest or the server is another one since: begin anew.
@@ -208,15 +214,10 @@ impl Dispatcher {
         attached: &Attached,
         export: &Alias,
     ) -> Result<RecoveredHow> {
-        let served = self.attachment(&intent.domain.id, export).await?.is_some();
-        if served && self.is_plugged(attached).await? {
-            self.catalog.settle(intent.id, &intent.domain.id, &[]).await?;
-            return Ok(RecoveredHow::Finished);
-        }
-        self.unplug(attached, PATIENCE).await?;
-        self.finish_unserve(held, intent, std::slice::from_ref(export))
-            .await?;
-        Ok(RecoveredHow::Undone)
+        Ok(match self.settle_plug(held, intent, attached, export).await? {
+            Plugged::Stays => RecoveredHow::Finished,
+            Plugged::Goes => RecoveredHow::Undone,
+        })
     }
 
     /// What a killed detach left: done when the guest has let the disk go, else it is as if it had never begun.
@@ -227,14 +228,29 @@ impl Dispatcher {
         attached: &Attached,
         export: &Alias,
     ) -> Result<RecoveredHow> {
-        if self.is_plugged(attached).await? {
+        Ok(match self.settle_plug(held, intent, attached, export).await? {
+            Plugged::Stays => RecoveredHow::Undone,
+            Plugged::Goes => RecoveredHow::Finished,
+        })
+    }
+
+    /// A guest that has the disk, over an export that is recorded, keeps it; of anything less the rest goes.
+    async fn settle_plug(
+        &self,
+        held: &Held,
+        intent: &Intent,
+        attached: &Attached,
+        export: &Alias,
+    ) -> Result<Plugged> {
+        let recorded = self.attachment(&intent.domain.id, export).await?.is_some();
+        if recorded && self.is_plugged(attached).await? {
             self.catalog.settle(intent.id, &intent.domain.id, &[]).await?;
-            return Ok(RecoveredHow::Undone);
+            return Ok(Plugged::Stays);
         }
         self.unplug(attached, PATIENCE).await?;
         self.finish_unserve(held, intent, std::slice::from_ref(export))
             .await?;
-        Ok(RecoveredHow::Finished)
+        Ok(Plugged::Goes)
     }
 
     /// Refuses where an export is the disk of a guest that still has it.
@@ -293,23 +309,17 @@ impl Dispatcher {
         )
     }
 
-    /// Where the disk's export will be, if nobody says otherwise, and whether that server runs.
+    /// Where the disk's export will be, and the server there if it runs.
     async fn listening_for(
         &self,
         held: &Held,
         domain: &Domain,
         disk: &crate::DiskSnapshotRecord,
-    ) -> Result<(Listen, bool)> {
+    ) -> Result<(Listen, Option<NbdServer>)> {
         let place = self.place(disk.served_by(), &*held.control, &domain.id);
         match self.truly_served(&place).await?.0 {
-            Some(server) if server.tls.is_some() => {
-                let what = "the NBD server speaks TLS, and a guest's disk cannot be attached over that";
-                Err(Error::new(ErrorKind::Unsupported, what)
-                    .with("listen", &server.listen)
-                    .hint("Stop its exports first; without an address it listens on a unix socket."))
-            }
-            Some(server) => Ok((server.listen, true)),
-            None => Ok((place.default_listen()?, false)),
+            Some(server) => Ok((server.listen.clone(), Some(server))),
+            None => Ok((place.default_listen()?, None)),
         }
     }
 
@@ -333,6 +343,32 @@ impl Dispatcher {
             return Ok(false);
         }
         hotplug(control.hotplug())?.plugged(&attached.disk).await
+    }
+}
+
+/// What became of a disk that a killed run was plugging in or out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Plugged {
+    Stays,
+    Goes,
+}
+
+/// How the other hypervisor is to speak TLS to this server.
+fn client_of(server: Option<&NbdServer>, wanted: Option<&PlugTls>) -> Result<Option<PlugTls>> {
+    match (server.and_then(|server| server.tls.as_ref()), wanted) {
+        (None, None) => Ok(None),
+        (Some(_), Some(wanted)) => Ok(Some(wanted.clone())),
+        (Some(tls), None) => Ok(Some(PlugTls {
+            credentials: tls.credentials.clone(),
+            hostname: None,
+        })),
+        (None, Some(_)) => {
+            let what = "credentials for TLS are given, and the disk does not go over TLS";
+            Err(Error::new(ErrorKind::Invalid, what).hint(
+                "Leave them out: without a server that speaks TLS the disk goes over a unix socket of this host. Or start \
+                 that server first: `disksnap export server start --listen ADDRESS:PORT --tls-credentials DIRECTORY`.",
+            ))
+        }
     }
 }
 

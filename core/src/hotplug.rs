@@ -1,6 +1,7 @@
 //! What attaching a snapshot's disk to another running domain needs of the place where that one runs.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -21,6 +22,20 @@ pub struct PlugDisk {
     pub name: String,
     /// The serial number that the guest sees, at most 20 characters.
     pub serial: String,
+    /// How to speak TLS to the server; `None` where it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<PlugTls>,
+}
+
+/// How a hypervisor speaks TLS as a client of an NBD server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlugTls {
+    /// A directory that this hypervisor can read: `ca-cert.pem`, and `client-cert.pem` and `client-key.pem` where the
+    /// server verifies its clients.
+    pub credentials: PathBuf,
+    /// The name in the server's certificate; `None` for the address that it is reached at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
 }
 
 /// The domain that a snapshot's disk is attached to, and as what.
@@ -38,8 +53,8 @@ pub trait Hotplug: fmt::Debug + Send + Sync {
     /// Adds a disk, read-only. Idempotent: one that is there stays.
     ///
     /// # Errors
-    /// `NoSpace` when the machine has no free place that can be plugged into; `Denied` when the hypervisor
-    /// may not connect to the server. Nothing of it is left then.
+    /// `NoSpace` when the machine has no free place that can be plugged into; `Denied` when the hypervisor may not
+    /// connect to the server, or is turned away by it; what is wrong with the TLS credentials. Nothing of it is left then.
     async fn plug(&self, disk: &PlugDisk) -> Result<()>;
 
     /// Takes a disk out, and returns when the guest has let it go, or after `patience`. Idempotent.

@@ -51,7 +51,7 @@ pub use export::{Export, ExportDisk, ExportRequest, Listen, NbdServer, ServedBy,
 pub use host::{
     Command, Connector, Control, DiskNode, Freeze, Guard, Host, Owner, RunState, ServeNode, Verdict, Watch,
 };
-pub use hotplug::{Attached, Hotplug, PlugDisk};
+pub use hotplug::{Attached, Hotplug, PlugDisk, PlugTls};
 pub use image_server::{Image, ImageServer};
 pub use ledger::Altered;
 pub use lineage::{Lineage, Removal, Unmark};

@@ -37,7 +37,8 @@ impl Hotplug for QemuControl {
             if self.has(&disk.device).await? {
                 self.take_out(&disk.device, patience).await?;
             }
-            self.drop_node(&disk.node).await
+            self.drop_node(&disk.node).await?;
+            self.drop_credentials(disk).await
         };
         unplugged
             .await
@@ -56,16 +57,56 @@ impl QemuControl {
         }
         // Left behind by a run that was killed; the server may be another one by now.
         self.drop_node(&disk.node).await?;
+        self.drop_credentials(disk).await?;
+        self.add_credentials(disk).await?;
+        if let Err(error) = self.plug_on_node(disk).await {
+            let failed = [
+                self.drop_node(&disk.node).await,
+                self.drop_credentials(disk).await,
+            ];
+            return Err(error.rollback_failed(failed.into_iter().filter_map(Result::err).collect()));
+        }
+        Ok(())
+    }
+
+    async fn plug_on_node(&self, disk: &PlugDisk) -> Result<()> {
         let add = Command::new("blockdev-add", node(disk)?);
         self.monitor(add)
             .await
             .map_err(|error| unreachable(error, disk))?;
-        let plugged = self.plug_somewhere(disk).await;
-        if let Err(error) = plugged {
-            let failed = self.drop_node(&disk.node).await.err();
-            return Err(error.rollback_failed(failed.into_iter().collect()));
+        self.plug_somewhere(disk).await
+    }
+
+    /// The object that holds the client's certificate, for a server that speaks TLS.
+    async fn add_credentials(&self, disk: &PlugDisk) -> Result<()> {
+        let Some(tls) = &disk.tls else {
+            return Ok(());
+        };
+        let dir = tls.credentials.to_str().ok_or_else(|| {
+            Error::new(ErrorKind::Invalid, "the path of TLS credentials must be UTF-8")
+                .with("credentials", tls.credentials.display())
+        })?;
+        let arguments = json!({"qom-type": "tls-creds-x509", "id": credentials(disk), "dir": dir,
+            "endpoint": "client", "verify-peer": true});
+        let added = self.monitor(Command::new("object-add", arguments)).await;
+        added.map(drop).map_err(|error| {
+            error.with("credentials", tls.credentials.display()).hint(
+                "That domain's hypervisor must be able to read there ca-cert.pem, and client-cert.pem and client-key.pem \
+                 where the server verifies its clients. Name another directory with --tls-credentials.",
+            )
+        })
+    }
+
+    /// Deletes that object; idempotent.
+    async fn drop_credentials(&self, disk: &PlugDisk) -> Result<()> {
+        if disk.tls.is_none() {
+            return Ok(());
         }
-        Ok(())
+        let delete = Command::new("object-del", json!({ "id": credentials(disk) }));
+        match self.monitor(delete).await {
+            Err(error) if !error.message().contains("not found") => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Tries the free places one after another: which of them QEMU takes it alone knows.
@@ -238,7 +279,18 @@ fn node(disk: &PlugDisk) -> Result<Value> {
     node.insert("read-only".into(), true.into());
     node.insert("server".into(), server);
     node.insert("export".into(), disk.name.as_str().into());
+    if let Some(tls) = &disk.tls {
+        node.insert("tls-creds".into(), credentials(disk).into());
+        if let Some(name) = &tls.hostname {
+            node.insert("tls-hostname".into(), name.as_str().into());
+        }
+    }
     Ok(Value::Object(node))
+}
+
+/// The id of the object with a disk's TLS credentials.
+fn credentials(disk: &PlugDisk) -> String {
+    format!("{}-t", disk.device)
 }
 
 /// A server that listens on all addresses is reached on this host's own.
@@ -250,8 +302,20 @@ fn reachable(address: IpAddr) -> IpAddr {
     }
 }
 
-/// What keeps a hypervisor that runs as its own user from our socket.
+/// What keeps a hypervisor that runs as its own user from our socket, or one without a good certificate from a server.
 fn unreachable(error: Error, disk: &PlugDisk) -> Error {
+    if disk.tls.is_some() && error.kind() == ErrorKind::Refused {
+        let what = format!(
+            "that domain's hypervisor does not come to terms with {} on TLS",
+            disk.listen
+        );
+        return Error::new(ErrorKind::Denied, what)
+            .hint(
+                "Either side may turn the other away: the server's certificate must be for the address, or for the name \
+                 given with --tls-hostname, and be signed by the client's ca-cert.pem; and the client's by the server's.",
+            )
+            .because(error);
+    }
     if error.kind() != ErrorKind::Refused || !error.message().contains("Permission denied") {
         return error.with("listen", &disk.listen);
     }

@@ -197,6 +197,93 @@ fn a_guest_sees_the_snapshot_and_lets_it_go() {
     assert_eq!(vm.qemu.qmp("query-block-exports", json!({})), json!([]));
 }
 
+/// The ids of the objects that we made in this QEMU.
+fn objects(qemu: &Qemu) -> Vec<String> {
+    let list = qemu.qmp("qom-list", json!({"path": "/objects"}));
+    let names = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|entry| entry["name"].as_str());
+    names
+        .filter(|name| name.starts_with("ds-"))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The appliance's QEMU is a client with a certificate of its own; what it is given for that goes with the disk.
+#[test]
+fn a_disk_goes_over_tls_to_a_server_that_verifies_its_clients() {
+    need!("xfs");
+    let vm = Vm::new();
+    // SCSI disks are let go without the guest.
+    let appliance = Qemu::builder().disk(DiskSpec::new("sda", MIB).scsi()).start();
+    let to = arg(&appliance.domain_xml_file());
+    let (both, server, client) = (
+        vm.site.path("pki"),
+        vm.site.path("server"),
+        vm.site.path("client"),
+    );
+    crate::exports::credentials(&both);
+    for (dir, who) in [(&server, "server"), (&client, "client")] {
+        std::fs::create_dir(dir).unwrap();
+        for name in [
+            "ca-cert.pem",
+            &format!("{who}-cert.pem"),
+            &format!("{who}-key.pem"),
+        ] {
+            std::fs::copy(both.join(name), dir.join(name)).unwrap();
+        }
+    }
+    let (server, client) = (arg(&server), arg(&client));
+    for (target, byte, which) in [("vda", 0x61, &[][..]), ("vdb", 0x62, &["--images"][..])] {
+        let attach = ["-d", &vm.xml, "attach", "nightly", target, "--to", &to];
+        let as_client = [&attach[..], &["--tls-credentials", &client]].concat();
+        let text = vm.site.fails(2, &as_client);
+        assert!(text.contains("the disk does not go over TLS"), "{text}");
+        let listen = format!("127.0.0.1:{}", crate::exports::port());
+        let start = ["-d", &vm.xml, "export", "server", "start", "--listen", &listen];
+        vm.site
+            .ok(&[&start[..], which, &["--tls-credentials", &server]].concat());
+        // The server's own directory has no client's certificate.
+        let text = vm.site.fails(7, &attach);
+        assert!(text.contains("does not come to terms"), "{text}");
+        let nobody = (Vec::<String>::new(), Vec::<String>::new(), 0);
+        assert_eq!(
+            (devices(&appliance), objects(&appliance), nodes(&appliance)),
+            nobody
+        );
+        assert_eq!(vm.served(), 0);
+
+        let attached = vm.site.json(&as_client);
+        assert_eq!(vm.site.json(&as_client), attached, "again is the same");
+        let uri = attached["uri"].as_str().unwrap();
+        assert!(uri.starts_with("nbds://127.0.0.1:"), "{uri}");
+        let device = attached["device"].as_str().unwrap();
+        assert_eq!(objects(&appliance), [format!("{device}-t")]);
+        let there = read_there(&vm.site, &appliance, device);
+        assert!(there[..1 << 20].iter().all(|found| *found == byte));
+        vm.site.ok(&["-d", &vm.xml, "detach", "nightly", target]);
+        assert_eq!(
+            (devices(&appliance), objects(&appliance), nodes(&appliance)),
+            nobody
+        );
+        // One directory with both is what an operator of one host has.
+        for name in ["client-cert.pem", "client-key.pem"] {
+            std::fs::copy(both.join(name), vm.site.path("server").join(name)).unwrap();
+        }
+        vm.site.ok(&attach);
+        assert_eq!(vm.site.json(&attach)["device"], device);
+        vm.site.ok(&["-d", &vm.xml, "detach", "nightly", target]);
+        for name in ["client-cert.pem", "client-key.pem"] {
+            std::fs::remove_file(vm.site.path("server").join(name)).unwrap();
+        }
+        vm.site
+            .ok(&[&["-d", &vm.xml, "export", "server", "stop"][..], which].concat());
+    }
+    vm.site.ok(&["-d", &vm.xml, "snapshot", "delete", "nightly"]);
+}
+
 /// Without an operating system nobody answers the request to let the disk go.
 #[test]
 fn a_guest_that_does_not_cooperate_keeps_the_disk_and_says_so() {

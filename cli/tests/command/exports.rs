@@ -43,7 +43,7 @@ fn copied(uri: &str, to: &Path) -> String {
 }
 
 /// A TCP port that nobody uses just now.
-fn port() -> u16 {
+pub(crate) fn port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
