@@ -54,6 +54,7 @@ pub struct DiskSpec {
     pub(crate) wrapped: bool,
     pub(crate) read_only: bool,
     pub(crate) cluster_size: Option<u64>,
+    pub(crate) l2_cache_size: Option<u64>,
     pub(crate) image: Option<PathBuf>,
     pub(crate) nodes: Option<(String, String)>,
 }
@@ -75,6 +76,7 @@ impl DiskSpec {
             wrapped: false,
             read_only: false,
             cluster_size: None,
+            l2_cache_size: None,
             image: None,
             nodes: None,
         }
@@ -97,6 +99,14 @@ impl DiskSpec {
     #[must_use]
     pub fn cluster_size(mut self, bytes: u64) -> Self {
         self.cluster_size = Some(bytes);
+        self.qcow2()
+    }
+
+    /// Makes the image qcow2, of whose tables QEMU keeps so many bytes in memory: with few, nearly every write of the
+    /// guest writes them.
+    #[must_use]
+    pub fn l2_cache_size(mut self, bytes: u64) -> Self {
+        self.l2_cache_size = Some(bytes);
         self.qcow2()
     }
 
@@ -220,8 +230,13 @@ impl Attached {
         let driver = if self.is_device() { "host_device" } else { "file" };
         let file = json!({"driver": driver, "node-name": self.storage_node, "filename": self.image,
             "read-only": read_only, "discard": "unmap", "auto-read-only": false});
-        let format = json!({"driver": self.spec.format.as_str(), "node-name": self.format_node,
+        let mut format = json!({"driver": self.spec.format.as_str(), "node-name": self.format_node,
             "file": self.storage_node, "read-only": read_only, "discard": "unmap"});
+        if let Some(bytes) = self.spec.l2_cache_size {
+            // Two entries are the least.
+            format["l2-cache-size"] = bytes.into();
+            format["l2-cache-entry-size"] = 512.into();
+        }
         let mut nodes = vec![file, format];
         if self.spec.wrapped {
             nodes.push(json!({"driver": "raw", "node-name": self.top_node(),

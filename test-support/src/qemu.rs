@@ -52,10 +52,11 @@ impl QemuBuilder {
         self
     }
 
-    /// Boots a writer that needs no kernel, only the firmware, on all disks, which are virtio-blk, of one size and full of
-    /// zeroes: see [`firmware_writer_round`](crate::firmware_writer_round). [`Qemu::wait_writer`] waits for it.
+    /// Boots a writer that needs no kernel, only the firmware, on all disks, which are of one size and full of zeroes: see
+    /// [`firmware_writer_round`](crate::firmware_writer_round). [`Qemu::wait_writer`] waits for it.
     ///
-    /// It starts within seconds and writes on also where the machine is emulated twice.
+    /// It starts within seconds and writes on also where the machine is emulated twice. The firmware's driver of
+    /// virtio-blk knows no flushes, so that QEMU flushes after each write; on virtio-scsi QEMU never does.
     #[must_use]
     pub fn firmware_writer(mut self) -> Self {
         self.firmware_writer = true;
@@ -193,15 +194,15 @@ fn disk_arguments(disk: &Attached) -> Vec<String> {
 /// The firmware finds the disks in the order of their addresses, but for the one that it is told to begin with.
 fn boot_arguments(dir: &Path, disks: &[Attached]) -> Vec<String> {
     let size = disks.first().map_or(0, |disk| disk.spec.size);
-    let suits = |disk: &Attached| disk.spec.bus == Bus::VirtioBlk && disk.spec.size == size;
+    let alike = |disk: &Attached| disk.spec.bus == disks[0].spec.bus && disk.spec.size == size;
     assert!(
-        disks.iter().all(suits),
-        "the firmware's writer does not suit the disks"
+        disks.iter().all(alike),
+        "the firmware's writer wants disks that are alike"
     );
     let image = firmware_writer::make_boot_disk(dir, disks.len(), size);
     words(&format!(
         "-blockdev driver=raw,node-name=boot,read-only=on,file.driver=file,file.filename={} \
-         -device virtio-blk-pci,drive=boot,addr=0x3,bootindex=0",
+         -device virtio-blk-pci,drive=boot,addr=0x1d,bootindex=0",
         image.display()
     ))
 }

@@ -18,11 +18,15 @@ use disksnap_test_support::{GIB, LvmGuest, need};
 
 /// Runs the tests of some modules in a guest of their own.
 fn in_guest(modules: &[&str]) {
-    let mut guest = LvmGuest::start(&[GIB, GIB]);
+    run_in(LvmGuest::start(&[GIB, GIB]), modules);
+}
+
+fn run_in(mut guest: LvmGuest, modules: &[&str]) {
     let me = guest.put(&std::env::current_exe().unwrap());
-    let mut command = vec![me.as_str(), "--ignored", "--test-threads=1"];
+    let mut command = vec![me.as_str(), "--ignored", "--show-output", "--test-threads=1"];
     command.extend(modules);
-    let output = guest.run(&command);
+    // What is in the guest is all there is.
+    let output = guest.run_with(&[("DISKSNAP_TOOLS", "system")], &command);
     let serial = guest.serial();
     let told = format!("{}\n{}\n{serial}", output.stdout, output.stderr);
     assert_eq!(output.status, 0, "{told}");
@@ -35,6 +39,11 @@ fn in_guest(modules: &[&str]) {
     }
     // Where it is wanted, what the tests measured.
     std::io::Write::write_all(&mut std::io::stderr(), told.as_bytes()).unwrap();
+}
+
+#[test]
+fn becomes_the_guardian_when_asked() {
+    disksnap_hypervisor::guardian::run_if_asked();
 }
 
 #[test]
@@ -56,13 +65,19 @@ fn it_does_what_it_says() {
 }
 
 #[test]
-fn what_is_in_a_snapshot_is_sound() {
-    need!("lvm");
-    in_guest(&["file_systems::", "running::", "sound::"]);
-}
-#[test]
 fn reverts_can_be_killed_at_any_command() {
     need!("lvm");
     in_guest(&["kills::"]);
 }
 
+#[test]
+fn what_is_in_a_snapshot_is_sound() {
+    need!("lvm");
+    in_guest(&["file_systems::", "running::", "sound::"]);
+}
+
+#[test]
+fn snapshots_of_a_running_machine_are_sound() {
+    need!("lvm");
+    run_in(LvmGuest::start_with_qemu(&[GIB, GIB]), &["machine::"]);
+}

@@ -11,7 +11,7 @@ use disksnap_core::{
     Domain, DomainId, Driver, Error, Fit, Health, MethodChoice, Options, Probe, Registry, Snapshot,
     SnapshotName, SnapshotRequest, Sockets, Source,
 };
-use disksnap_hypervisor::{Paths, QemuConnector};
+use disksnap_hypervisor::{GuardianProgram, Paths, QemuConnector};
 use disksnap_lvm::LogicalVolume;
 use tempfile::TempDir;
 
@@ -157,7 +157,8 @@ impl Rig {
         Self::reached(disks, Sockets::default(), connector, dir)
     }
 
-    /// The domain that the process with this monitor holds.
+    /// The domain that the process with this monitor holds. The test program's test `becomes_the_guardian_when_asked` is
+    /// the guardian.
     pub(crate) fn running(disks: Vec<Disk>, monitor: &Path) -> Self {
         let dir = TempDir::new().unwrap();
         let paths = Paths {
@@ -171,7 +172,14 @@ impl Rig {
             monitor: Some(monitor.to_owned()),
             agent: None,
         };
-        Self::reached(disks, sockets, Arc::new(QemuConnector::new(paths)), dir)
+        let guardian = GuardianProgram::Program {
+            path: std::env::current_exe().unwrap(),
+            arguments: ["--exact", "becomes_the_guardian_when_asked"]
+                .map(Into::into)
+                .to_vec(),
+        };
+        let connector = QemuConnector::new(paths).guardian(guardian);
+        Self::reached(disks, sockets, Arc::new(connector), dir)
     }
 
     fn reached(disks: Vec<Disk>, sockets: Sockets, connector: Arc<dyn Connector>, dir: TempDir) -> Self {
