@@ -11,6 +11,7 @@ mod domain;
 mod export;
 mod export_view;
 mod failure;
+mod inside_view;
 mod job;
 mod methods;
 mod output;

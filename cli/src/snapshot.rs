@@ -82,7 +82,7 @@ async fn backup_sources(target: &Target, snapshot: &Snapshot) -> Result<BTreeMap
         let source = dispatcher
             .backup_source(&target.domain, snapshot, &disk.target)
             .await?;
-        sources.insert(disk.target.clone(), source);
+        sources.extend(source.map(|source| (disk.target.clone(), source)));
     }
     Ok(sources)
 }

@@ -10,6 +10,7 @@ use disksnap::{
 };
 use serde::Serialize;
 
+use crate::inside_view::InsideView;
 use crate::output::{Text, fields, size, table};
 use crate::plan::{SkippedView, skipped_text, why_word};
 use crate::source_view::{SourceView, line};
@@ -82,9 +83,13 @@ struct DiskView {
     /// Bytes.
     size: Option<u64>,
     modified_disk: Option<ModifiedView>,
-    backup_source: SourceView,
+    /// Where the bytes are; null where nothing on this host gives them.
+    backup_source: Option<SourceView>,
     #[serde(skip)]
     backup_line: String,
+    /// In which device the image is, where it is only there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    inside: Option<InsideView>,
     details: BTreeMap<String, String>,
 }
 
@@ -223,7 +228,7 @@ impl DiskView {
     ) -> Result<Self> {
         let (state, reason) = state(health);
         let format = match &disk.access {
-            Access::Node(_) => "raw",
+            Access::Node(_) | Access::Inside(_) => "raw",
             Access::Source { format, .. } => format.as_str(),
         };
         let source = sources.get(&disk.target);
@@ -242,10 +247,9 @@ impl DiskView {
             reason,
             size: disk.size,
             modified_disk: ModifiedView::new(disk, document)?,
-            backup_source: source
-                .map(|s| SourceView::new(s, Some(format)))
-                .unwrap_or_default(),
-            backup_line: source.map(line).unwrap_or_default(),
+            backup_source: source.map(|s| SourceView::new(s, Some(format))),
+            backup_line: source.map_or_else(|| "none on this host".to_owned(), line),
+            inside: InsideView::of(&disk.access),
             details: disk.details.clone(),
         })
     }
@@ -263,6 +267,7 @@ impl DiskView {
         rows.extend(self.size.map(|bytes| ("size", size(bytes))));
         rows.push(("modifiedDisk", modified.to_owned()));
         rows.push(("backupSource", self.backup_line.clone()));
+        rows.extend(self.inside.iter().flat_map(InsideView::rows));
         rows.extend(self.details.iter().map(|(k, v)| (k.as_str(), v.clone())));
         format!("\n{}\n{}", self.target, fields("  ", rows))
     }

@@ -58,8 +58,8 @@ pub use lineage::{Lineage, Removal, Unmark};
 pub use merging::{Job, JobUnit, MergeOptions, Watcher};
 pub use names::{Alias, SnapshotId, SnapshotName};
 pub use provider::{
-    Access, Batch, Capability, DiskRequest, DiskResult, DiskSnapshot, Fit, Health, Method, OptionDoc,
-    Prepared, Probe, Step, TakePlan, Taken, Unit,
+    Access, Batch, Capability, DiskRequest, DiskResult, DiskSnapshot, FileInside, Fit, Health, Inside,
+    Method, OptionDoc, Prepared, Probe, Step, TakePlan, Taken, Unit,
 };
 
 pub use reading::Opened;

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -12,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    Alias, BackingStore, Command, Disk, ErrorKind, Host, Merge, Options, Result, Revert, SnapshotId, Source,
+    Alias, BackingStore, Command, Disk, Error, ErrorKind, Host, Merge, Options, Result, Revert, SnapshotId,
+    Source,
 };
 
 /// A snapshot method.
@@ -324,6 +326,53 @@ pub enum Access {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         backing: Option<Box<BackingStore>>,
     },
+    /// As a file of a file system that is on the snapshot, and that nobody mounts on this host. It is not served or read
+    /// here; the device can be another machine's disk.
+    Inside(Inside),
+}
+
+/// An image that is a file of the file system on a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inside {
+    /// The device on this host, which holds all of the file system as it was.
+    pub device: PathBuf,
+    /// `ext4`, `btrfs`, …
+    pub file_system: String,
+    /// The image.
+    pub image: FileInside,
+    /// The layers below it, nearest first, all in the same file system. What the image's own header says of them is a
+    /// name on the host that it was written on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub below: Vec<FileInside>,
+    /// Why it is not mounted here, in one sentence without its full stop.
+    pub why: String,
+}
+
+/// One file of an image's chain, in a file system.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileInside {
+    /// The path from the root of the file system, with a leading slash; of a btrfs from its top-level subvolume.
+    pub path: PathBuf,
+    /// `raw`, `qcow2`, …
+    pub format: String,
+}
+
+impl Inside {
+    /// The answer to whoever wants the disk's bytes served or read on this host, whose disk it is by `target`.
+    pub fn not_here(&self, target: &str) -> Error {
+        let (path, device) = (self.image.path.display(), self.device.display());
+        let (format, kind) = (&self.image.format, &self.file_system);
+        let what = format!(
+            "the disk is the {format} image {path} in the {kind} on {device}, which is not mounted on this host: {}",
+            self.why
+        );
+        Error::new(ErrorKind::Unsupported, what)
+            .with("disk", target)
+            .hint(format!(
+                "Give the device to another machine: `disksnap attach -d DOMAIN NAME {target} --to APPLIANCE`; there, mount \
+                 its {kind} read-only and open {path} in it."
+            ))
+    }
 }
 
 /// Whether a snapshot can be trusted.

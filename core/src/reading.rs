@@ -61,6 +61,7 @@ impl Dispatcher {
             .refuse_unless_healthy(&*held.control, &snapshot, disk)
             .await?;
         let mut opened = match &disk.access {
+            Access::Inside(inside) => Err(inside.not_here(target)),
             Access::Source { source, format, .. } if is_plain(source, format) => Ok::<_, Error>(Opened {
                 source: source.clone(),
                 format: format.clone(),

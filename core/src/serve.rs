@@ -209,30 +209,39 @@ impl Dispatcher {
         Ok(())
     }
 
-    /// Where a snapshot's disk is, or will be once it is exported (`backupSource`).
+    /// Where a snapshot's disk is, or will be once it is exported (`backupSource`); `None` where nothing on this host
+    /// gives its bytes ([`Access::Inside`]).
     ///
     /// What lies on this host is there, and while it is exported it is the export.
-    pub async fn backup_source(&self, domain: &Domain, snapshot: &Snapshot, target: &str) -> Result<Source> {
+    pub async fn backup_source(
+        &self,
+        domain: &Domain,
+        snapshot: &Snapshot,
+        target: &str,
+    ) -> Result<Option<Source>> {
         let control = self.connector.control(domain).await?;
         let disk = disk_of(snapshot, target)?;
         let exports = self.catalog.exports(&domain.id).await?;
         let asked = |e: &&Export| e.alias == disk.alias && e.lease.is_none();
         let export = exports.iter().find(asked);
+        if let Access::Inside(_) = &disk.access {
+            return Ok(None);
+        }
         if let Access::Source { source, .. } = &disk.access {
             let place = self.place(ServedBy::ImageServer, &*control, &domain.id);
             let (server, served) = match export {
                 Some(_) => self.truly_served(&place).await?,
                 None => (None, Vec::new()),
             };
-            return Ok(match (server, served.iter().find(asked)) {
+            return Ok(Some(match (server, served.iter().find(asked)) {
                 (Some(server), Some(export)) => network_source(&server, &export.node.name),
                 _ => source.clone(),
-            });
+            }));
         }
         let name = export.map_or(disk.alias.0.as_str(), |e| e.node.name.as_str());
         let server = self.catalog.server(&domain.id).await?;
         let server = server.unwrap_or_else(|| default_server(&*control));
-        Ok(network_source(&server, name))
+        Ok(Some(network_source(&server, name)))
     }
 
     pub(crate) async fn intend(&self, domain: &Domain, act: Act) -> Result<Intent> {

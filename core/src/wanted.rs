@@ -5,7 +5,7 @@ use uuid::Uuid;
 use crate::names::nearest;
 use crate::{
     Access, Alias, Attached, Control, DiskSnapshotRecord, Dispatcher, Domain, Error, ErrorKind, Export,
-    ExportDisk, ExportRequest, Health, Image, Result, ServeNode, ServedBy, Snapshot,
+    ExportDisk, ExportRequest, Health, Image, Result, ServeNode, ServedBy, Snapshot, Source,
 };
 
 /// Who an export is made for.
@@ -42,7 +42,7 @@ impl DiskSnapshotRecord {
     pub fn served_by(&self) -> ServedBy {
         match self.access {
             Access::Node(_) => ServedBy::Hypervisor,
-            Access::Source { .. } => ServedBy::ImageServer,
+            Access::Source { .. } | Access::Inside(_) => ServedBy::ImageServer,
         }
     }
 }
@@ -67,9 +67,12 @@ impl Dispatcher {
             let danger = self.refuse_unless_healthy(control, snapshot, disk).await?;
             // A reader gets it with what it opened.
             if let Some(why) = danger.filter(|_| !matches!(purpose, Purpose::Reader(_))) {
-                tracing::warn!("the snapshot {} that is exported is endangered: {why}", snapshot.name);
+                tracing::warn!(
+                    "the snapshot {} that is exported is endangered: {why}",
+                    snapshot.name
+                );
             }
-            let export = new_export(wanted, snapshot, disk, purpose);
+            let export = new_export(wanted, snapshot, disk, purpose)?;
             let same_server = |e: &Export| e.served_by() == export.served_by();
             let clash =
                 |e: &&Export| e.alias == export.alias || (e.node.name == export.node.name && same_server(e));
@@ -106,32 +109,30 @@ impl Dispatcher {
     }
 }
 
-/// An export of a snapshot's disk; one made for a reader or a guest gets names of its own.
+/// An export of a snapshot's disk; one made for a reader or a guest gets names of its own. A guest gets the whole device
+/// that the disk is inside.
+///
+/// # Errors
+/// `Unsupported` for a disk that only a guest can reach.
 fn new_export(
     wanted: &ExportDisk,
     snapshot: &Snapshot,
     disk: &DiskSnapshotRecord,
     purpose: &Purpose,
-) -> Export {
+) -> Result<Export> {
     let (suffix, alias) = (purpose.suffix(), purpose.alias(&wanted.alias));
     let name = wanted.name.clone().unwrap_or_else(|| alias.0.clone());
-    let (id, node, image) = match &disk.access {
-        Access::Node(node) => (format!("{node}{suffix}"), node.clone(), None),
-        Access::Source {
-            source,
-            format,
-            backing,
-        } => {
-            let image = Image {
-                source: source.clone(),
-                format: format.clone(),
-                backing: backing.clone(),
-            };
+    let (id, node, image) = match (&disk.access, purpose) {
+        (Access::Node(node), _) => (format!("{node}{suffix}"), node.clone(), None),
+        (Access::Inside(inside), Purpose::Asked | Purpose::Reader(_)) => {
+            return Err(inside.not_here(&disk.target).with("snapshot", &snapshot.name));
+        }
+        (Access::Source { .. } | Access::Inside(_), _) => {
             let node = node_name(&format!("{}/{}{suffix}", snapshot.id, disk.target));
-            (node.clone(), node, Some(image))
+            (node.clone(), node, image_of(&disk.access))
         }
     };
-    Export {
+    Ok(Export {
         alias,
         snapshot: snapshot.id,
         target: disk.target.clone(),
@@ -145,6 +146,29 @@ fn new_export(
             Purpose::Guest(attached) => Some(attached.clone()),
             _ => None,
         },
+    })
+}
+
+/// What the image server opens.
+fn image_of(access: &Access) -> Option<Image> {
+    match access {
+        Access::Node(_) => None,
+        Access::Source {
+            source,
+            format,
+            backing,
+        } => Some(Image {
+            source: source.clone(),
+            format: format.clone(),
+            backing: backing.clone(),
+        }),
+        Access::Inside(inside) => Some(Image {
+            source: Source::Block {
+                dev: inside.device.clone(),
+            },
+            format: "raw".to_owned(),
+            backing: None,
+        }),
     }
 }
 

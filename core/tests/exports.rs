@@ -386,7 +386,7 @@ async fn a_backup_source_names_the_export_or_the_one_to_come() {
     let (dispatcher, domain) = (&vm.scene.dispatcher, &vm.scene.domain);
     let snapshot = dispatcher.show(domain, &name_of("s")).await.unwrap().snapshot;
     let source = dispatcher.backup_source(domain, &snapshot, "vda").await.unwrap();
-    assert_eq!(source.to_string(), "nbd:unix:/run/vm.sock/vda-backup");
+    assert_eq!(source.unwrap().to_string(), "nbd:unix:/run/vm.sock/vda-backup");
     let wanted = ExportRequest {
         disks: vec![ExportDisk {
             alias: Alias("vda-backup".to_owned()),
@@ -396,5 +396,5 @@ async fn a_backup_source_names_the_export_or_the_one_to_come() {
     };
     vm.start(&wanted).await.unwrap();
     let source = dispatcher.backup_source(domain, &snapshot, "vda").await.unwrap();
-    assert_eq!(source.to_string(), "nbd:127.0.0.1:10809/first");
+    assert_eq!(source.unwrap().to_string(), "nbd:127.0.0.1:10809/first");
 }

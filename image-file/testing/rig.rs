@@ -321,7 +321,7 @@ pub async fn is_sound_without_the_pause(rig: &Rig) -> bool {
 pub fn round(snapshot: &Snapshot, target: &str, scratch: &Path) -> u64 {
     let format = match &snapshot.disk(target).unwrap().access {
         Access::Source { format, .. } => format.clone(),
-        Access::Node(_) => panic!("a node"),
+        other => panic!("it is reached by {other:?}"),
     };
     let (from, to) = (file(snapshot, target), scratch.join("round.raw"));
     let (from, to_text) = (from.to_str().unwrap(), to.to_str().unwrap());

@@ -28,13 +28,14 @@ const TOLD: [&str; 6] = [
     "skipped",
     "warning",
 ];
-const TOLD_OF_DISK: [&str; 6] = [
+const TOLD_OF_DISK: [&str; 7] = [
     "alias",
     "size",
     "health",
     "detail",
     "modifiedDisk",
     "backupSource",
+    "inside",
 ];
 
 /// Reads a `<domainblocksnapshot>` as a request (`seeds/fleecing-pull-backup-rfc.txt`, section 1).
@@ -217,7 +218,8 @@ impl<'a> SnapshotView<'a> {
             .children(health.map(health_element))
             .children(details.map(|(key, value)| detail_element(key, value)))
             .children(self.modified_disk(disk)?)
-            .children(self.backup_source(disk)?))
+            .children(self.backup_source(disk)?)
+            .children(inside_element(disk)))
     }
 
     fn modified_disk(&self, disk: &DiskSnapshotRecord) -> Result<Option<Element>> {
@@ -238,13 +240,13 @@ impl<'a> SnapshotView<'a> {
     /// Written as libvirt writes a `<backingStore>`, since a `<source>` does not say its own type.
     fn backup_source(&self, disk: &DiskSnapshotRecord) -> Result<Option<Element>> {
         let (own, format) = match &disk.access {
-            Access::Node(_) => (None, "raw"),
+            Access::Node(_) | Access::Inside(_) => (None, "raw"),
             Access::Source { source, format, .. } => (Some(source), format.as_str()),
         };
         let Some(source) = self.backup_sources.get(&disk.target).or(own) else {
             return Ok(None);
         };
-        // A file in the file system on a device, which nobody mounts: the details say where it is.
+        // What older records say of a file in a file system: the details say where it is.
         if matches!(source, Source::Other { .. }) {
             return Ok(None);
         }
@@ -261,6 +263,27 @@ impl<'a> SnapshotView<'a> {
                 .child(source_element(source)?),
         ))
     }
+}
+
+/// Instead of a `<backupSource>`, where nothing on this host gives the disk's bytes.
+fn inside_element(disk: &DiskSnapshotRecord) -> Option<Element> {
+    let Access::Inside(inside) = &disk.access else {
+        return None;
+    };
+    let format = |format: &str| Element::new("format").attr("type", format);
+    let below = inside.below.iter().map(|layer| {
+        Element::new("layer")
+            .attr("path", layer.path.display())
+            .child(format(&layer.format))
+    });
+    let element = Element::new("inside")
+        .attr("device", inside.device.display())
+        .attr("filesystem", &inside.file_system)
+        .attr("path", inside.image.path.display())
+        .child(format(&inside.image.format))
+        .children(below)
+        .child(Element::new("reason").text(&inside.why));
+    Some(element)
 }
 
 fn seconds(snapshot: &Snapshot) -> u64 {

@@ -234,6 +234,7 @@ impl Setting for QemuSetting {
                     std::fs::remove_file(path)
                         .map_err(|e| Error::io(format!("cannot remove {}", path.display()), e))?;
                 }
+                Access::Inside(inside) => return Err(inside.not_here(&disk.target)),
             }
         }
         Ok(())

@@ -177,6 +177,7 @@ async fn overlays_and_fleeces_are_one_instant_while_a_writer_goes_on() {
             disks.push(match &record.access {
                 Access::Source { source, format, .. } => content(source.path().unwrap(), format),
                 Access::Node(_) => fleeced(&rig, &name, &record.target).await,
+                other @ Access::Inside(_) => panic!("{other:?}"),
             });
         }
         assert_one_instant(&disks);

@@ -5,8 +5,9 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use disksnap_core::{
     Access, Alias, Capability, Consistency, Disk, DiskRequest, DiskSnapshotRecord, Disks, DomainId, Driver,
-    ErrorKind, Export, Fit, Health, Listen, Method, MethodChoice, NbdServer, NetworkHost, OptionDoc, Options,
-    Plan, PlannedDisk, Probe, ServeNode, Skipped, Snapshot, SnapshotId, Source, Tls, Why, WindowReport,
+    ErrorKind, Export, FileInside, Fit, Health, Inside, Listen, Method, MethodChoice, NbdServer, NetworkHost,
+    OptionDoc, Options, Plan, PlannedDisk, Probe, ServeNode, Skipped, Snapshot, SnapshotId, Source, Tls, Why,
+    WindowReport,
 };
 use disksnap_xml::{
     DomainDocument, Element, SnapshotView, export_document, export_request, methods_document, plan_document,
@@ -354,9 +355,42 @@ fn a_plan_and_the_methods() {
     ");
 }
 
-/// It has no `<source>`: what is said of it is in its details.
+/// No `<source>` gives its bytes: it is said where it is, and why nobody mounts that.
 #[test]
-fn a_file_in_a_device_has_no_backup_source() {
+fn an_image_inside_a_device_is_told_as_such() {
+    let mut snapshot = snapshot();
+    let file = |path: &str, format: &str| FileInside {
+        path: path.into(),
+        format: format.to_owned(),
+    };
+    snapshot.disks.remove(0);
+    snapshot.disks[0].modified_disk = None;
+    snapshot.disks[0].access = Access::Inside(Inside {
+        device: "/dev/vg0/disksnap.1".into(),
+        file_system: "btrfs".to_owned(),
+        image: file("/vms/a.qcow2", "qcow2"),
+        below: vec![file("/vms/base.raw", "raw")],
+        why: "a second btrfs of the same id must not be mounted".to_owned(),
+    });
+    let text = snapshot_document(&SnapshotView::new(&snapshot)).unwrap();
+    assert!(!text.contains("<backupSource"), "{text}");
+    let inside = &text[text.find("    <inside").unwrap()..text.find("  </snapshot>").unwrap()];
+    assert_snapshot!(inside, @"
+    <inside device='/dev/vg0/disksnap.1' filesystem='btrfs' path='/vms/a.qcow2'>
+      <format type='qcow2'/>
+      <layer path='/vms/base.raw'>
+        <format type='raw'/>
+      </layer>
+      <reason>a second btrfs of the same id must not be mounted</reason>
+    </inside>
+    ");
+    let request = snapshot_request(&text).unwrap();
+    assert!(matches!(request.disks, Disks::Named(disks) if disks.len() == 1));
+}
+
+/// What records from before [`Access::Inside`] say.
+#[test]
+fn an_older_record_of_a_file_in_a_device_has_no_backup_source() {
     let mut snapshot = snapshot();
     snapshot.disks[1].access = Access::Source {
         source: Source::Other {
