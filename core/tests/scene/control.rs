@@ -12,11 +12,12 @@ use disksnap_core::{
 };
 use serde_json::Value;
 
-use super::Log;
+use super::{FakeImages, Log, Slots};
 
 #[derive(Debug)]
 pub(crate) struct FakeConnector {
     shared: Arc<Shared>,
+    images: Arc<FakeImages>,
 }
 
 /// What stays of the domain between two connections.
@@ -28,6 +29,7 @@ struct Shared {
     instance: Mutex<String>,
     served: Mutex<BTreeSet<String>>,
     watches: Mutex<Vec<Watch>>,
+    slots: Slots,
 }
 
 impl FakeConnector {
@@ -39,10 +41,22 @@ impl FakeConnector {
             instance: Mutex::new("1".to_owned()),
             served: Mutex::default(),
             watches: Mutex::default(),
+            slots: Slots::new(log),
         };
         Self {
             shared: Arc::new(shared),
+            images: Arc::new(FakeImages::new(log)),
         }
+    }
+
+    /// What serves images on this host.
+    pub(crate) fn images(&self) -> &FakeImages {
+        &self.images
+    }
+
+    /// What can be plugged into the guest.
+    pub(crate) fn slots(&self) -> &Slots {
+        &self.shared.slots
     }
 
     pub(crate) fn set_state(&self, state: RunState) {
@@ -80,7 +94,7 @@ impl Connector for FakeConnector {
     }
 
     fn image_server(&self) -> Option<&dyn ImageServer> {
-        None
+        Some(&*self.images)
     }
 }
 
@@ -204,7 +218,7 @@ impl Control for FakeControl {
     }
 
     fn hotplug(&self) -> Option<&dyn Hotplug> {
-        None
+        Some(&self.shared.slots)
     }
 }
 

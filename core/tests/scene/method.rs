@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use disksnap_core::{
     Access, Batch, Capability, Command, DiskRequest, DiskResult, DiskSnapshot, ErrorKind, Fit, Health, Host,
-    Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, SnapshotId, Step, TakePlan, Taken, Unit,
+    Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, SnapshotId, Source, Step, TakePlan, Taken,
+    Unit,
 };
 use serde_json::{Value, json};
 
@@ -29,6 +30,7 @@ pub(crate) struct FakeMethod {
     fit: Fit,
     hangs: bool,
     merges: Option<Merges>,
+    on_this_host: bool,
     health: Arc<Mutex<Health>>,
     log: Arc<Log>,
 }
@@ -42,6 +44,7 @@ impl FakeMethod {
             fit: Fit::Possible,
             hangs: false,
             merges: None,
+            on_this_host: false,
             health: Arc::new(Mutex::new(Health::Active)),
             log: Arc::default(),
         }
@@ -63,6 +66,12 @@ impl FakeMethod {
     /// Its take never ends.
     pub(crate) fn hanging(mut self) -> Self {
         self.hangs = true;
+        self
+    }
+
+    /// Its snapshots are images on this host, and not nodes of the hypervisor's.
+    pub(crate) fn on_this_host(mut self) -> Self {
+        self.on_this_host = true;
         self
     }
 
@@ -93,6 +102,17 @@ impl FakeMethod {
 
     fn note(&self, event: &str) -> Result<()> {
         self.log.note(format!("{}.{event}", self.name))
+    }
+}
+
+/// Where the snapshot of a disk with this alias is.
+fn image_of(alias: &str) -> Access {
+    Access::Source {
+        source: Source::File {
+            file: format!("/images/{alias}.raw").into(),
+        },
+        format: "raw".to_owned(),
+        backing: None,
     }
 }
 
@@ -180,7 +200,11 @@ impl DiskSnapshot for FakeMethod {
         let result = DiskResult {
             target: prepared.unit.clone(),
             modified: None,
-            access: Access::Node(format!("node-{alias}")),
+            access: if self.on_this_host {
+                image_of(alias)
+            } else {
+                Access::Node(format!("node-{alias}"))
+            },
             size: Some(1 << 20),
             details: [].into(),
         };

@@ -3,7 +3,9 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 mod control;
+mod images;
 mod method;
+pub(crate) mod slots;
 pub(crate) mod standing;
 
 use std::collections::HashMap;
@@ -16,7 +18,9 @@ use disksnap_core::{
 };
 
 pub(crate) use control::FakeConnector;
+pub(crate) use images::FakeImages;
 pub(crate) use method::{FakeMethod, Plan};
+pub(crate) use slots::Slots;
 
 /// What happened, in order, and what is to fail.
 #[derive(Debug, Default)]
