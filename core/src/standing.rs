@@ -41,7 +41,14 @@ impl Standing {
             .iter()
             .rev()
             .find(moved)
-            .map(|moved| (None, &moved.disk))
+            .map(|moved| (None, self.latest(&moved.disk)))
+    }
+
+    /// The disk with the images below it that the last act left it, where it has moved more than once.
+    fn latest<'a>(&'a self, disk: &'a Disk) -> &'a Disk {
+        let mut moved = self.moves.iter().rev().map(|moved| &moved.disk);
+        let same = |d: &&Disk| d.target == disk.target && d.source == disk.source;
+        moved.find(same).unwrap_or(disk)
     }
 
     /// The disk as the domain uses it now: what the records say has taken the place of what the document says.

@@ -223,6 +223,11 @@ pub(crate) fn below_by_header(layer: &Layer) -> std::result::Result<Option<Layer
             layer.path.display()
         )
     })?;
+    // A job writes the driver below it: where a raw image is open without a format, that of its file.
+    let format = match format.as_str() {
+        "file" | "host_device" => "raw".to_owned(),
+        _ => format,
+    };
     let path = layer.path.parent().unwrap_or(Path::new("/")).join(name);
     Ok(Some(Layer::new(plain(&path), format)))
 }

@@ -261,8 +261,9 @@ pub(crate) async fn delete(host: &dyn Host, record: &Record) -> Result<()> {
 
 /// Removes the overlay's nodes and file, and a base that nothing else needs. Idempotent.
 async fn tidy(host: &dyn Host, record: &Record, graph: Option<&Graph>) -> Result<()> {
-    if graph.is_some() {
+    if let Some(graph) = graph {
         jobs::end(host, &record.names().merge()).await?;
+        live::name_base(host, graph, record).await?;
     }
     if let Some(overlay) = &record.overlay {
         let nodes = graph.map(|graph| nodes_of(graph, overlay)).unwrap_or_default();
@@ -366,6 +367,6 @@ fn stands(peer: &Kin, base: &Layer) -> Error {
             peer.snapshot,
             base.path.display()
         ),
-        "Delete that snapshot first: the domain's disk was reverted from it.",
+        "Delete that snapshot first: it is read from the same image.",
     )
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use disksnap_core::{Command, Disk, Error, ErrorKind, Host, Result, RunState, Source};
 use disksnap_hypervisor::Graph;
 use disksnap_hypervisor::graph::{Bitmap, Node};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::layer::{Layer, same_file, unfit};
 use crate::names::{FLEECES, OURS};
@@ -113,6 +113,22 @@ impl Place {
     /// The images alone.
     pub(crate) fn images(&self) -> Vec<Layer> {
         self.layers.iter().map(|l| l.layer.clone()).collect()
+    }
+
+    /// What brings the header of a layer right after a job has led it to another one below: QEMU takes the driver of the
+    /// node below for the format, and writes `raw` for a qcow2 image behind a wrapper. `None` where it is right.
+    ///
+    /// `change-backing-file` in turn writes the image's own format, which is that of a qcow2 image below an overlay. QEMU
+    /// takes it once no job has the disk any more.
+    pub(crate) fn name_below(&self, image: usize, below: usize) -> Option<Command> {
+        let (image, below) = (self.layers.get(image)?, self.layers.get(below)?);
+        let wrapped = below.node != below.format && below.layer.format == "qcow2";
+        wrapped.then(|| {
+            let name = below.layer.name_from(&image.layer.path);
+            let change =
+                json!({ "device": self.root, "image-node-name": image.format, "backing-file": name });
+            Command::new("change-backing-file", change)
+        })
     }
 
     /// Refuses what works on the disk besides: a job, a fleecing snapshot, somebody else's overlay.

@@ -13,7 +13,6 @@ use disksnap_core::{
 };
 use disksnap_hypervisor::{Graph, jobs};
 use disksnap_image_file::room;
-use serde_json::json;
 
 use crate::layer::{self, Layer, below_by_header, disk_of, unfit};
 use crate::merge::{Live, find};
@@ -40,8 +39,8 @@ enum Standing {
     Done {
         /// The chain.
         layers: Vec<Layer>,
-        /// The block graph, where a hypervisor runs.
-        graph: Option<Graph>,
+        /// The disk in a hypervisor that runs.
+        live: Option<Live>,
     },
     /// The snapshot stands by itself.
     Loose,
@@ -66,8 +65,8 @@ impl Standing {
         if !is_below(record, layers.get(at + 1)) {
             return Err(elsewhere());
         }
-        let graph = Some(graph);
-        Ok(Self::Done { layers, graph })
+        let live = Some(Live { graph, place, at });
+        Ok(Self::Done { layers, live })
     }
 
     /// What the overlay's own header says counts: an old document may still name the base below it.
@@ -86,7 +85,7 @@ impl Standing {
         }
         layers.truncate(at + 1);
         layers.extend(record.below.iter().cloned());
-        Ok(Self::Done { layers, graph: None })
+        Ok(Self::Done { layers, live: None })
     }
 }
 
@@ -153,16 +152,22 @@ impl Merge for ExternalStream {
     async fn finish(&self, host: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
         let record = Record::of(unit)?;
         match Standing::of(host, &record).await? {
-            Standing::Live(live) => live::finish(host, &record, &live).await,
+            Standing::Live(live) => {
+                live::finish(host, &record, &live).await?;
+                // The header as soon as can be: a domain might be started from it.
+                match Standing::of(host, &record).await? {
+                    Standing::Done { live: Some(live), .. } => live::conclude(host, &record, &live).await,
+                    _ => Ok(()),
+                }
+            }
             Standing::Off { layers, at } => off::finish(&layers, at).await,
             Standing::Done { .. } | Standing::Loose => Ok(()),
         }
     }
 
-    fn release(&self, _: SnapshotId, unit: &Unit) -> Vec<Command> {
-        let job = Record::of(unit).map(|record| record.names().stream());
-        let cancel = |id| Command::new("job-cancel", json!({ "id": id }));
-        job.map(cancel).into_iter().collect()
+    /// The guest's disk never stands still for a stream.
+    fn release(&self, _: SnapshotId, _: &Unit) -> Vec<Command> {
+        Vec::new()
     }
 
     async fn cancel(&self, host: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
@@ -183,13 +188,10 @@ impl Merge for ExternalStream {
         let record = Record::of(unit)?;
         let kin = Kin::of(&record.target, peers)?;
         match (Standing::of(host, &record).await?, &record.overlay) {
-            (Standing::Done { layers, graph }, Some(overlay)) => {
-                match graph {
-                    Some(graph) => {
-                        jobs::end(host, &record.names().stream()).await?;
-                        live::close(host, &graph, &record.base.path).await?;
-                    }
-                    None => off::tidy(&Layer::new(overlay, "qcow2")).await?,
+            (Standing::Done { layers, live }, Some(overlay)) => {
+                match live {
+                    Some(live) => live::conclude(host, &record, &live).await?,
+                    None => off::conclude(&layers, overlay).await?,
                 }
                 touched::end(overlay)?;
                 affected(host, &record, &kin, &layers, overlay)

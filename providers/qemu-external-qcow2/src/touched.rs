@@ -2,7 +2,7 @@
 //!
 //! A snapshot knows by its stamp whether somebody has written to its image. While data is streamed into that image, and
 //! when a stream was cancelled or killed, the stamp is another and the content the same; a small file beside the image
-//! says so: which stamp it was before, and which it was when the stream had ended.
+//! says so: which stamps it had before, and which when the stream had ended.
 
 use std::path::{Path, PathBuf};
 
@@ -16,8 +16,8 @@ use crate::record::written;
 /// What is written beside the image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Touched {
-    /// As it was before the first stream.
-    from: Stamp,
+    /// As it was before each stream: a snapshot may have any of these stamps.
+    from: Vec<Stamp>,
     /// As the last one left it; `None` while one goes on.
     to: Option<Stamp>,
 }
@@ -46,10 +46,13 @@ pub(crate) fn begin(image: &Path) -> Result<()> {
     let Some(now) = Stamp::of(image)? else {
         return Ok(());
     };
-    let from = match read(image) {
+    let mut from = match read(image) {
         Some(Touched { from, to }) if to.is_none() || to.as_ref() == Some(&now) => from,
-        _ => now,
+        _ => Vec::new(),
     };
+    if !from.contains(&now) {
+        from.push(now);
+    }
     write(image, &Touched { from, to: None })
 }
 
@@ -64,7 +67,7 @@ pub(crate) fn end(image: &Path) -> Result<()> {
 
 /// Whether an image that had this stamp once was written to by nothing but streams.
 pub(crate) fn only_streamed(image: &Path, stamp: &Stamp) -> Result<bool> {
-    let Some(Touched { to, .. }) = read(image).filter(|touched| touched.from == *stamp) else {
+    let Some(Touched { to, .. }) = read(image).filter(|touched| touched.from.contains(stamp)) else {
         return Ok(false);
     };
     Ok(to.is_none() || to == Stamp::of(image)?)

@@ -5,7 +5,7 @@ mod rig;
 
 use disksnap_core::{Access, ErrorKind};
 use disksnap_test_support::{DiskSpec, MIB, StorageDaemon, need};
-use rig::{Rig, content, extra_files};
+use rig::{Rig, content, extra_files, info};
 use serde_json::json;
 
 const SIZE: u64 = 4 * MIB;
@@ -78,6 +78,10 @@ async fn two_disks_are_taken_at_once_and_merged_under_their_exports() {
         );
     }
     rig.merge("one").await.unwrap();
+    // Behind the wrapper QEMU sees a raw node; the header must name what is there.
+    for (target, format) in [("vda", "qcow2"), ("vdb", "raw")] {
+        assert_eq!(info(&rig.image(target))["backing-filename-format"], format);
+    }
     rig.merge("two").await.unwrap();
     for target in targets {
         guest(

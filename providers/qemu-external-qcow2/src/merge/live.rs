@@ -7,7 +7,7 @@ use disksnap_hypervisor::Graph;
 use disksnap_hypervisor::jobs::{self, Job};
 use serde_json::json;
 
-use super::{Live, Standing};
+use super::{Live, Standing, find};
 use crate::layer::unfit;
 use crate::place::{is_overlay, overlay_root};
 use crate::record::Record;
@@ -116,13 +116,18 @@ pub(super) async fn finish(host: &dyn Host, record: &Record, live: &Live) -> Res
         }
         ended = jobs::wait(host, &id, Job::has_ended).await?;
     }
-    match ended.and_then(|job| job.error) {
-        // From here on the disk's chain says that it has ended well.
-        None => jobs::tell(host, &id, "job-dismiss").await,
-        Some(error) => Err(Error::new(
+    if let Some(error) = ended.and_then(|job| job.error) {
+        return Err(Error::new(
             ErrorKind::Refused,
             format!("the merge failed: {error}"),
-        )),
+        ));
+    }
+    // From here on the disk's chain says that it has ended well.
+    jobs::tell(host, &id, "job-dismiss").await?;
+    // The header as soon as can be: a domain might be started from it.
+    match live.renamed() {
+        Some(rename) => host.monitor(rename).await.map(drop),
+        None => Ok(()),
     }
 }
 
@@ -150,6 +155,27 @@ async fn finalize(host: &dyn Host, id: &str, live: &Live) -> Result<()> {
     let (overlay, base) = (&live.place.layers[live.at], &live.place.layers[live.at + 1]);
     bitmaps::unite(host, &graph, overlay, base).await?;
     jobs::tell(host, id, "job-finalize").await
+}
+
+/// Brings the header right of the image that stands on the base after a merge. Idempotent; the job must be gone.
+pub(super) async fn name_base(host: &dyn Host, graph: &Graph, record: &Record) -> Result<()> {
+    let (Ok(disk), Some(overlay)) = (host.domain().disk(&record.target), &record.overlay) else {
+        return Ok(());
+    };
+    let place = find(graph, disk, record, overlay)?;
+    let at = place.position(&record.base.path);
+    let above = at.and_then(|at| at.checked_sub(1));
+    match above.and_then(|above| place.name_below(above, above + 1)) {
+        Some(rename) => host.monitor(rename).await.map(drop),
+        None => Ok(()),
+    }
+}
+
+impl Live {
+    /// What brings the header of the image above the overlay right once that stands on the base.
+    fn renamed(&self) -> Option<Command> {
+        self.place.name_below(self.at.checked_sub(1)?, self.at + 1)
+    }
 }
 
 /// Stops the job, if there is one; the base's bitmaps record again as they did.

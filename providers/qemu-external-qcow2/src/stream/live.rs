@@ -62,7 +62,7 @@ pub(super) async fn progress(host: &dyn Host, id: &str) -> Result<Option<Progres
     }))
 }
 
-/// Ends a stream that waits to be made final; the guest's disk does not stand still for it.
+/// Ends a stream that waits to be made final; the guest's disk does not stand still for it. [`conclude`] comes next.
 pub(super) async fn finish(host: &dyn Host, record: &Record, live: &Live) -> Result<()> {
     let id = record.names().stream();
     let job = jobs::find(host, &id).await?.ok_or_else(|| {
@@ -88,10 +88,20 @@ pub(super) async fn finish(host: &dyn Host, record: &Record, live: &Live) -> Res
     }
 }
 
+/// What is left to do after the end, also of a stream whose process was killed right then. Idempotent.
+pub(super) async fn conclude(host: &dyn Host, record: &Record, live: &Live) -> Result<()> {
+    let Live { graph, place, at } = live;
+    jobs::end(host, &record.names().stream()).await?;
+    if let Some(rename) = place.name_below(*at, at + 1) {
+        host.monitor(rename).await?;
+    }
+    close(host, graph, &record.base.path).await
+}
+
 /// Closes the image at this path where nothing in the hypervisor uses it any more: its format, what wraps that, its file.
 ///
 /// Whatever was opened along with it by QEMU itself has gone with the chain already.
-pub(super) async fn close(host: &dyn Host, graph: &Graph, path: &Path) -> Result<()> {
+async fn close(host: &dyn Host, graph: &Graph, path: &Path) -> Result<()> {
     let is_file = |node: &&Node| node.path.as_deref().is_some_and(|p| same_file(p, path));
     for file in graph.nodes().filter(is_file) {
         let Some(mut idle) = above(graph, &file.name) else {

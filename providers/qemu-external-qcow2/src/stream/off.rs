@@ -1,5 +1,7 @@
 //! Streaming with the domain off: `qemu-img rebase`, which copies what the new chain would lack.
 
+use std::path::Path;
+
 use disksnap_core::Result;
 
 use crate::layer::{Layer, unfit};
@@ -49,8 +51,18 @@ fn kept(bitmap: &Bitmap) -> Bitmap {
     }
 }
 
+/// What is left to do after the end, also of a stream whose process was killed right then. Idempotent.
+pub(super) async fn conclude(layers: &[Layer], overlay: &Path) -> Result<()> {
+    let Some(at) = layers.iter().position(|layer| layer.is_at(overlay)) else {
+        return Ok(());
+    };
+    tidy(&layers[at]).await?;
+    // A job that a hypervisor ran may have written another format there.
+    qemu_img::name_below(&layers[at], layers.get(at + 1)).await
+}
+
 /// Removes the bitmaps that kept others' content. Idempotent.
-pub(super) async fn tidy(overlay: &Layer) -> Result<()> {
+async fn tidy(overlay: &Layer) -> Result<()> {
     for bitmap in bitmaps_of(overlay).await? {
         if bitmap.name.starts_with(KEPT) {
             change(overlay, &["--remove"], &bitmap, None).await?;

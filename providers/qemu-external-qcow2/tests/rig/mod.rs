@@ -295,3 +295,9 @@ pub fn assert_one_instant(disks: &[Vec<u8>]) {
         "{rounds:?} are not one instant"
     );
 }
+
+/// A machine's document as it was when it was started.
+pub fn old_document(qemu: &Qemu) -> Domain {
+    let document = DomainDocument::parse(qemu.domain_xml()).unwrap();
+    document.domain().clone()
+}
