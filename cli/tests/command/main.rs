@@ -4,6 +4,7 @@
 mod attach;
 mod bad_input;
 mod bring;
+mod conform;
 mod daemons;
 mod every_method;
 mod exports;

@@ -47,15 +47,9 @@ fn becomes_the_guardian_when_asked() {
 }
 
 #[test]
-fn classic_snapshots_conform() {
+fn snapshots_conform() {
     need!("lvm");
-    in_guest(&["conformance::classic"]);
-}
-
-#[test]
-fn thin_snapshots_conform() {
-    need!("lvm");
-    in_guest(&["conformance::thin"]);
+    in_guest(&["conformance::"]);
 }
 
 #[test]

@@ -14,6 +14,8 @@ async fn at_once_where_nothing_has_the_volume_open() {
     let (plain, thin) = (group.plain("plain", 16), group.thin("pool", "thin", 16));
     let rig = Rig::new(vec![block("vda", &plain), block("vdb", &thin)]);
     for device in [&plain, &thin] {
+        // What an earlier volume left there is none of this one's.
+        fill(device, 0, 2 * MIB, 0);
         fill(device, 0, MIB, 1);
     }
     let (name, later) = ("one".parse().unwrap(), "later".parse().unwrap());

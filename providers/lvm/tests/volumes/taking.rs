@@ -1,7 +1,5 @@
 //! What is made, how it is named, and what is told of it as it fills up.
 
-use std::time::Instant;
-
 use disksnap_core::{Capability, DiskSnapshot, ErrorKind, Fit, Health, SnapshotId};
 use disksnap_lvm::LogicalVolume;
 
@@ -68,7 +66,12 @@ async fn an_overflowed_snapshot_is_broken_and_the_disk_is_not() {
     // What is filling up is told before the next one is made.
     let warned = &rig.probe(&small).await[0].warnings;
     assert!(warned.iter().any(|text| text.contains("% full")), "{warned:?}");
-    assert_eq!(rig.health("small").await, Health::Active);
+    // And wherever this one is looked at or read, by the mark that it was made with.
+    is_endangered(&rig, "small", "disksnap.").await;
+    let unmarked = [("snapshot.size", "4194304"), ("snapshot.warn", "100")];
+    rig.try_create("unmarked", &unmarked).await.unwrap();
+    assert_eq!(rig.health("unmarked").await, Health::Active);
+    rig.delete("unmarked").await;
 
     fill(&disk, 0, 8 * MIB, 2);
     assert!(is_full_of(&disk, 0, 8 * MIB, 2), "the disk's own writes arrive");
@@ -84,6 +87,20 @@ async fn an_overflowed_snapshot_is_broken_and_the_disk_is_not() {
     assert_eq!(reverted.unwrap_err().kind(), ErrorKind::Broken);
     rig.delete("small").await;
     assert_eq!(group.volumes(), ["disk"]);
+}
+
+/// Its room runs out, and everyone who looks at it or reads it is told so.
+async fn is_endangered(rig: &Rig, name: &str, what: &str) {
+    let health = rig.health(name).await;
+    let Health::Endangered(why) = &health else {
+        panic!("{health:?}")
+    };
+    assert!(why.contains(what) && why.contains("% full"), "{why}");
+    assert!(health.is_good());
+    let name = name.parse().unwrap();
+    let opened = rig.dispatcher.open(&rig.domain, &name, "vda").await.unwrap();
+    assert_eq!(opened.warnings, [why.clone()]);
+    rig.dispatcher.close(&rig.domain, opened).await.unwrap();
 }
 
 #[tokio::test]
@@ -103,6 +120,7 @@ async fn a_full_pool_is_told_and_takes_no_more_snapshots() {
             .any(|text| text.contains("vg/pool") && text.contains("% full")),
         "{warned:?}"
     );
+    is_endangered(&rig, "thin", "vg/pool").await;
     let full = try_run(&[
         "dd",
         "if=/dev/zero",
@@ -198,25 +216,4 @@ async fn an_open_snapshot_is_busy() {
     drop(open);
     rig.delete("read").await;
     assert_eq!(group.volumes(), ["disk"]);
-}
-
-/// How long a take is beside the bare tool: measured, not judged.
-#[tokio::test]
-#[ignore = "runs in the guest"]
-#[expect(clippy::print_stderr, reason = "the figures are what it is for")]
-async fn times_of_takes() {
-    let group = Group::new("vg", "");
-    let rig = Rig::new(vec![block("vda", &group.plain("disk", 8))]);
-    for _ in 0..3 {
-        let begun = Instant::now();
-        run("lvcreate -y -s -L 4m -pr -n bare vg/disk");
-        let bare = begun.elapsed().as_millis();
-        run("lvremove -y vg/bare");
-        let snapshot = rig
-            .try_create("taken", &[("snapshot.size", "4194304")])
-            .await
-            .unwrap();
-        eprintln!("take: {} µs, bare lvcreate: {bare} ms", snapshot.window.taken_us);
-        rig.delete("taken").await;
-    }
 }
