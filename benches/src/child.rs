@@ -10,6 +10,7 @@ use disksnap_core::SnapshotName;
 use disksnap_nbd::{BASE_ALLOCATION, BulkOptions, BulkReader, Chunk, Client, ConnectOptions, Uri};
 use tokio::runtime::Runtime;
 
+use crate::lvm;
 use crate::scene::{Scene, request};
 
 /// `READ URI [FILE]`: the whole export, to a file or to nowhere.
@@ -26,7 +27,8 @@ pub(crate) const OWN: &str = "/proc/self/exe";
 /// The name of the snapshot that acts are about.
 pub(crate) const NAME: &str = "measured";
 
-/// Does what the arguments say, if they are for a child, and prints the most memory that it took, in KiB.
+/// Does what the arguments say, if they are for a child, and prints the most memory that it took, in KiB, or what it
+/// measured.
 pub(crate) fn run_if_asked(arguments: &[String]) -> Result<bool> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
@@ -34,6 +36,10 @@ pub(crate) fn run_if_asked(arguments: &[String]) -> Result<bool> {
         [READ, uri, file] => read(uri, Some(Path::new(file)))?,
         [EXTENTS, uri] => Runtime::new()?.block_on(extents(uri))?,
         [ACT, state, domain, verb] => act(Path::new(state), Path::new(domain), verb)?,
+        [lvm::TAKES, rounds] => {
+            lvm::run_inside(rounds.parse()?)?;
+            return Ok(true);
+        }
         _ => return Ok(false),
     }
     println!("{}", most_memory()?);

@@ -7,7 +7,9 @@
 
 mod bare;
 mod child;
+mod lvm;
 mod memory;
+mod off;
 mod race;
 mod read;
 mod report;

@@ -49,6 +49,13 @@ pub(crate) fn race(rounds: usize, mut contenders: Vec<Contender<'_>>) -> Result<
 }
 
 impl Rounds {
+    /// What was measured elsewhere, by contender.
+    pub(crate) fn of(turns: impl IntoIterator<Item = (String, Vec<Measures>)>) -> Self {
+        Self {
+            turns: turns.into_iter().collect(),
+        }
+    }
+
     /// The ratio of one measure of one contender to one of another, round by round.
     pub(crate) fn ratio(&self, of: (&str, &str), to: (&str, &str)) -> Spread {
         let (of, to) = (self.values(of), self.values(to));
@@ -74,7 +81,7 @@ impl Rounds {
     }
 
     /// What was not measured counts as zero: a phase that did not take place.
-    fn values(&self, (name, measure): (&str, &str)) -> Vec<f64> {
+    pub(crate) fn values(&self, (name, measure): (&str, &str)) -> Vec<f64> {
         let turns = self.turns.get(name).map(Vec::as_slice).unwrap_or_default();
         let value = |turn: &Measures| turn.get(measure).copied().unwrap_or_default();
         turns.iter().map(value).collect()

@@ -6,21 +6,17 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use disksnap_btrfs::Btrfs;
-use disksnap_core::{
-    Alias, Connector, Control, Disk, DiskChoice, DiskRequest, DiskSnapshot, Disks, Domain, DomainId, Driver,
-    MethodChoice, Options, SnapshotId, SnapshotRequest, Sockets, Source,
-};
-use disksnap_hypervisor::{Paths, QemuConnector};
+use disksnap_core::{DiskChoice, DiskSnapshot, Disks, MethodChoice, Options, SnapshotRequest, Source};
 use disksnap_qemu_fleece::QemuFleece;
 use disksnap_reflink::Reflink;
 use disksnap_test_support::{DiskSpec, LoopFsKind, MIB, loop_fs, require::lacking, tools};
 use rustix::fs::ioctl_ficlone;
-use tokio::runtime::Runtime;
 
+use crate::lvm;
+use crate::off::{Off, timed};
 use crate::race::{Contender, Measures, Rounds, race};
 use crate::report::{Table, ratio};
 use crate::scene::{Holder, Scene, targets};
@@ -49,14 +45,17 @@ pub(crate) fn run(scratch: &Path) -> Result<()> {
 
 /// The take alone, of a domain that is off.
 fn takes(scratch: &Path) -> Result<()> {
-    let explained = "The take of a 64 MiB image with 4 MiB just written, and written back; the bare tool is 1. \
-        Milliseconds are medians.";
+    let explained = "The take of a 64 MiB disk with 4 MiB just written, and written back; the bare tool is 1. \
+        Milliseconds are medians; those of lvm are an emulated machine's (TCG).";
     let columns = ["take", "ours / bare", "ours", "bare", "goal ≤ 1.1 × + 5 ms"];
     let mut table = Table::new("Take", explained, &columns);
+    let [classic, thin] = lvm::takes(ROUNDS)?;
     let rounds = [
         ("btrfs, `btrfs subvolume snapshot -r`", btrfs(scratch)?),
         ("reflink on btrfs, FICLONE", reflink(scratch, LoopFsKind::Btrfs)?),
         ("reflink on XFS, FICLONE", reflink(scratch, LoopFsKind::Xfs)?),
+        ("lvm classic, `lvcreate -s`", classic),
+        ("lvm thin, `lvcreate -s`", thin),
     ];
     for (what, rounds) in &rounds {
         let (ours, bare) = (("ours", "ms"), ("bare", "ms"));
@@ -76,9 +75,9 @@ fn takes(scratch: &Path) -> Result<()> {
 fn btrfs(scratch: &Path) -> Result<Rounds> {
     let fs = loop_fs(LoopFsKind::Btrfs, 1 << 30, "");
     let images = subvolume(&fs.path().join("images"))?;
-    let off = Off::new(scratch, &images.join("vda.raw"))?;
+    let image = Image::new(scratch, &images.join("vda.raw"))?;
     let bare = || {
-        off.write()?;
+        image.write()?;
         let snapshot = fs.path().join("bare");
         let mut command = Command::new(tools::program("btrfs"));
         command
@@ -95,7 +94,7 @@ fn btrfs(scratch: &Path) -> Result<Rounds> {
     race(
         ROUNDS,
         vec![
-            Contender::new("ours", || off.take(&Btrfs)),
+            Contender::new("ours", || image.take(&Btrfs)),
             Contender::new("bare", bare),
         ],
     )
@@ -103,90 +102,53 @@ fn btrfs(scratch: &Path) -> Result<Rounds> {
 
 fn reflink(scratch: &Path, kind: LoopFsKind) -> Result<Rounds> {
     let fs = loop_fs(kind, 1 << 30, "");
-    let off = Off::new(scratch, &fs.path().join("vda.raw"))?;
+    let image = Image::new(scratch, &fs.path().join("vda.raw"))?;
     let bare = || {
-        off.write()?;
+        image.write()?;
         let path = fs.path().join("bare");
-        let (clone, image) = (File::create(&path)?, File::open(&off.image)?);
-        let took = timed(|| Ok(ioctl_ficlone(&clone, &image)?))?;
+        let (clone, from) = (File::create(&path)?, File::open(&image.path)?);
+        let took = timed(|| Ok(ioctl_ficlone(&clone, &from)?))?;
         fs::remove_file(path)?;
         Ok(took)
     };
     race(
         ROUNDS,
         vec![
-            Contender::new("ours", || off.take(&Reflink)),
+            Contender::new("ours", || image.take(&Reflink)),
             Contender::new("bare", bare),
         ],
     )
 }
 
-/// A domain that is off, with one raw disk.
-struct Off {
-    runtime: Runtime,
-    control: Arc<dyn Control>,
-    image: PathBuf,
-    request: DiskRequest,
+/// The image of a domain that is off.
+struct Image {
+    off: Off,
+    path: PathBuf,
 }
 
-impl Off {
-    fn new(scratch: &Path, image: &Path) -> Result<Self> {
-        fs::write(image, vec![1; usize::try_from(IMAGE)?])?;
-        let runtime = Runtime::new()?;
-        let disk = Disk {
-            driver: Driver {
-                name: None,
-                format: Some("raw".to_owned()),
-            },
-            ..Disk::new(
-                "vda",
-                Source::File {
-                    file: image.to_owned(),
-                },
-            )
+impl Image {
+    fn new(scratch: &Path, path: &Path) -> Result<Self> {
+        fs::write(path, vec![1; usize::try_from(IMAGE)?])?;
+        let source = Source::File {
+            file: path.to_owned(),
         };
-        let domain = Domain {
-            id: DomainId::new("off", None),
-            disks: vec![disk.clone()],
-            sockets: Sockets::default(),
-        };
-        let connector: Arc<dyn Connector> = Arc::new(QemuConnector::new(Paths {
-            images: scratch.to_owned(),
-            run: scratch.to_owned(),
-        }));
         Ok(Self {
-            control: runtime.block_on(connector.control(&domain))?,
-            runtime,
-            image: image.to_owned(),
-            request: DiskRequest {
-                disk,
-                alias: Alias("vda-backup".to_owned()),
-                options: Options::default(),
-            },
+            off: Off::new(scratch, source, Options::default())?,
+            path: path.to_owned(),
         })
     }
 
-    /// Writes a part of the image, and has it written back.
+    /// Writes a part of it, and has it written back.
     fn write(&self) -> Result<()> {
-        let image = OpenOptions::new().write(true).open(&self.image)?;
+        let image = OpenOptions::new().write(true).open(&self.path)?;
         image.write_all_at(&vec![2; WRITTEN], 8 * MIB)?;
         rustix::fs::syncfs(&image)?;
         Ok(())
     }
 
-    /// One take of ours, and all that is around it.
     fn take(&self, method: &dyn DiskSnapshot) -> Result<Measures> {
         self.write()?;
-        let (id, disks) = (SnapshotId::random(), std::slice::from_ref(&self.request));
-        let prepared = self.runtime.block_on(method.prepare(&*self.control, id, disks))?;
-        let take = || {
-            self.runtime.block_on(method.take(&*self.control, &prepared[0]))?;
-            Ok(())
-        };
-        let took = timed(take)?;
-        let aborted = method.abort(&*self.control, id, disks, Some(&prepared));
-        self.runtime.block_on(aborted)?;
-        Ok(took)
+        self.off.take(method)
     }
 }
 
@@ -301,12 +263,6 @@ fn run_quietly(command: &mut Command) -> Result<()> {
         String::from_utf8_lossy(&output.stderr)
     );
     Ok(())
-}
-
-fn timed(act: impl FnOnce() -> Result<()>) -> Result<Measures> {
-    let since = Instant::now();
-    act()?;
-    Ok(Measures::from([("ms", since.elapsed().as_secs_f64() * 1e3)]))
 }
 
 #[expect(
