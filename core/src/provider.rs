@@ -359,6 +359,7 @@ pub struct FileInside {
 
 impl Inside {
     /// The answer to whoever wants the disk's bytes served or read on this host, whose disk it is by `target`.
+    #[must_use]
     pub fn not_here(&self, target: &str) -> Error {
         let (path, device) = (self.image.path.display(), self.device.display());
         let (format, kind) = (&self.image.format, &self.file_system);

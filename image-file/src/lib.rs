@@ -2,10 +2,11 @@
 //! hypervisor.
 //!
 //! [`ImageFile::of`] looks at the file; [`ImageFile::stands_alone`] says whether the one file is all of
-//! the disk, [`Live`] what the hypervisor that has it open says. [`file_system`], [`mount_options`] and [`room`] tell of
+//! the disk, [`ImageFile::below`] which others are, [`Live`] what the hypervisor that has it open says. [`file_system`], [`mount_options`] and [`room`] tell of
 //! the place it is in; [`put_back`] makes images again what a snapshot has of them. [`MadeFile`] and
 //! [`write_empty_qcow2`] make new ones, [`QemuImg`] works on those that no hypervisor has open.
 
+mod chain;
 mod empty_qcow2;
 mod live;
 mod made;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use disksnap_core::{BackingStore, Disk, Error, ErrorKind, Probe, Source};
 
+pub use chain::{Layer, named};
 pub use empty_qcow2::{Backing, qcow2_holds_data, write_empty_qcow2};
 pub use live::Live;
 pub use made::{Called, MadeFile, remove_file};

@@ -19,12 +19,11 @@ use disksnap_core::{
     Host, Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan,
     Taken, Unit,
 };
-use disksnap_image_file::{ImageFile, Live, Unfit, forget, room};
+use disksnap_image_file::{ImageFile, Layer, Live, Unfit, forget, room};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
 
-use crate::chain::Layer;
 use crate::place::{Group, SNAPSHOT_DIR, groups, root};
 use crate::revert::PutBackImages;
 use crate::snapshot::{Image, Made, MadeImage, Planned, remove};

@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{Disk, DiskRequest, ErrorKind, Source};
+use disksnap_core::{Disk, DiskRequest, ErrorKind, FileInside, Source};
 use disksnap_image_file::{ImageFile, Qcow2, Unfit};
 
+use crate::chain;
 use crate::device::{Named, of_number, of_path};
 use crate::filling::{filling, pool_fault};
 use crate::mount::{self, Inside};
@@ -51,6 +52,8 @@ pub(crate) struct Found {
     pub(crate) way: Way,
     pub(crate) inside: Option<Inside>,
     pub(crate) format: String,
+    /// The layers below an image in a file system, nearest first.
+    pub(crate) below: Vec<FileInside>,
     /// The virtual size in bytes, where it is known.
     pub(crate) size: Option<u64>,
     /// What the operator should know.
@@ -69,8 +72,20 @@ impl Place {
     pub(crate) fn of(disk: &Disk, settings: &Settings) -> Result<Self, Unfit> {
         let given = settings.device.as_deref();
         match &disk.source {
-            Some(Source::Block { dev }) => Self::on_device(dev, given),
-            Some(Source::File { file }) => Self::of_file(file, given),
+            Some(Source::Block { dev }) => Self::on_device(dev).and_then(|place| place.agrees_with(given)),
+            Some(Source::File { file }) => match (Self::of_file(file), given) {
+                (Ok(place), _) => place.agrees_with(given),
+                (Err(unfit), Some(given)) if unfit.kind != ErrorKind::NotFound => Err(Unfit {
+                    kind: ErrorKind::Invalid,
+                    why: format!(
+                        "device.path says that the image is on {}, and it is not: {}; a snapshot of that volume would not \
+                         hold the disk. Leave device.path out, and choose a method for where the image is",
+                        given.display(),
+                        unfit.why
+                    ),
+                }),
+                (Err(unfit), _) => Err(unfit),
+            },
             Some(other) => {
                 let Some(device) = given else {
                     let why = format!(
@@ -90,17 +105,16 @@ impl Place {
         }
     }
 
-    fn on_device(device: &Path, given: Option<&Path>) -> Result<Self, Unfit> {
-        let place = Self {
+    fn on_device(device: &Path) -> Result<Self, Unfit> {
+        Ok(Self {
             named: of_path(device)?,
             shown: device.display().to_string(),
             inside: None,
             seen: true,
-        };
-        place.agrees_with(given)
+        })
     }
 
-    fn of_file(file: &Path, given: Option<&Path>) -> Result<Self, Unfit> {
+    fn of_file(file: &Path) -> Result<Self, Unfit> {
         let shown = file.display();
         let path = file.canonicalize().map_err(|e| Unfit {
             kind: ErrorKind::of_io(&e),
@@ -108,17 +122,16 @@ impl Place {
         })?;
         // A device that the document calls a file.
         if path.starts_with("/dev") {
-            return Self::on_device(&path, given);
+            return Self::on_device(&path);
         }
         let inside = mount::inside(&path)?;
         let about = format!("the device of the file system that {shown} is on");
-        let place = Self {
+        Ok(Self {
             named: Named::Id(of_number(&inside.number, &about)?),
             shown: shown.to_string(),
             inside: Some(inside),
             seen: true,
-        };
-        place.agrees_with(given)
+        })
     }
 
     /// The volume that the caller gave must be the one the disk is on.
@@ -184,68 +197,87 @@ pub(crate) fn find(
             volume.full_name()
         ));
     }
-    let (format, size, lazy) = content(&request.disk, place, volume)?;
-    warnings.extend(lazy);
+    let content = content(&request.disk, place, volume)?;
+    warnings.extend(content.lazy);
     Ok(Found {
         request: request.clone(),
         settings: settings.clone(),
         volume: volume.clone(),
         way,
         inside: place.inside.clone(),
-        format,
-        size,
+        format: content.format,
+        below: content.below,
+        size: content.size,
         warnings,
     })
 }
 
-/// The image's format, virtual size, and what is to be known of it.
-fn content(
-    disk: &Disk,
-    place: &Place,
-    volume: &Volume,
-) -> Result<(String, Option<u64>, Option<String>), Unfit> {
-    if place.inside.is_some() {
+/// What is on the volume for the disk.
+struct Content {
+    format: String,
+    below: Vec<FileInside>,
+    /// The virtual size in bytes.
+    size: Option<u64>,
+    /// What is to be known of the image.
+    lazy: Option<String>,
+}
+
+impl Content {
+    fn of(image: &ImageFile, below: Vec<FileInside>) -> Self {
+        Self {
+            format: image.format().to_owned(),
+            below,
+            size: Some(image.size()),
+            lazy: image.lazy_warning(),
+        }
+    }
+}
+
+fn content(disk: &Disk, place: &Place, volume: &Volume) -> Result<Content, Unfit> {
+    if let Some(inside) = &place.inside {
         let image = ImageFile::of(disk)?;
-        image.stands_alone(disk)?;
-        return Ok((
-            image.format().to_owned(),
-            Some(image.size()),
-            image.lazy_warning(),
-        ));
+        let below = chain::below(&image, disk, inside)?;
+        return Ok(Content::of(&image, below));
     }
     let format = disk.driver.format.as_deref();
     match format {
-        Some("raw") if disk.backing.is_none() => Ok(("raw".to_owned(), Some(volume.size), None)),
+        Some("raw") if disk.backing.is_none() => Ok(Content {
+            format: "raw".to_owned(),
+            below: Vec::new(),
+            size: Some(volume.size),
+            lazy: None,
+        }),
         Some("raw" | "qcow2") => {
-            let path = PathBuf::from(&volume.path);
-            let failed = |e: std::io::Error| Unfit {
-                kind: ErrorKind::of_io(&e),
-                why: format!("cannot read {}: {e}", volume.path),
-            };
-            let file = File::open(&path).map_err(failed)?;
-            let qcow2 = match format {
-                Some("qcow2") => Some(Qcow2::read(&file).map_err(failed)?),
-                _ => None,
-            };
-            let metadata = file.metadata().map_err(failed)?;
-            let image = ImageFile {
-                path,
-                file,
-                metadata,
-                qcow2,
-            };
+            let image = on_volume(volume, format)?;
             image.stands_alone(disk)?;
-            Ok((
-                image.format().to_owned(),
-                Some(image.size()),
-                image.lazy_warning(),
-            ))
+            Ok(Content::of(&image, Vec::new()))
         }
         Some(other) => Err(format!("images of the format {other} are not known to be whole").into()),
         None => Err("the domain's document does not say the image's format"
             .to_owned()
             .into()),
     }
+}
+
+/// The image that is the volume.
+fn on_volume(volume: &Volume, format: Option<&str>) -> Result<ImageFile, Unfit> {
+    let path = PathBuf::from(&volume.path);
+    let failed = |e: std::io::Error| Unfit {
+        kind: ErrorKind::of_io(&e),
+        why: format!("cannot read {}: {e}", volume.path),
+    };
+    let file = File::open(&path).map_err(failed)?;
+    let qcow2 = match format {
+        Some("qcow2") => Some(Qcow2::read(&file).map_err(failed)?),
+        _ => None,
+    };
+    let metadata = file.metadata().map_err(failed)?;
+    Ok(ImageFile {
+        path,
+        file,
+        metadata,
+        qcow2,
+    })
 }
 
 /// Which way a volume is snapshotted.

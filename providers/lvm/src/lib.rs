@@ -4,6 +4,7 @@
 //! the request. Here: the contract. Where a disk lives is in `find` (by way of `device` and `mount`), the snapshot
 //! itself in `snapshot`, how full it is in `filling`, putting it back in `revert`; lvm2's commands in `lvm2`, its reports in `volume`.
 
+mod chain;
 mod device;
 mod filling;
 mod find;
@@ -22,8 +23,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
-    Method, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
+    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, FileInside, Fit, Health,
+    Host, Inside, Merge, Method, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan,
+    Taken, Unit,
 };
 use disksnap_image_file::{Live, Unfit};
 use serde::Serialize;
@@ -121,10 +123,6 @@ impl DiskSnapshot for LogicalVolume {
     }
 }
 
-/// The kind of source of an image that is in a file system on the snapshot: no reader takes it for the device. The
-/// details say where it is.
-const INSIDE: &str = "file-in-device";
-
 /// What can be done with a snapshot of a disk that is the volume, or is `inside` a file system on it.
 ///
 /// A classic snapshot that is full breaks and lets the guest go on; a thin pool that is full does not.
@@ -165,7 +163,7 @@ fn probe_all(state: &RunState, disks: &[DiskRequest], live: Vec<Told>) -> Vec<Pr
         .map(|(found, live)| {
             let found = found?;
             suits(state, &found)?;
-            Live::has_below(live?.as_ref(), 0)?;
+            Live::has_below(live?.as_ref(), found.below.len())?;
             Ok(found)
         })
         .collect();
@@ -315,59 +313,48 @@ fn prepare_all(id: SnapshotId, marker: &Path, disks: &[DiskRequest]) -> Result<V
 }
 
 fn result(made: &Made, image: &Image) -> DiskResult {
-    let source = Source::Block {
-        dev: made.path.clone(),
-    };
-    let mut details = BTreeMap::from([
-        ("snapshot.volume".to_owned(), made.full_name()),
-        (
-            "way".to_owned(),
-            if made.thin { "thin" } else { "classic" }.to_owned(),
-        ),
-    ]);
-    let format = image.format.clone();
+    let way = if made.thin { "thin" } else { "classic" };
     let access = match &image.inside {
         None => Access::Source {
-            source,
-            format,
+            source: Source::Block {
+                dev: made.path.clone(),
+            },
+            format: image.format.clone(),
             backing: None,
         },
-        Some(path) => {
-            details.insert("path-inside".to_owned(), path.display().to_string());
-            details.insert("device".to_owned(), made.path.display().to_string());
-            details.insert("reading".to_owned(), why_not_mounted(image));
-            Access::Source {
-                source: Source::Other {
-                    kind: INSIDE.to_owned(),
-                },
-                format,
-                backing: None,
-            }
-        }
+        Some(path) => Access::Inside(inside(made, image, path)),
     };
     DiskResult {
         target: image.target.clone(),
         modified: None,
         access,
         size: image.size,
-        details,
+        details: BTreeMap::from([
+            ("snapshot.volume".to_owned(), made.full_name()),
+            ("way".to_owned(), way.to_owned()),
+        ]),
     }
 }
 
-/// Why the caller has to mount the file system, and where.
-fn why_not_mounted(image: &Image) -> String {
-    let kind = image.file_system.as_deref().unwrap_or("file system");
-    let own = match kind {
+fn inside(made: &Made, image: &Image, path: &Path) -> Inside {
+    let kind = image.file_system.clone().unwrap_or_default();
+    let why = match kind.as_str() {
         "btrfs" => {
-            "a second btrfs of the same id must never be mounted on the host of the first: attach the device to another \
-             machine and mount it there"
+            "a kernel takes two btrfs of one id for one, and mixes up the snapshot and the volume that it is of"
         }
-        "xfs" => {
-            "it has the id of the file system that is mounted: mount it elsewhere, or with `-o ro,norecovery,nouuid`"
-        }
-        _ => "mount it read-only (`-o ro,noload` for ext4) where that is wanted",
+        "xfs" => "a kernel mounts no second XFS of the id of one that is mounted",
+        _ => "its journal would have to be replayed, and the snapshot stays as it was",
     };
-    format!("the image is a file of the {kind} on the snapshot; {own}")
+    Inside {
+        device: made.path.clone(),
+        file_system: kind,
+        image: FileInside {
+            path: path.to_owned(),
+            format: image.format.clone(),
+        },
+        below: image.below.clone(),
+        why: why.to_owned(),
+    }
 }
 
 /// Runs what blocks where it does not keep others waiting.

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{Error, ErrorKind, Health, Result, SnapshotId};
+use disksnap_core::{Error, ErrorKind, FileInside, Health, Result, SnapshotId};
 use disksnap_image_file::Unfit;
 use serde::{Deserialize, Serialize};
 
@@ -49,6 +49,9 @@ pub(crate) struct Image {
     pub(crate) inside: Option<PathBuf>,
     /// The file system, where it is in one.
     pub(crate) file_system: Option<String>,
+    /// The layers below it there, nearest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) below: Vec<FileInside>,
 }
 
 /// What is remembered of a finished snapshot.
@@ -158,6 +161,7 @@ impl Planned {
             size: found.size,
             inside: found.inside.as_ref().map(|inside| inside.path.clone()),
             file_system: found.inside.as_ref().map(|inside| inside.kind.clone()),
+            below: found.below.clone(),
         };
         Some(Self {
             id,

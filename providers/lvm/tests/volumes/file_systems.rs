@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use disksnap_core::{Access, Capability, DiskSnapshot, ErrorKind, Fit, Source};
+use disksnap_core::{Capability, DiskSnapshot, ErrorKind, Fit, Source};
 use disksnap_lvm::LogicalVolume;
 
-use crate::support::{Group, Rig, file, formatted, run};
+use crate::support::{Group, Rig, file, formatted, inside, run, try_run};
 
 /// A mounted file system, which goes with the test.
 pub(crate) struct Mounted<'a>(&'a Path);
@@ -72,11 +72,16 @@ async fn on_ext4_two_disks_share_one_snapshot() {
         "other files would go back too"
     );
     let of = |target: &str| snapshot.disk(target).unwrap();
-    assert_eq!(of("vda").details["path-inside"], "/vms/a.raw");
-    assert_eq!(of("vdb").details["path-inside"], "/b.qcow2");
+    let image = |target: &str| inside(&snapshot, target).image.clone();
+    assert_eq!(image("vda").path, Path::new("/vms/a.raw"));
+    assert_eq!(image("vdb").path, Path::new("/b.qcow2"));
+    assert_eq!(
+        (image("vda").format, image("vdb").format),
+        ("raw".into(), "qcow2".into())
+    );
+    assert_eq!(inside(&snapshot, "vda").file_system, "ext4");
     assert_eq!((of("vda").size, of("vdb").size), (Some(1 << 20), Some(4 << 20)));
     // No reader takes the device for the disk.
-    assert!(matches!(&of("vda").access, Access::Source { source, .. } if source.path().is_none()));
     assert!(
         rig.dispatcher
             .open(&rig.domain, &"fs".parse().unwrap(), "vda")
@@ -84,7 +89,7 @@ async fn on_ext4_two_disks_share_one_snapshot() {
             .is_err()
     );
     {
-        let device = Path::new(&of("vda").details["device"]);
+        let device = &inside(&snapshot, "vda").device;
         run(&format!("e2fsck -fn {}", device.display()));
         let _mounted = Mounted::new(device, taken, "-o ro,noload");
         assert!(
@@ -131,13 +136,17 @@ async fn on_btrfs_the_path_counts_from_the_top_and_nobody_mounts_it() {
         std::fs::write(&image, vec![1; 1 << 20]).unwrap();
         let rig = Rig::new(vec![file("vda", &image)]);
         let snapshot = rig.create("fs").await;
-        let disk = &snapshot.disks[0];
-        assert_eq!(disk.details["path-inside"], "/vms/a.raw");
+        let taken = inside(&snapshot, "vda");
+        assert_eq!(taken.image.path, Path::new("/vms/a.raw"));
+        let name = "fs".parse().unwrap();
+        let error = rig.dispatcher.open(&rig.domain, &name, "vda").await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+        let hint = error.next_step().unwrap();
         assert!(
-            disk.details["reading"].contains("never be mounted"),
-            "{}",
-            disk.details["reading"]
+            hint.contains("disksnap attach") && hint.contains("/vms/a.raw"),
+            "{hint}"
         );
+        assert!(taken.why.contains("btrfs of one id"), "{}", taken.why);
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
         assert!(!mounts.contains("disksnap"), "{mounts}");
         rig.delete("fs").await;
@@ -157,14 +166,99 @@ async fn on_btrfs_the_path_counts_from_the_top_and_nobody_mounts_it() {
     assert!(why.contains("2 devices"), "{why}");
 }
 
+/// An image over two others, named by its own header and by that of the one below in two ways.
+#[tokio::test]
+#[ignore = "runs in the guest"]
+async fn a_chain_in_one_file_system_is_recorded_whole() {
+    let group = Group::new("vg", "");
+    let volume = group.plain("data", 32);
+    run(&format!("mke2fs -q -t ext4 {}", volume.display()));
+    let (live, taken) = (Path::new("/mnt/chain"), Path::new("/mnt/taken"));
+    let _mounted = Mounted::new(&volume, live, "");
+    std::fs::create_dir(live.join("bases")).unwrap();
+    std::fs::write(live.join("bases/a.raw"), vec![1; 1 << 20]).unwrap();
+    run("qemu-img create -q -f qcow2 -b a.raw -F raw /mnt/chain/bases/b.qcow2");
+    let absolute = "-b /mnt/chain/bases/b.qcow2 -F qcow2";
+    run(&format!(
+        "qemu-img create -q -f qcow2 {absolute} /mnt/chain/c.qcow2"
+    ));
+    let top = live.join("c.qcow2");
+    let disk = |file: &Path| {
+        formatted(
+            "vda",
+            Source::File {
+                file: file.to_owned(),
+            },
+            "qcow2",
+        )
+    };
+    let rig = Rig::new(vec![disk(&top)]);
+    let snapshot = rig.create("chain").await;
+    let place = inside(&snapshot, "vda");
+    let below: Vec<_> = place
+        .below
+        .iter()
+        .map(|file| (&*file.path, &*file.format))
+        .collect();
+    let expected = [
+        (Path::new("/bases/b.qcow2"), "qcow2"),
+        (Path::new("/bases/a.raw"), "raw"),
+    ];
+    assert_eq!(
+        (place.image.path.as_path(), below),
+        (Path::new("/c.qcow2"), expected.to_vec())
+    );
+
+    // What is below changes, and the snapshot does not: read by the record, and not by the absolute name.
+    std::fs::write(live.join("bases/a.raw"), vec![2; 1 << 20]).unwrap();
+    {
+        let _mounted = Mounted::new(&place.device, taken, "-o ro,noload");
+        let file = |path: &Path| taken.join(path.strip_prefix("/").unwrap()).display().to_string();
+        let chain = format!(
+            "json:{{\"driver\":\"qcow2\",\"file\":{{\"driver\":\"file\",\"filename\":\"{}\"}},\"backing\":{{\"driver\":\"qcow2\",\
+             \"file\":{{\"driver\":\"file\",\"filename\":\"{}\"}},\"backing\":{{\"driver\":\"raw\",\"file\":{{\"driver\":\"file\",\
+             \"filename\":\"{}\"}}}}}}}}",
+            file(&place.image.path),
+            file(&place.below[0].path),
+            file(&place.below[1].path)
+        );
+        try_run(&["qemu-img", "convert", "-U", "-O", "raw", &chain, "/tmp/read"]).unwrap();
+        let read = std::fs::read("/tmp/read").unwrap();
+        assert!(read.len() == 1 << 20 && read.iter().all(|byte| *byte == 1));
+        std::fs::remove_file("/tmp/read").unwrap();
+    }
+    rig.delete("chain").await;
+
+    // A layer elsewhere would be read as it is by then.
+    std::fs::write("/tmp/base.raw", vec![1; 1 << 20]).unwrap();
+    run("qemu-img create -q -f qcow2 -b /tmp/base.raw -F raw /mnt/chain/partly.qcow2");
+    let (kind, why) = Rig::new(vec![disk(&live.join("partly.qcow2"))]).unfit(&[]).await;
+    assert_eq!(kind, ErrorKind::Unsupported);
+    assert!(
+        why.contains("/tmp/base.raw") && why.contains("would not hold it"),
+        "{why}"
+    );
+    std::fs::remove_file("/tmp/base.raw").unwrap();
+}
+
 #[tokio::test]
 #[ignore = "runs in the guest"]
 async fn elsewhere_there_is_no_volume() {
+    let group = Group::new("vg", "");
+    let volume = group.plain("data", 4);
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("a.raw");
     std::fs::write(&image, [1; 512]).unwrap();
     let (kind, why) = Rig::new(vec![file("vda", &image)]).unfit(&[]).await;
     assert_eq!(kind, ErrorKind::Unsupported, "{why}");
+    // Not even where the request says so.
+    let named = [("device.path", volume.to_str().unwrap())];
+    let (kind, why) = Rig::new(vec![file("vda", &image)]).unfit(&named).await;
+    assert_eq!(kind, ErrorKind::Invalid);
+    assert!(
+        why.contains("device.path says that the image is on /dev/vg/data, and it is not"),
+        "{why}"
+    );
     let (kind, _) = Rig::new(vec![file("vda", &dir.path().join("missing"))])
         .unfit(&[])
         .await;

@@ -13,7 +13,7 @@ use disksnap_core::{DiskSnapshot, SnapshotId, Source};
 use disksnap_lvm::LogicalVolume;
 
 use crate::file_systems::Mounted;
-use crate::support::{Group, Rig, block, device, file, formatted, run, try_run};
+use crate::support::{Group, Rig, block, device, file, formatted, inside, run, try_run};
 
 /// How often each is tried.
 const ROUNDS: u32 = 6;
@@ -100,8 +100,9 @@ async fn a_mounted_ext4_is_clean_in_every_snapshot() {
         for round in 0..ROUNDS {
             busy.wait(5);
             let snapshot = rig.create(&round.to_string()).await;
-            let taken = &snapshot.disks[0].details["device"];
-            try_run(&["e2fsck", "-fn", taken]).unwrap_or_else(|why| panic!("round {round}: {why}"));
+            let taken = &inside(&snapshot, "vda").device;
+            try_run(&["e2fsck", "-fn", taken.to_str().unwrap()])
+                .unwrap_or_else(|why| panic!("round {round}: {why}"));
             rig.delete(&round.to_string()).await;
         }
         for _ in 0..ROUNDS {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use disksnap_conformance::{InactiveConnector, MemoryCatalog};
 use disksnap_core::{
     Access, Alias, Connector, Control, Disk, DiskChoice, DiskRequest, DiskSnapshot, Disks, Dispatcher,
-    Domain, DomainId, Driver, Error, Fit, Health, MethodChoice, Options, Probe, Registry, Snapshot,
+    Domain, DomainId, Driver, Error, Fit, Health, Inside, MethodChoice, Options, Probe, Registry, Snapshot,
     SnapshotName, SnapshotRequest, Sockets, Source,
 };
 use disksnap_hypervisor::{GuardianProgram, Paths, QemuConnector};
@@ -270,6 +270,14 @@ pub(crate) fn device(snapshot: &Snapshot, target: &str) -> PathBuf {
             source: Source::Block { dev },
             ..
         } => dev.clone(),
+        other => panic!("it is reached by {other:?}"),
+    }
+}
+
+/// Where a disk's image is in the snapshot that is its volume's.
+pub(crate) fn inside<'a>(snapshot: &'a Snapshot, target: &str) -> &'a Inside {
+    match &snapshot.disk(target).unwrap().access {
+        Access::Inside(inside) => inside,
         other => panic!("it is reached by {other:?}"),
     }
 }
