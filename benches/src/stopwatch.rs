@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Catalog, Change, Command, Connector, Control, Definition, Disk, DiskNode, DiskRequest, DiskSnapshot,
-    Domain, DomainId, DomainLock, Export, Freeze, Guard, Health, Host, Hotplug, ImageServer, Intent, Merge,
-    Method, Moved, NbdServer, Owner, Prepared, Probe, Result, Revert, RunState, ServeNode, Snapshot,
-    SnapshotId, SnapshotName, TakePlan, Taken, Unit, Verdict, Watch,
+    Catalog, Change, Checkpoint, Command, Connector, Control, Definition, Disk, DiskNode, DiskRequest,
+    DiskSnapshot, Domain, DomainId, DomainLock, Export, Freeze, Guard, Health, Host, Hotplug, ImageServer,
+    Intent, Merge, Method, Moved, NbdServer, Owner, Prepared, Probe, Result, Revert, RunState, ServeNode,
+    Snapshot, SnapshotId, SnapshotName, TakePlan, Taken, Unit, Verdict, Watch,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -306,6 +306,10 @@ impl Catalog for TimedCatalog {
 
     async fn deleted(&self, domain: &DomainId, name: &SnapshotName) -> Result<Option<SnapshotId>> {
         self.time(self.inner.deleted(domain, name)).await
+    }
+
+    async fn checkpoints(&self, domain: &DomainId) -> Result<Vec<Checkpoint>> {
+        self.time(self.inner.checkpoints(domain)).await
     }
 
     async fn moves(&self, domain: &DomainId) -> Result<Vec<Moved>> {

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Act, Catalog, Change, Definition, DomainId, DomainLock, Error, ErrorKind, Export, Intent, Moved,
-    NbdServer, Result, Snapshot, SnapshotId, SnapshotName,
+    Act, Catalog, Change, Checkpoint, Definition, DomainId, DomainLock, Error, ErrorKind, Export, Intent,
+    Moved, NbdServer, Result, Snapshot, SnapshotId, SnapshotName,
 };
 use rusqlite::{Connection, OptionalExtension, Params, Transaction, params};
 use serde::de::DeserializeOwned;
@@ -70,6 +70,7 @@ impl SqliteCatalog {
                 let all = |table| format!("SELECT version, record FROM {table}");
                 records::<Definition>("definition", connection, &all("definitions"), ())?;
                 records::<Snapshot>("snapshot", connection, &all("snapshots"), ())?;
+                records::<Checkpoint>("checkpoint", connection, &all("checkpoints"), ())?;
                 records::<Intent>("intent", connection, &all("intents"), ())?;
                 records::<NbdServer>("server", connection, &all("servers"), ())?;
                 records::<Export>("export", connection, &all("exports"), ())?;
@@ -139,11 +140,20 @@ fn undefine(from: &Transaction<'_>, domain: &DomainId) -> Outcome<()> {
         Err(error.retryable(false).into())
     };
     let (snapshots, intents) = (count("snapshots")?, count("intents")?);
+    let checkpoints = count("checkpoints")?;
     if snapshots > 0 {
         let why = format!("the domain has {snapshots} snapshots and was left as it is");
         return busy(
             why,
             "Delete its snapshots first: `disksnap snapshot delete --all`.",
+        );
+    }
+    if checkpoints > 0 {
+        let why = format!("the domain has {checkpoints} checkpoints and was left as it is");
+        return busy(
+            why,
+            "`disksnap checkpoint dump` writes them down for another host; `disksnap checkpoint forget --all` \
+             then forgets them here. The disks keep their bitmaps.",
         );
     }
     if intents > 0 {
@@ -175,6 +185,20 @@ fn settle(on: &Transaction<'_>, intent: Uuid, domain: &DomainId, changes: &[Chan
     on.prepare_cached("DELETE FROM intents WHERE id = ?1")?
         .execute([intent.to_string()])?;
     Ok(())
+}
+
+/// A set of checkpoints that is written down ends nothing that was begun, and may be longer than the reserve.
+fn space_of(intent: Uuid, changes: &[Change]) -> Space {
+    let makes = |change: &Change| match change {
+        Change::SetCheckpoints(set) => !set.is_empty(),
+        Change::AddCheckpoint(_) => true,
+        _ => false,
+    };
+    if intent.is_nil() && changes.iter().any(makes) {
+        Space::Ordinary
+    } else {
+        Space::Reserve
+    }
 }
 
 #[async_trait]
@@ -241,9 +265,10 @@ impl Catalog for SqliteCatalog {
 
     async fn settle(&self, intent: Uuid, domain: &DomainId, changes: &[Change]) -> Result<()> {
         let (domain, changes) = (domain.clone(), changes.to_vec());
+        let space = space_of(intent, &changes);
         let step = move |on: &Transaction<'_>| settle(on, intent, &domain, &changes);
         self.database
-            .write("cannot write down what was done", Space::Reserve, step)
+            .write("cannot write down what was done", space, step)
             .await
     }
 
@@ -265,6 +290,16 @@ impl Catalog for SqliteCatalog {
                 let mut query = c.prepare_cached(query)?;
                 let id: Option<String> = query.query_row([domain, name], |row| row.get(0)).optional()?;
                 Ok(id.and_then(|id| Uuid::parse_str(&id).ok()).map(SnapshotId))
+            })
+            .await
+    }
+
+    async fn checkpoints(&self, domain: &DomainId) -> Result<Vec<Checkpoint>> {
+        let domain = domain.uuid.to_string();
+        let query = "SELECT version, record FROM checkpoints WHERE domain = ?1 ORDER BY created, seq";
+        self.database
+            .read("cannot list the checkpoints", move |c| {
+                records("checkpoint", c, query, [domain])
             })
             .await
     }

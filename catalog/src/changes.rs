@@ -3,7 +3,8 @@
 use std::time::SystemTime;
 
 use disksnap_core::{
-    Alias, Change, DomainId, Error, ErrorKind, Export, Moved, NbdServer, Snapshot, SnapshotId,
+    Alias, Change, Checkpoint, CheckpointName, DomainId, Error, ErrorKind, Export, Moved, NbdServer,
+    Snapshot, SnapshotId,
 };
 use rusqlite::{OptionalExtension, Transaction, params};
 
@@ -21,6 +22,9 @@ pub(crate) fn apply(to: &Transaction<'_>, domain: &DomainId, change: &Change) ->
     match change {
         Change::AddSnapshot(snapshot) => add_snapshot(to, domain, snapshot),
         Change::RemoveSnapshot(id) => remove_snapshot(to, domain, *id),
+        Change::SetCheckpoints(set) => set_checkpoints(to, domain, set),
+        Change::AddCheckpoint(checkpoint) => add_checkpoint(to, domain, checkpoint),
+        Change::RemoveCheckpoint(name) => remove_checkpoint(to, domain, name),
         Change::Move(moved) => add_move(to, domain, moved),
         Change::SetServer(server) => set_server(to, domain, server),
         Change::ClearServer => clear_server(to, domain),
@@ -94,6 +98,35 @@ fn remove_snapshot(from: &Transaction<'_>, domain: &DomainId, id: SnapshotId) ->
          (SELECT seq FROM tombstones WHERE domain = ?1 ORDER BY seq DESC LIMIT 1 OFFSET ?2)",
     )?
     .execute(params![uuid, TOMBSTONES])?;
+    Ok(())
+}
+
+fn set_checkpoints(of: &Transaction<'_>, domain: &DomainId, set: &[Checkpoint]) -> Outcome<()> {
+    of.prepare_cached("DELETE FROM checkpoints WHERE domain = ?1")?
+        .execute([domain.uuid.to_string()])?;
+    set.iter()
+        .try_for_each(|checkpoint| add_checkpoint(of, domain, checkpoint))
+}
+
+fn add_checkpoint(to: &Transaction<'_>, domain: &DomainId, checkpoint: &Checkpoint) -> Outcome<()> {
+    to.prepare_cached(
+        "INSERT INTO checkpoints (domain, name, created, version, record) VALUES (?1, ?2, ?3, ?4, ?5)
+         ON CONFLICT (domain, name) DO UPDATE SET
+         created = excluded.created, version = excluded.version, record = excluded.record",
+    )?
+    .execute(params![
+        domain.uuid.to_string(),
+        checkpoint.name.as_str(),
+        nanoseconds(checkpoint.created),
+        record::VERSION,
+        record::write("checkpoint", checkpoint)?
+    ])?;
+    Ok(())
+}
+
+fn remove_checkpoint(from: &Transaction<'_>, domain: &DomainId, name: &CheckpointName) -> Outcome<()> {
+    from.prepare_cached("DELETE FROM checkpoints WHERE domain = ?1 AND name = ?2")?
+        .execute(params![domain.uuid.to_string(), name.as_str()])?;
     Ok(())
 }
 

@@ -23,7 +23,11 @@ use crate::{StateDir, lock, reserve};
 const APPLICATION_ID: i32 = 0x6473_6e70;
 
 /// What makes version n+1 of the schema of version n. Never edit one that was released: add one.
-const MIGRATIONS: &[&str] = &[include_str!("schema/1.sql"), include_str!("schema/2.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("schema/1.sql"),
+    include_str!("schema/2.sql"),
+    include_str!("schema/3.sql"),
+];
 
 /// The log is folded into the database after so many pages (4 KiB each).
 const CHECKPOINT_PAGES: i32 = 256;

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Alias, Catalog, Change, Definition, DomainId, DomainLock, Error, ErrorKind, Export, Intent, Moved,
-    NbdServer, Result, Snapshot, SnapshotId, SnapshotName,
+    Alias, Catalog, Change, Checkpoint, Definition, DomainId, DomainLock, Error, ErrorKind, Export, Intent,
+    Moved, NbdServer, Result, Snapshot, SnapshotId, SnapshotName,
 };
 use uuid::Uuid;
 
@@ -37,6 +37,7 @@ struct OfDomain {
     moves: Vec<Moved>,
     snapshots: Vec<Snapshot>,
     deleted: Vec<(SnapshotName, SnapshotId)>,
+    checkpoints: Vec<Checkpoint>,
     server: Option<NbdServer>,
     exports: BTreeMap<Alias, Export>,
 }
@@ -124,12 +125,11 @@ impl Catalog for MemoryCatalog {
 
     async fn undefine(&self, domain: &DomainId) -> Result<()> {
         let mut records = self.records();
-        let snapshots = records.domains.get(&domain.uuid).map_or(0, |d| d.snapshots.len());
-        if snapshots > 0 {
-            return Err(
-                Error::new(ErrorKind::Busy, format!("the domain has {snapshots} snapshots"))
-                    .with("domain", domain),
-            );
+        let of = records.domains.get(&domain.uuid);
+        let (snapshots, checkpoints) = of.map_or((0, 0), |d| (d.snapshots.len(), d.checkpoints.len()));
+        if snapshots + checkpoints > 0 {
+            let why = format!("the domain has {snapshots} snapshots and {checkpoints} checkpoints");
+            return Err(Error::new(ErrorKind::Busy, why).with("domain", domain));
         }
         let known = records.definitions.len();
         records.definitions.retain(|_, d| d.id.uuid != domain.uuid);
@@ -179,6 +179,12 @@ impl Catalog for MemoryCatalog {
         }))
     }
 
+    async fn checkpoints(&self, domain: &DomainId) -> Result<Vec<Checkpoint>> {
+        let mut checkpoints = self.of(domain, |d| d.checkpoints.clone());
+        checkpoints.sort_by_key(|checkpoint| checkpoint.created);
+        Ok(checkpoints)
+    }
+
     async fn moves(&self, domain: &DomainId) -> Result<Vec<Moved>> {
         Ok(self.of(domain, |d| d.moves.clone()))
     }
@@ -223,6 +229,14 @@ impl OfDomain {
                 let gone = self.snapshots.extract_if(.., |s| s.id == *id);
                 self.deleted.extend(gone.map(|s| (s.name, s.id)));
             }
+            Change::SetCheckpoints(set) => self.checkpoints.clone_from(set),
+            Change::AddCheckpoint(new) => {
+                match self.checkpoints.iter_mut().find(|known| known.name == new.name) {
+                    Some(known) => known.clone_from(new),
+                    None => self.checkpoints.push((**new).clone()),
+                }
+            }
+            Change::RemoveCheckpoint(name) => self.checkpoints.retain(|known| known.name != *name),
             Change::Move(moved) => {
                 let now = &moved.disk;
                 self.moves.retain(|known| {

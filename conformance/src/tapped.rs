@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Catalog, Change, Command, Connector, Control, Definition, Disk, DiskNode, Domain, DomainId, DomainLock,
-    Error, Export, Freeze, Guard, Host, Hotplug, ImageServer, Intent, Moved, NbdServer, Owner, Result,
-    RunState, ServeNode, Snapshot, SnapshotId, SnapshotName, Verdict, Watch,
+    Catalog, Change, Checkpoint, Command, Connector, Control, Definition, Disk, DiskNode, Domain, DomainId,
+    DomainLock, Error, Export, Freeze, Guard, Host, Hotplug, ImageServer, Intent, Moved, NbdServer, Owner,
+    Result, RunState, ServeNode, Snapshot, SnapshotId, SnapshotName, Verdict, Watch,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -244,6 +244,10 @@ impl<C: Catalog> Catalog for TappedCatalog<C> {
 
     async fn deleted(&self, domain: &DomainId, name: &SnapshotName) -> Result<Option<SnapshotId>> {
         self.inner.deleted(domain, name).await
+    }
+
+    async fn checkpoints(&self, domain: &DomainId) -> Result<Vec<Checkpoint>> {
+        self.inner.checkpoints(domain).await
     }
 
     async fn moves(&self, domain: &DomainId) -> Result<Vec<Moved>> {

@@ -23,7 +23,7 @@ pub trait Catalog: fmt::Debug + Send + Sync {
     /// `AlreadyExists` when another UUID has the name.
     async fn define(&self, definition: &Definition) -> Result<()>;
 
-    /// Forgets a domain's definition. `NotFound` when there is none; `Busy` while it has snapshots.
+    /// Forgets a domain's definition. `NotFound` when there is none; `Busy` while it has snapshots or checkpoints.
     async fn undefine(&self, domain: &DomainId) -> Result<()>;
 
     /// All definitions, by name.
@@ -44,6 +44,9 @@ pub trait Catalog: fmt::Debug + Send + Sync {
 
     /// The snapshot of this name that was deleted last, if the catalog still remembers one.
     async fn deleted(&self, domain: &DomainId, name: &SnapshotName) -> Result<Option<SnapshotId>>;
+
+    /// A domain's checkpoints, oldest first. Whether they are a sound set is not looked at.
+    async fn checkpoints(&self, domain: &DomainId) -> Result<Vec<Checkpoint>>;
 
     /// Where the domain's disks have gone, the latest last.
     async fn moves(&self, domain: &DomainId) -> Result<Vec<Moved>>;
@@ -120,12 +123,12 @@ pub enum Act {
         name: SnapshotName,
         /// The targets of the units' disks.
         targets: Vec<String>,
-        /// The lease of the process that drives it.
-        lease: Uuid,
-    },
         /// Which way it goes.
         #[serde(default)]
         into: MergeInto,
+        /// The lease of the process that drives it.
+        lease: Uuid,
+    },
     /// Units of a snapshot are being put back.
     Revert {
         /// Which snapshot.
@@ -193,6 +196,12 @@ pub enum Change {
     AddSnapshot(Box<Snapshot>),
     /// A snapshot is gone, or never was.
     RemoveSnapshot(SnapshotId),
+    /// The domain's checkpoints are these and no others.
+    SetCheckpoints(Vec<Checkpoint>),
+    /// A checkpoint has come to be, or replaces the record of the same name.
+    AddCheckpoint(Box<Checkpoint>),
+    /// A checkpoint is gone, or never was.
+    RemoveCheckpoint(CheckpointName),
     /// A disk has become another; what was known to lead away from that one is forgotten.
     Move(Moved),
     /// The domain's NBD server is this.
