@@ -99,7 +99,7 @@ async fn is_endangered(rig: &Rig, name: &str, what: &str) {
     assert!(health.is_good());
     let name = name.parse().unwrap();
     let opened = rig.dispatcher.open(&rig.domain, &name, "vda").await.unwrap();
-    assert_eq!(opened.warnings, [why.clone()]);
+    assert_eq!(&opened.warnings, std::slice::from_ref(why));
     rig.dispatcher.close(&rig.domain, opened).await.unwrap();
 }
 
