@@ -6,7 +6,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{catalog, definition, domain, export, intent, name, server, snapshot, state};
+use common::{catalog, checkpoint, definition, domain, export, intent, name, server, snapshot, state};
 use disksnap_catalog::SqliteCatalog;
 use disksnap_core::{
     Act, Alias, Catalog, Change, Disk, DomainId, ErrorKind, Moved, Snapshot, SnapshotId, Source,
@@ -396,4 +396,93 @@ async fn a_disk_s_ways_are_remembered_and_none_leads_away_from_what_it_is() {
         [moved("/b", "/c"), moved("/c", "/d")]
     );
     assert!(catalog.moves(&domain("other")).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn checkpoints_are_set_added_and_removed_and_come_oldest_first() {
+    let (temp, catalog) = catalog().await;
+    let (vm, other) = (domain("vm"), domain("other"));
+    let settle = async |of: &DomainId, changes: &[Change]| {
+        catalog.settle(Uuid::nil(), of, changes).await.unwrap();
+        catalog.checkpoints(of).await.unwrap()
+    };
+    let (a, b) = (checkpoint("a", None, 1, 16), checkpoint("b", Some("a"), 2, 1));
+    let theirs = checkpoint("a", None, 5, 0);
+    assert_eq!(settle(&vm, &[]).await, []);
+    settle(&other, &[Change::AddCheckpoint(Box::new(theirs.clone()))]).await;
+    let set = Change::SetCheckpoints(vec![b.clone(), a.clone()]);
+    for _ in 0..2 {
+        assert_eq!(
+            settle(&vm, std::slice::from_ref(&set)).await,
+            [a.clone(), b.clone()]
+        );
+    }
+    // A record of the same name is replaced, and takes its place by its time.
+    let later = checkpoint("a", Some("b"), 3, 2);
+    assert_eq!(
+        settle(&vm, &[Change::AddCheckpoint(Box::new(later.clone()))]).await,
+        [b.clone(), later.clone()]
+    );
+    for _ in 0..2 {
+        let gone = Change::RemoveCheckpoint(b.name.clone());
+        assert_eq!(settle(&vm, &[gone]).await, [later.clone()]);
+    }
+    // The whole set goes, and only this domain's.
+    let new = checkpoint("c", None, 0, 3);
+    assert_eq!(
+        settle(&vm, &[Change::SetCheckpoints(vec![new.clone()])]).await,
+        [new.clone()]
+    );
+    assert_eq!(catalog.checkpoints(&other).await.unwrap(), [theirs]);
+    catalog.check().await.unwrap();
+    drop(catalog);
+    let catalog = SqliteCatalog::open(state(temp.path())).await.unwrap();
+    assert_eq!(catalog.checkpoints(&vm).await.unwrap(), [new]);
+}
+
+#[tokio::test]
+async fn a_set_of_checkpoints_is_replaced_whole_or_not_at_all() {
+    let (_temp, catalog) = catalog().await;
+    let vm = domain("vm");
+    let set = vec![checkpoint("a", None, 1, 2), checkpoint("b", Some("a"), 2, 2)];
+    let add = [Change::SetCheckpoints(set.clone())];
+    catalog.settle(Uuid::nil(), &vm, &add).await.unwrap();
+    let taken = snapshot(&vm, "taken", 0);
+    self::add(&catalog, &vm, &taken).await;
+    let fails = Change::AddSnapshot(Box::new(snapshot(&vm, "taken", 1)));
+    let new = Change::SetCheckpoints(vec![checkpoint("c", None, 3, 1)]);
+    catalog.settle(Uuid::nil(), &vm, &[new, fails]).await.unwrap_err();
+    assert_eq!(catalog.checkpoints(&vm).await.unwrap(), set);
+}
+
+#[tokio::test]
+async fn a_domain_with_checkpoints_is_not_undefined() {
+    let (_temp, catalog) = catalog().await;
+    let vm = domain("vm");
+    catalog.define(&definition(&vm)).await.unwrap();
+    let add = Change::AddCheckpoint(Box::new(checkpoint("a", None, 1, 1)));
+    catalog.settle(Uuid::nil(), &vm, &[add]).await.unwrap();
+    let error = catalog.undefine(&vm).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(!error.is_retryable());
+    let hint = error.next_step().unwrap();
+    assert!(
+        hint.contains("checkpoint dump") && hint.contains("forget"),
+        "{hint}"
+    );
+    let none = Change::SetCheckpoints(Vec::new());
+    catalog.settle(Uuid::nil(), &vm, &[none]).await.unwrap();
+    catalog.undefine(&vm).await.unwrap();
+}
+
+#[tokio::test]
+async fn ten_thousand_checkpoints_of_sixteen_disks_are_one_step() {
+    let (_temp, catalog) = catalog().await;
+    let vm = domain("vm");
+    let set: Vec<_> = (0..10_000)
+        .map(|n| checkpoint(&format!("c{n}"), None, n, 16))
+        .collect();
+    let change = [Change::SetCheckpoints(set.clone())];
+    catalog.settle(Uuid::nil(), &vm, &change).await.unwrap();
+    assert!(catalog.checkpoints(&vm).await.unwrap() == set);
 }

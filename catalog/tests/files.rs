@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use common::{catalog, definition, domain, intent, snapshot, state};
+use common::{catalog, checkpoint, definition, domain, intent, snapshot, state};
 use disksnap_catalog::{SqliteCatalog, StateDir};
 use disksnap_core::{Act, Catalog, Change, Error, ErrorKind};
 use disksnap_test_support::{need, small_fs};
@@ -178,9 +178,46 @@ async fn a_newer_catalog_is_refused_and_left() {
     let error = refused(&dir).await;
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(error.message().contains("version 99"), "{error}");
-    edit(&dir, "PRAGMA user_version = 2");
+    edit(&dir, "PRAGMA user_version = 3");
     let catalog = SqliteCatalog::open(dir).await.unwrap();
     assert_eq!(catalog.snapshots(&domain("vm")).await.unwrap().len(), 100);
+}
+
+#[tokio::test]
+async fn a_catalog_from_before_checkpoints_is_upgraded() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = closed(temp.path()).await;
+    edit(&dir, "DROP TABLE checkpoints; PRAGMA user_version = 2");
+    let catalog = SqliteCatalog::open(dir.clone()).await.unwrap();
+    let vm = domain("vm");
+    assert_eq!(catalog.snapshots(&vm).await.unwrap().len(), 100);
+    assert_eq!(catalog.checkpoints(&vm).await.unwrap(), []);
+    let set = vec![checkpoint("a", None, 1, 2)];
+    let change = [Change::SetCheckpoints(set.clone())];
+    catalog.settle(Uuid::nil(), &vm, &change).await.unwrap();
+    drop(catalog);
+    let catalog = SqliteCatalog::open(dir.clone()).await.unwrap();
+    assert_eq!(catalog.checkpoints(&vm).await.unwrap(), set);
+    edit(&dir, "UPDATE checkpoints SET record = '{}'");
+    assert_eq!(catalog.check().await.unwrap_err().kind(), ErrorKind::Broken);
+}
+
+#[tokio::test]
+async fn a_set_of_checkpoints_does_not_use_up_the_reserve() {
+    need!("small-fs");
+    let fs = small_fs(8 * 1024 * 1024);
+    let dir = state(fs.path());
+    let catalog = SqliteCatalog::open(dir.clone()).await.unwrap();
+    fill(&dir.images().join("fleece"));
+    let vm = domain("vm");
+    let set: Vec<_> = (0..1000)
+        .map(|n| checkpoint(&format!("c{n}"), None, n, 16))
+        .collect();
+    let change = [Change::SetCheckpoints(set)];
+    let error = catalog.settle(Uuid::nil(), &vm, &change).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
+    assert_eq!(catalog.checkpoints(&vm).await.unwrap(), []);
+    assert!(dir.path().join("reserve").exists());
 }
 
 #[tokio::test]
@@ -231,6 +268,7 @@ async fn lists_go_by_an_index() {
     let connection = Connection::open(dir.path().join("catalog.sqlite")).unwrap();
     for (table, order) in [
         ("snapshots", "created, seq"),
+        ("checkpoints", "created, seq"),
         ("intents", "seq"),
         ("exports", "seq"),
     ] {

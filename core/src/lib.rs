@@ -12,6 +12,7 @@ mod accessors;
 mod attach;
 mod catalog;
 mod checkpoint;
+mod checkpoints;
 mod disk;
 mod dispatcher;
 mod domain;
@@ -42,6 +43,7 @@ mod window;
 pub use accessors::{Affected, Merge, MergeInto, Peer, Progress, Revert};
 pub use catalog::{Act, Catalog, Change, Definition, DomainLock, Intent, Moved, Part};
 pub use checkpoint::{Checkpoint, CheckpointDisk, CheckpointName, Mark};
+pub use checkpoints::{Redefine, Redefined};
 pub use disk::{DeviceKind, Disk, Driver, MethodChoice, Options};
 
 pub use dispatcher::{Deleted, Deletion, Dispatcher, Inspected};

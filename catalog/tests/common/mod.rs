@@ -10,9 +10,9 @@ use std::time::{Duration, SystemTime};
 
 use disksnap_catalog::{SqliteCatalog, StateDir};
 use disksnap_core::{
-    Access, Act, Alias, Consistency, Definition, Disk, DiskSnapshotRecord, Domain, DomainId, Export, Intent,
-    Listen, NbdServer, ServeNode, Snapshot, SnapshotId, SnapshotName, Sockets, Source, Unit, UnitRecord, Why,
-    WindowReport,
+    Access, Act, Alias, Checkpoint, CheckpointDisk, Consistency, Definition, Disk, DiskSnapshotRecord,
+    Domain, DomainId, Export, Intent, Listen, Mark, NbdServer, ServeNode, Snapshot, SnapshotId, SnapshotName,
+    Sockets, Source, Unit, UnitRecord, Why, WindowReport,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -74,6 +74,28 @@ pub(crate) fn snapshot(domain: &DomainId, called: &str, at: u64) -> Snapshot {
         }],
         skipped: Vec::new(),
         warnings: vec!["a \"quoted\" warning\n".to_owned()],
+    }
+}
+
+/// A checkpoint of these disks, with everything that can be known of it.
+pub(crate) fn checkpoint(called: &str, parent: Option<&str>, at: u64, disks: usize) -> Checkpoint {
+    let disk = |n: usize| CheckpointDisk {
+        target: format!("vd{n}"),
+        id: Some(Uuid::from_u128(n as u128)),
+        size: Some(u64::MAX - n as u64),
+        mark: if n % 16 == 15 {
+            Mark::Pinned(SnapshotId(Uuid::from_u128(7)))
+        } else {
+            Mark::Bitmap(called.to_owned())
+        },
+        volatile: n % 16 == 1,
+    };
+    Checkpoint {
+        name: called.parse().unwrap(),
+        parent: parent.map(|parent| parent.parse().unwrap()),
+        created: second(at),
+        description: Some("\"quoted\"\n".to_owned()),
+        disks: (0..disks).map(disk).collect(),
     }
 }
 
