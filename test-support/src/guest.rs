@@ -26,7 +26,7 @@ impl GuestSetup {
         self
     }
 
-    /// Makes a file system (`ext4`) on a disk, mounts it and writes files to it, so that freezing it
+    /// Makes a file system (`ext4`, or `xfs`, which wants 300 MiB) on a disk, mounts it and writes files to it, so that freezing it
     /// means something.
     #[must_use]
     pub fn file_system(mut self, kind: &str, target: &str) -> Self {

@@ -36,7 +36,7 @@ mod writer;
 pub use disk::{Bus, DiskSpec, Format, GuestDisk};
 pub use firmware_writer::firmware_writer_round;
 pub use guest::GuestSetup;
-pub use loop_fs::{LoopFs, LoopFsKind, loop_fs};
+pub use loop_fs::{LoopFs, LoopFsKind, loop_fs, replay_journal};
 pub use lvm_guest::{GuestOutput, LvmGuest};
 pub use pattern::{GIB, KIB, MIB};
 pub use qemu::{Qemu, QemuBuilder};

@@ -70,6 +70,19 @@ pub fn loop_fs(kind: LoopFsKind, bytes: u64, options: &str) -> LoopFs {
     try_loop_fs(kind, bytes, options).unwrap_or_else(|why| panic!("no {kind:?} file system: {why}"))
 }
 
+/// Mounts a file system that is in an image, with these options, and unmounts it again: its journal is replayed so.
+///
+/// # Errors
+/// What the kernel refuses.
+pub fn replay_journal(kind: LoopFsKind, image: &Path, options: &str) -> Result<(), String> {
+    let dir = crate::temp_dir();
+    let options = format!("loop{}{options}", if options.is_empty() { "" } else { "," });
+    let mut mount = Command::new("mount");
+    mount.args(["-t", kind.capability(), "-o", &options]);
+    run(mount.arg(image).arg(dir.path()))?;
+    run(Command::new("umount").arg(dir.path()))
+}
+
 fn try_loop_fs(kind: LoopFsKind, bytes: u64, options: &str) -> Result<LoopFs, String> {
     let dir = crate::temp_dir();
     let (point, image) = (dir.path().join("fs"), dir.path().join("image"));
