@@ -39,7 +39,10 @@ pub(crate) async fn nodes(host: &dyn Host, disks: &[&Disk]) -> Result<Vec<DiskNo
 }
 
 /// Flushes these nodes, and with each all that is below it.
-pub(crate) async fn verify(host: &dyn Host, nodes: &[DiskNode]) -> Result<()> {
+///
+/// # Errors
+/// `Io`, naming the disk, when one cannot be flushed; the monitor's.
+pub async fn verify(host: &dyn Host, nodes: &[DiskNode]) -> Result<()> {
     let impossible = |disk: &DiskNode| {
         let options = json!([{ "driver": NEVER, "node-name": disk.node }]);
         Command::new("blockdev-reopen", json!({ "options": options }))

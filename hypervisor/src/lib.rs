@@ -27,6 +27,7 @@ mod schema;
 pub use connector::{Paths, QemuConnector};
 pub use control::QemuControl;
 pub use graph::{DiskNodes, Graph};
+pub use flush::verify as flush;
 pub use guard::GuardianProgram;
 pub use nbd_server::NbdServerControl;
 pub use qmp::{Event, Events, Heard, Session, Timeouts};

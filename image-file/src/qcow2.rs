@@ -13,6 +13,8 @@ const LONGEST_NAME: usize = 1023;
 const V2_LENGTH: usize = 72;
 /// The extension that names the format of the backing file.
 const BACKING_FORMAT: u32 = 0xe279_2aca;
+/// The extension that names the external data file.
+const DATA_FILE: u32 = 0x4441_5441;
 
 /// What the header says.
 ///
@@ -33,6 +35,10 @@ pub struct Qcow2 {
     pub backing_format: Option<String>,
     /// The guest's data is in another file.
     pub external_data: bool,
+    /// The name of that file, as it stands there.
+    pub data_file: Option<String>,
+    /// QEMU encrypts what is written.
+    pub encrypted: bool,
     /// `lazy_refcounts=on`: while the image is open its reference counts may lag behind.
     pub lazy_refcounts: bool,
     /// The reference counts do lag behind: `qemu-img check -r all` mends them.
@@ -84,6 +90,8 @@ impl Qcow2 {
             backing: backing(bytes)?,
             backing_format: extension(bytes, length, BACKING_FORMAT)?,
             external_data: incompatible & 4 != 0,
+            data_file: extension(bytes, length, DATA_FILE)?,
+            encrypted: u32_at(bytes, 32)? != 0,
             lazy_refcounts: compatible & 1 != 0,
             dirty: incompatible & 1 != 0,
             corrupt: incompatible & 2 != 0,
@@ -180,7 +188,14 @@ mod tests {
         let old = made(dir.path(), &["-o", "compat=0.10,cluster_size=512"]);
         assert_eq!((old.version, old.size), (2, 3 << 20));
         assert!(made(dir.path(), &["-o", "lazy_refcounts=on"]).lazy_refcounts);
-        assert!(made(dir.path(), &["-o", "data_file=data"]).external_data);
+        let outside = made(dir.path(), &["-o", "data_file=data"]);
+        assert!(outside.external_data && outside.data_file.as_deref() == Some("data"));
+        let secret = ["--object", "secret,id=k,data=k"];
+        let luks = [
+            "-o",
+            "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=1",
+        ];
+        assert!(made(dir.path(), &[secret, luks].concat()).encrypted);
     }
 
     #[test]

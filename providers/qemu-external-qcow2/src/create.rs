@@ -77,7 +77,7 @@ pub(crate) async fn choose(
     for (request, image) in disks.iter().zip(images) {
         all.push(match &graph {
             Some(graph) => choose_live(host, &state, graph, id, request, image).await,
-            None => choose_off(id, request, image),
+            None => choose_off(id, request, image).await,
         });
     }
     Ok(all)
@@ -144,12 +144,15 @@ async fn choose_live(
     })
 }
 
-fn choose_off(id: SnapshotId, request: &DiskRequest, image: MadeFile) -> Result<Choice> {
+async fn choose_off(id: SnapshotId, request: &DiskRequest, image: MadeFile) -> Result<Choice> {
     let disk = &request.disk;
     refuse(disk)?;
     let layers = layer::chain_of(disk).map_err(unfit)?;
     let base = layers.first().ok_or_else(|| unfit("the disk has no image"))?;
-    for layer in &layers {
+    for layer in layers.iter().filter(|layer| layer.remote().is_none()) {
+        if layer::is_encrypted(layer).map_err(unfit)? {
+            return Err(place::encrypted());
+        }
         layer.path.metadata().map_err(|e| {
             Error::io(format!("cannot look at the image {}", layer.path.display()), e)
                 .with("disk", &disk.target)
@@ -158,11 +161,15 @@ fn choose_off(id: SnapshotId, request: &DiskRequest, image: MadeFile) -> Result<
     if layer::is_in_use(&base.path) {
         return Err(layer::in_use(&base.path));
     }
+    let size = match base.remote() {
+        Some(_) => qemu_img::size_of(base).await?,
+        None => layer::size_of(base).map_err(unfit)?,
+    };
     Ok(Choice {
         id,
         target: disk.target.clone(),
         disk: disk.clone(),
-        size: layer::size_of(base).map_err(unfit)?,
+        size,
         layers,
         image,
         seat: None,
@@ -289,6 +296,9 @@ pub(crate) async fn complete(host: &dyn Host, choice: &Choice) -> Result<Record>
         // Below a wrapper QEMU keeps the image open for writing, and writes its own metadata when it closes it.
         stamp = stamp.map(Stamp::timeless);
     }
+    let data = base.data.as_deref().map(Stamp::of).transpose()?.flatten();
+    // What stays open for writing may be written to, as its image may.
+    let data_stamp = data.map(|data| data.like(stamp.as_ref()));
     choice.image.unmark()?;
     Ok(Record {
         id: choice.id,
@@ -298,6 +308,7 @@ pub(crate) async fn complete(host: &dyn Host, choice: &Choice) -> Result<Record>
         overlay: Some(choice.image.path.clone()),
         orphan: false,
         streamed: None,
+        data_stamp,
         size: choice.size,
         stamp,
     })
@@ -415,7 +426,8 @@ async fn abort_off(request: &DiskRequest, image: &MadeFile, was_prepared: bool) 
     let chain = layer::chain_of(&request.disk).map_err(unfit)?;
     let time = |path: &std::path::Path| path.metadata().and_then(|m| m.modified());
     let base = chain.first().ok_or_else(|| unfit("the disk has no image"))?;
-    if base.path.metadata().map_err(cannot)?.is_file()
+    if base.remote().is_none()
+        && base.path.metadata().map_err(cannot)?.is_file()
         && time(&base.path).map_err(cannot)? > time(&image.path).map_err(cannot)?
     {
         // The domain has been started from its base since, and has gone on from there.

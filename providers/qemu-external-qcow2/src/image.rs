@@ -44,6 +44,12 @@ fn original(name: &str) -> &str {
     }
 }
 
+/// Whether an image has a name that this method gives where the caller gave none: then no user has made it.
+pub(crate) fn is_named_here(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    original(&name) != name
+}
+
 /// Makes the empty file `file` an overlay that is going to be at `path`.
 pub(crate) fn fill_in(file: &File, path: &Path, base: &Layer, size: u64) -> io::Result<()> {
     let name = base.name_from(path);

@@ -3,8 +3,10 @@
 use disksnap_core::{Error, Health, Host, Result};
 use disksnap_hypervisor::Graph;
 
+use crate::layer::Layer;
 use crate::place::Place;
 use crate::record::Record;
+use crate::remote;
 use crate::touched;
 
 /// Looks at the real thing.
@@ -46,19 +48,32 @@ pub(crate) fn files(record: &Record) -> Result<Option<Health>> {
             overlay.display()
         ))));
     }
-    if !there(&record.base.path)? {
+    for uri in record.files().filter_map(Layer::remote) {
+        if let Some(why) = remote::unreachable(&uri) {
+            return Ok(Some(Health::Broken(why)));
+        }
+    }
+    if record.base.remote().is_none() && !there(&record.base.path)? {
         return Ok(Some(Health::Gone(format!(
             "{} is gone",
             record.base.path.display()
         ))));
     }
-    for layer in &record.below {
-        if !there(&layer.path)? {
+    let local = record.below.iter().filter(|layer| layer.remote().is_none());
+    let below = local.map(|layer| (&layer.path, "is below it"));
+    let data = record.files().filter_map(|layer| layer.data.as_ref());
+    for (path, what) in below.chain(data.map(|data| (data, "holds its data"))) {
+        if !there(path)? {
             return Ok(Some(Health::Broken(format!(
-                "{}, which is below it, is gone",
-                layer.path.display()
+                "{}, which {what}, is gone",
+                path.display()
             ))));
         }
+    }
+    if let (Some(data), Some(stamp)) = (&record.base.data, &record.data_stamp)
+        && let Some(differs) = stamp.differs(data)?
+    {
+        return Ok(Some(Health::Broken(differs)));
     }
     let Some(stamp) = &record.stamp else {
         return Ok(None);

@@ -8,7 +8,10 @@ use std::time::UNIX_EPOCH;
 
 use disksnap_core::{BackingStore, Disk, Error, ErrorKind, Result, Source};
 use disksnap_image_file::Qcow2;
+use disksnap_nbd::Uri;
 use serde::{Deserialize, Serialize};
+
+use crate::remote;
 
 /// More layers than anyone has; a header is not trusted to end the chain.
 const DEEPEST: usize = 200;
@@ -16,10 +19,13 @@ const DEEPEST: usize = 200;
 /// One image of a chain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Layer {
-    /// A file or a block device.
+    /// A file or a block device; or the URI of an NBD export.
     pub(crate) path: PathBuf,
     /// `raw` or `qcow2`.
     pub(crate) format: String,
+    /// The file that a qcow2 image keeps the guest's data in, where that is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) data: Option<PathBuf>,
 }
 
 impl Layer {
@@ -27,11 +33,36 @@ impl Layer {
         Self {
             path: path.into(),
             format: format.into(),
+            data: None,
         }
+    }
+
+    /// A layer as a document names it.
+    ///
+    /// # Errors
+    /// Why the header of an overlay cannot name it.
+    fn of(source: &Source, format: String) -> std::result::Result<Self, String> {
+        match source {
+            Source::File { file: path } | Source::Block { dev: path } => {
+                if !path.is_absolute() {
+                    return Err(format!("the path {} is not absolute", path.display()));
+                }
+                Ok(Self::new(path, format))
+            }
+            other => Ok(Self::new(remote::uri(other)?.to_string(), format)),
+        }
+    }
+
+    /// Where it is, if it is an NBD export.
+    pub(crate) fn remote(&self) -> Option<Uri> {
+        remote::uri_of(&self.path)
     }
 
     /// As the domain's document names it.
     pub(crate) fn source(&self) -> Source {
+        if let Some(uri) = self.remote() {
+            return remote::source(&uri);
+        }
         let path = self.path.clone();
         if is_device(&path) || path.starts_with("/dev") && !path.starts_with("/dev/shm") {
             Source::Block { dev: path }
@@ -136,9 +167,6 @@ pub(crate) fn in_use(path: &Path) -> Error {
 }
 
 fn sound(path: &Path, header: &Qcow2) -> std::result::Result<(), String> {
-    if header.external_data {
-        return Err(format!("{} keeps its data in another file", path.display()));
-    }
     if header.corrupt {
         return Err(format!(
             "QEMU has marked {} as corrupt; mend it with `qemu-img check -r all`",
@@ -154,14 +182,11 @@ fn sound(path: &Path, header: &Qcow2) -> std::result::Result<(), String> {
 /// # Errors
 /// Why the chain cannot be told.
 pub(crate) fn chain_of(disk: &Disk) -> std::result::Result<Vec<Layer>, String> {
-    let path = match &disk.source {
-        Some(Source::File { file: path } | Source::Block { dev: path }) => path.clone(),
-        _ => return Err("the disk is neither an image file nor a block device".to_owned()),
-    };
+    let source = disk.source.as_ref().ok_or("the drive is empty")?;
     let Some(format) = disk.driver.format.clone() else {
         return Err("the domain's document does not say the image's format".to_owned());
     };
-    let mut chain = vec![known(Layer::new(path, format))?];
+    let mut chain = vec![known(Layer::of(source, format)?)?];
     let mut said = disk.backing.as_ref();
     while let Some(BackingStore {
         format,
@@ -169,13 +194,10 @@ pub(crate) fn chain_of(disk: &Disk) -> std::result::Result<Vec<Layer>, String> {
         backing,
     }) = said
     {
-        let Some(path) = source.path() else {
-            return Err(format!("the layer {source} is neither a file nor a block device"));
-        };
         let format = format
             .clone()
             .ok_or_else(|| format!("the domain's document does not say the format of {source}"))?;
-        chain.push(known(Layer::new(path, format))?);
+        chain.push(known(Layer::of(source, format)?)?);
         said = backing.as_deref();
     }
     while let Some(below) = chain.last().map(below_by_header).transpose()?.flatten() {
@@ -187,30 +209,37 @@ pub(crate) fn chain_of(disk: &Disk) -> std::result::Result<Vec<Layer>, String> {
     Ok(chain)
 }
 
-fn known(layer: Layer) -> std::result::Result<Layer, String> {
-    if !layer.path.is_absolute() {
-        return Err(format!("the path {} is not absolute", layer.path.display()));
-    }
+fn known(mut layer: Layer) -> std::result::Result<Layer, String> {
     match layer.format.as_str() {
-        "raw" | "qcow2" => Ok(layer),
+        "raw" => Ok(layer),
+        "qcow2" if layer.remote().is_some() => Err(format!(
+            "{} is a qcow2 image in an NBD export, and with the domain off its header cannot be looked at",
+            layer.path.display()
+        )),
+        "qcow2" => {
+            let header = header_of(&layer)?;
+            layer.data = header
+                .map(|header| data_file(&layer.path, &header))
+                .transpose()?
+                .flatten();
+            Ok(layer)
+        }
         other => Err(format!("{} has the format {other}", layer.path.display())),
     }
 }
 
 /// The layer that an image's header names.
 pub(crate) fn below_by_header(layer: &Layer) -> std::result::Result<Option<Layer>, String> {
-    if layer.format != "qcow2" {
+    let Some(header) = header_of(layer)? else {
         return Ok(None);
-    }
-    let failed = |e| format!("cannot read {}: {e}", layer.path.display());
-    let file = match File::open(&layer.path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        file => file.map_err(failed)?,
     };
-    let header = Qcow2::read(&file).map_err(failed)?;
     let Some(name) = header.backing else {
         return Ok(None);
     };
+    if let Some(uri) = remote::uri_of(Path::new(&name)) {
+        let format = header.backing_format.unwrap_or_else(|| "raw".to_owned());
+        return Ok(Some(Layer::new(uri.to_string(), format.replace("nbd", "raw"))));
+    }
     if name.split('/').next().is_some_and(|first| first.contains(':')) {
         return Err(format!(
             "the header of {} names the backing file {name:?}, which is neither a file nor a block device",
@@ -230,6 +259,62 @@ pub(crate) fn below_by_header(layer: &Layer) -> std::result::Result<Option<Layer
     };
     let path = layer.path.parent().unwrap_or(Path::new("/")).join(name);
     Ok(Some(Layer::new(plain(&path), format)))
+}
+
+/// The header of a qcow2 image on this host; `None` where it is none, or is not there.
+fn header_of(layer: &Layer) -> std::result::Result<Option<Qcow2>, String> {
+    if layer.format != "qcow2" || layer.remote().is_some() {
+        return Ok(None);
+    }
+    let failed = |e| format!("cannot read {}: {e}", layer.path.display());
+    let file = match File::open(&layer.path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(failed)?,
+    };
+    Qcow2::read(&file).map(Some).map_err(failed)
+}
+
+/// The file that an image keeps the guest's data in, as its header names it.
+fn data_file(image: &Path, header: &Qcow2) -> std::result::Result<Option<PathBuf>, String> {
+    if !header.external_data {
+        return Ok(None);
+    }
+    let strange = || format!("the header of {} does not say where its data is", image.display());
+    let name = header.data_file.as_ref().ok_or_else(strange)?;
+    if name.split('/').next().is_some_and(|first| first.contains(':')) {
+        return Err(format!("{}: it says {name:?}", strange()));
+    }
+    Ok(Some(plain(&image.parent().unwrap_or(Path::new("/")).join(name))))
+}
+
+/// Whether QEMU encrypts what is written to this image of a domain that is off, as its header says.
+pub(crate) fn is_encrypted(layer: &Layer) -> std::result::Result<bool, String> {
+    Ok(header_of(layer)?.is_some_and(|header| header.encrypted))
+}
+
+/// The data file of an image that a hypervisor has open, which has to be the one that its header names: whoever opens the
+/// image by itself finds that one.
+///
+/// # Errors
+/// Why it cannot be told, or which two there are.
+pub(crate) fn same_data(layer: &Layer, open: &Path) -> std::result::Result<PathBuf, String> {
+    let header = header_of(layer)?;
+    let named = header
+        .map(|header| data_file(&layer.path, &header))
+        .transpose()?
+        .flatten();
+    match named {
+        Some(named) if same_file(&named, open) => Ok(named),
+        named => Err(format!(
+            "its image {} keeps its data in {}, and its header says {}: other programs would read other data",
+            layer.path.display(),
+            open.display(),
+            named.map_or_else(
+                || "nothing of that".to_owned(),
+                |named| named.display().to_string()
+            )
+        )),
+    }
 }
 
 /// The path without `.` and `..`.
@@ -258,8 +343,11 @@ pub(crate) struct Stamp {
 }
 
 impl Stamp {
-    /// The stamp of a file; `None` for a device, which tells nothing.
+    /// The stamp of a file; `None` for a device or an export, which tell nothing.
     pub(crate) fn of(path: &Path) -> Result<Option<Self>> {
+        if remote::uri_of(path).is_some() {
+            return Ok(None);
+        }
         let metadata =
             fs::metadata(path).map_err(|e| Error::io(format!("cannot look at {}", path.display()), e))?;
         if !metadata.is_file() {

@@ -26,6 +26,7 @@ mod off_bitmaps;
 mod place;
 mod qemu_img;
 mod record;
+mod remote;
 mod revert;
 mod settings;
 mod stream;

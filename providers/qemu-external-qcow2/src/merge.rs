@@ -299,6 +299,8 @@ fn affected(
             changed.base = record.base.clone();
             changed.below.clone_from(&record.below);
             changed.stamp = Stamp::of(&changed.base.path)?.map(|stamp| stamp.like(record.stamp.as_ref()));
+            let data = changed.base.data.as_deref().map(Stamp::of).transpose()?.flatten();
+            changed.data_stamp = data.map(|stamp| stamp.like(record.data_stamp.as_ref()));
         }
         if changed.below.first().is_some_and(|layer| layer.is_at(overlay)) {
             // The header of its base names the layer below it, which is another now.
@@ -320,7 +322,7 @@ fn affected(
 /// What is merged must go somewhere that stays.
 fn refuse_without_base(record: &Record) -> Result<()> {
     let base = &record.base.path;
-    if !base.exists() {
+    if record.base.remote().is_none() && !base.exists() {
         return Err(Error::new(
             ErrorKind::Broken,
             format!("{} is gone: there is nothing to merge into", base.display()),

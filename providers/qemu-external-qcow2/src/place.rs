@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use disksnap_core::{Command, Disk, Error, ErrorKind, Host, Result, RunState, Source};
+use disksnap_core::{Command, Disk, DiskNode, Error, ErrorKind, Host, Result, RunState, Source};
 use disksnap_hypervisor::Graph;
 use disksnap_hypervisor::graph::{Bitmap, Node};
 use serde_json::{Value, json};
 
-use crate::layer::{Layer, same_file, unfit};
+use crate::layer::{self, Layer, same_file, unfit};
 use crate::names::{FLEECES, OURS};
+use crate::remote;
 
 /// One image of a running disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +83,9 @@ impl Place {
         // Filters stay above an overlay, a wrapper below it.
         let node = images.first().map_or(*protocol, |n| **n);
         let odd = |why: String| Err(unfit(why).with("disk", target));
+        let remote = (protocol.driver == "nbd").then(|| remote::uri_of(Path::new(&protocol.filename)));
         let path = match &protocol.path {
+            None if let Some(uri) = remote.flatten() => uri.to_string().into(),
             Some(path) if path.is_absolute() && !path.starts_with("/dev/fdset") => path.clone(),
             _ => {
                 return odd(format!(
@@ -97,8 +100,18 @@ impl Place {
             format.driver.as_str()
         };
         self.nodes.extend(chain.iter().map(|n| n.name.clone()));
+        let mut layer = Layer::new(path, driver);
+        if let Some(child) = format.children.iter().find(|c| c.role == "data-file") {
+            let chain = graph.primary_chain(&child.node);
+            let file = chain.last().and_then(|node| node.path.as_deref());
+            let Some(file) = file.filter(|_| layer.remote().is_none()) else {
+                return odd("its image keeps its data where no file of this host is".to_owned());
+            };
+            layer.data = Some(layer::same_data(&layer, file).map_err(|why| unfit(why).with("disk", target))?);
+            self.nodes.extend(chain.iter().map(|n| n.name.clone()));
+        }
         self.layers.push(LiveLayer {
-            layer: Layer::new(path, driver),
+            layer,
             node: node.name.clone(),
             format: format.name.clone(),
         });
@@ -193,8 +206,10 @@ impl Place {
         if !matches!(top.layer.format.as_str(), "raw" | "qcow2") {
             return Err(unfit(format!("its image has the format {}", top.layer.format)));
         }
-        if format.children.iter().any(|c| c.role == "data-file") {
-            return Err(unfit("its image keeps its data in another file"));
+        if *state == RunState::Storage && top.layer.remote().is_some() {
+            return Err(unfit(
+                "it is an NBD export that a storage daemon has open: after a merge it could not be found again",
+            ));
         }
         let whole = graph
             .primary_chain(&top.format)
@@ -220,6 +235,18 @@ impl Place {
 pub(crate) fn encrypted() -> Error {
     unfit("QEMU encrypts this disk, and an overlay would hold what the guest writes in plain")
         .hint("Use a method that copies the encrypted image as it is, or qemu-fleece.")
+}
+
+/// Brings what QEMU still has of an image in memory to its file: before a job is made final that leads the disk to it.
+///
+/// Jobs leave tables of a qcow2 image in QEMU's cache. A QEMU that is killed later would take them along, and with them
+/// what was copied, when the image that it was copied from is out of the chain or removed.
+pub(crate) async fn flush(host: &dyn Host, target: &str, layer: &LiveLayer) -> Result<()> {
+    let node = DiskNode {
+        target: target.to_owned(),
+        node: layer.format.clone(),
+    };
+    disksnap_hypervisor::flush(host, &[node]).await
 }
 
 /// Whether a node is an overlay that this method has made and QEMU not been restarted since.

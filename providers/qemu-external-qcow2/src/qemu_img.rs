@@ -1,10 +1,11 @@
 //! `qemu-img`, for what is done to images while no hypervisor has them open.
 
-use disksnap_core::{ErrorKind, Result, Source};
+use disksnap_core::{Error, ErrorKind, Result, Source};
 use disksnap_image_file::QemuImg;
 use serde_json::{Value, json};
 
 use crate::layer::Layer;
+use crate::remote;
 
 /// The `qemu-img` at hand.
 ///
@@ -23,6 +24,15 @@ pub(crate) fn program() -> Result<QemuImg> {
 pub(crate) async fn run<A: Into<String>>(arguments: impl IntoIterator<Item = A>) -> Result<String> {
     let ran = program()?.run(arguments, "").await;
     ran.map_err(|e| e.hint("The images must not be in use; what was being merged can be merged again."))
+}
+
+/// The virtual size in bytes of an image that cannot be looked at as a file.
+pub(crate) async fn size_of(layer: &Layer) -> Result<u64> {
+    let image = format!("json:{}", opened(std::slice::from_ref(layer)));
+    let told = run(["info", "-U", "--output=json", &image]).await?;
+    let told: Value = serde_json::from_str(&told).unwrap_or_default();
+    let size = told["virtual-size"].as_u64();
+    size.ok_or_else(|| Error::new(ErrorKind::Protocol, "qemu-img info tells no virtual-size"))
 }
 
 /// The arguments that commit the top image of a chain into the one below; each layer is opened as given.
@@ -75,8 +85,17 @@ fn opened(layers: &[Layer]) -> Value {
     };
     let device = matches!(top.source(), Source::Block { .. });
     let driver = if device { "host_device" } else { "file" };
-    let mut options = json!({ "driver": top.format, "file": { "driver": driver, "filename": top.path } });
-    if top.format == "qcow2" {
+    let file = match top.remote() {
+        Some(uri) => remote::options(&uri),
+        None => json!({ "driver": driver, "filename": top.path }),
+    };
+    let mut options = json!({ "driver": top.format, "file": file });
+    if let Some(data) = &top.data {
+        options["data-file"] = json!({ "driver": "file", "filename": data });
+    }
+    // QEMU does not take the options of an export beside the name in the header, which names it as well.
+    let named = below.first().is_some_and(|layer| layer.remote().is_some());
+    if top.format == "qcow2" && !named {
         options["backing"] = opened(below);
     }
     options

@@ -33,6 +33,9 @@ pub(crate) struct Record {
     /// What tells whether the base was written to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) stamp: Option<Stamp>,
+    /// The same of its data file, where it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) data_stamp: Option<Stamp>,
 }
 
 impl Record {
@@ -54,6 +57,12 @@ impl Record {
     pub(crate) fn unit(&self, disk: &Disk) -> Result<Unit> {
         let path = |path: &PathBuf| path.display().to_string();
         let mut details = BTreeMap::from([("base".to_owned(), path(&self.base.path))]);
+        details.extend(
+            self.base
+                .data
+                .as_ref()
+                .map(|data| ("base data".to_owned(), path(data))),
+        );
         details.extend(
             self.overlay
                 .as_ref()

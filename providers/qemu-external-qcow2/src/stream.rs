@@ -14,6 +14,7 @@ use disksnap_core::{
 use disksnap_hypervisor::{Graph, jobs};
 use disksnap_image_file::room;
 
+use crate::image::is_named_here;
 use crate::layer::{self, Layer, below_by_header, disk_of, unfit};
 use crate::merge::{Live, find};
 use crate::record::{Kin, Record};
@@ -264,7 +265,7 @@ fn affected(
     let alone = Record {
         overlay: None,
         streamed: Some(overlay.to_owned()),
-        orphan: ours.iter().any(|path| base.is_at(path)),
+        orphan: is_named_here(&base.path) || ours.iter().any(|path| base.is_at(path)),
         ..record.clone()
     };
     let mut affected = Affected {
@@ -274,7 +275,7 @@ fn affected(
     };
     if !alone.orphan {
         affected.warnings.push(format!(
-            "{}: only the snapshot needs {} now; disksnap has not made that image, and will leave it where it is when the \
+            "{}: only the snapshot needs {} now; that image was not made by disksnap, and stays where it is when the \
              snapshot is deleted",
             record.target,
             base.path.display()

@@ -410,3 +410,20 @@ async fn a_disk_is_saved_from_a_base_that_was_removed() {
     assert!(content(&rig.image("vda"), "qcow2") == now);
     assert!(!Path::new(qemu.image("vda")).exists());
 }
+
+/// Copied by a job, then QEMU dies: what it had in memory is in the images, whichever way the merge went.
+#[tokio::test]
+async fn what_was_merged_survives_the_death_of_qemu() {
+    for (into, name) in [
+        (MergeInto::Overlay, "two"),
+        (MergeInto::Overlay, "one"),
+        (MergeInto::Base, "one"),
+        (MergeInto::Base, "two"),
+    ] {
+        let (qemu, mut rig, _, _) = slow().await;
+        let now = live(&qemu, "vda");
+        rig.merge_into(name, into).await.unwrap();
+        qemu.kill9();
+        assert!(rig.content("vda") == now, "{name} into the {into:?}");
+    }
+}

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{Live, Standing, find};
 use crate::layer::unfit;
-use crate::place::{is_overlay, overlay_root};
+use crate::place::{flush, is_overlay, overlay_root};
 use crate::record::Record;
 use crate::{bitmaps, busy};
 
@@ -109,7 +109,7 @@ pub(super) async fn finish(host: &dyn Host, record: &Record, live: &Live) -> Res
     let settled = |job: &Job| job.status == "pending" || job.has_ended();
     let mut ended = jobs::wait(host, &id, settled).await?;
     if ended.as_ref().is_some_and(|job| !job.has_ended()) {
-        if let Err(error) = finalize(host, &id, live).await {
+        if let Err(error) = finalize(host, record, live).await {
             // Whatever failed, the guest must not wait for it.
             let failure = jobs::tell(host, &id, "job-cancel").await.err();
             return Err(error.rollback_failed(failure.into_iter().collect()));
@@ -150,11 +150,15 @@ async fn refuse_new_bitmaps(host: &dyn Host, id: &str, live: &Live) -> Result<()
 }
 
 /// At `pending` nothing is written to the two images: their bitmaps are united, and the job made final.
-async fn finalize(host: &dyn Host, id: &str, live: &Live) -> Result<()> {
+async fn finalize(host: &dyn Host, record: &Record, live: &Live) -> Result<()> {
     let graph = Graph::read(host).await?;
     let (overlay, base) = (&live.place.layers[live.at], &live.place.layers[live.at + 1]);
     bitmaps::unite(host, &graph, overlay, base).await?;
-    jobs::tell(host, id, "job-finalize").await
+    if live.at > 0 {
+        // A commit of the top image flushes by itself.
+        flush(host, &record.target, base).await?;
+    }
+    jobs::tell(host, &record.names().merge(), "job-finalize").await
 }
 
 /// Brings the header right of the image that stands on the base after a merge. Idempotent; the job must be gone.

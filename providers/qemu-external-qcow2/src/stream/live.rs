@@ -11,6 +11,7 @@ use serde_json::json;
 use crate::bitmaps;
 use crate::layer::same_file;
 use crate::merge::Live;
+use crate::place::flush;
 use crate::record::Record;
 
 /// Whether the job is there and has not failed.
@@ -73,6 +74,7 @@ pub(super) async fn finish(host: &dyn Host, record: &Record, live: &Live) -> Res
         let (overlay, base) = (&live.place.layers[live.at], &live.place.layers[live.at + 1]);
         // Anew: bitmaps may have come since it was started.
         bitmaps::gather(host, &Graph::read(host).await?, base, overlay).await?;
+        flush(host, &record.target, overlay).await?;
         jobs::tell(host, &id, "job-finalize").await?;
     }
     match jobs::wait(host, &id, Job::has_ended)
@@ -108,6 +110,15 @@ async fn close(host: &dyn Host, graph: &Graph, path: &Path) -> Result<()> {
             continue;
         };
         idle.reverse();
+        let outside = |name: &String| graph.node(name).into_iter().flat_map(|node| &node.children);
+        let data = idle
+            .iter()
+            .flat_map(outside)
+            .filter(|child| child.role == "data-file");
+        let data: Vec<String> = data.map(|child| child.node.clone()).collect();
+        for name in data {
+            idle.extend(graph.primary_chain(&name).iter().map(|node| node.name.clone()));
+        }
         for node in idle {
             let delete = Command::new("blockdev-del", json!({ "node-name": node }));
             match host.monitor(delete).await {

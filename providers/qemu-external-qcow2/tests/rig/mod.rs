@@ -88,7 +88,7 @@ impl Rig {
         self.merge_into(name, MergeInto::Overlay).await
     }
 
-    async fn merge_into(&mut self, name: &str, into: MergeInto) -> Result<Altered> {
+    pub async fn merge_into(&mut self, name: &str, into: MergeInto) -> Result<Altered> {
         let options = options(into);
         let mut go_on = |_: &[_]| ControlFlow::Continue(());
         let altered = self
