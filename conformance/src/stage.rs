@@ -232,6 +232,12 @@ impl Stage {
         Ok(())
     }
 
+    /// Whether an act that was asked with this document failed because another one, or what it settled itself, has
+    /// given the domain other disks since.
+    pub(crate) fn is_overtaken(&self, before: &Domain, error: &Error) -> bool {
+        error.kind() == ErrorKind::Invalid && self.domain().disks != before.disks
+    }
+
     fn adopt(&mut self, disks: &[Disk]) -> Verdict {
         if disks.is_empty() {
             return Ok(());

@@ -7,7 +7,7 @@ mod unmoved;
 use std::path::Path;
 use std::sync::Arc;
 
-use broken::{Broken, Call, Fault, Handing, Hands, Mishap, Slip, Subtle};
+use broken::{Broken, Call, Fault, Hands, Mishap, Slip, Subtle};
 use disksnap_conformance::{Fixture, Outcome, RawFiles, Report, run};
 use disksnap_core::{Capability, DiskSnapshot};
 use disksnap_memory::Memory;
@@ -91,7 +91,7 @@ caught! {
 /// The suite goes with the domain to the disks that a revert hands it.
 #[tokio::test]
 async fn a_revert_that_hands_over_another_image_passes() {
-    let report = report_on(|| Arc::new(Handing(Hands::TheRight))).await;
+    let report = report_on(|| Arc::new(Subtle(Slip::Reverts(Hands::TheRight)))).await;
     assert!(report.conforms(), "{report}");
 }
 
@@ -102,7 +102,7 @@ macro_rules! caught_in_hand {
         async fn $test() {
             for case in [$($case),+] {
                 let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-                let fixture = fixture(dir.path(), || Arc::new(Handing(Hands::$hands)));
+                let fixture = fixture(dir.path(), || Arc::new(Subtle(Slip::Reverts(Hands::$hands))));
                 let report = run(fixture, Some(case)).await;
                 assert_eq!(report.failures(), [case], "{report}");
             }
@@ -122,7 +122,7 @@ caught_in_hand! {
 #[tokio::test]
 async fn who_does_not_follow_cannot_pass() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let inner = fixture(dir.path(), || Arc::new(Handing(Hands::TheRight)));
+    let inner = fixture(dir.path(), || Arc::new(Subtle(Slip::Reverts(Hands::TheRight))));
     let report = run(Arc::new(Unmoved(inner)), Some("revert-content")).await;
     assert_eq!(report.failures(), ["revert-content"], "{report}");
     assert!(report.to_string().contains("no adopt()"), "{report}");
@@ -196,7 +196,7 @@ caught_by_one! {
     only_aborting_twice_shows_who_hates_it: Broken::new(Fault::AbortOnce) => "abort-twice";
     only_others_show_who_aborts_all: Broken::new(Fault::AbortTakesAll) => "abort-spares-others";
     only_the_second_revert_shows_content_shared: Broken::new(Fault::RevertSpoils) => "revert-content";
-    only_others_show_who_forgets_peers: Handing(Hands::WithoutPeers) => "revert-spares-others";
+    only_others_show_who_forgets_peers: Subtle(Slip::Reverts(Hands::WithoutPeers)) => "revert-spares-others";
 }
 
 /// These fail with others: what they look for is looked for in passing elsewhere too, or is core's to see to. They

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use disksnap_core::{Access, Capability, Deleted, Domain, Error, ErrorKind, Health, RunState, SnapshotName};
+use disksnap_core::{Access, Capability, Deleted, Error, ErrorKind, Health, RunState, SnapshotName};
 
 use crate::Fixture;
 use crate::cases::paint;
@@ -137,10 +137,7 @@ pub(super) async fn damage_is_told(fixture: &Arc<dyn Fixture>) -> Verdict {
         .await
         .context("damaging the snapshot")?;
     let shown = stage.show(&snapshot).await?;
-    ensure!(
-        !shown.overall().is_good(),
-        "a spoilt snapshot is called active"
-    );
+    ensure!(!shown.overall().is_good(), "a spoilt snapshot is called active");
     let opened = stage.dispatcher()?.open(stage.domain(), &snapshot, &target).await;
     must_fail(opened, ErrorKind::Broken, "opening a spoilt snapshot")?;
     paint::scribble(&stage, &target, 0xe9)
@@ -241,7 +238,7 @@ async fn create_both(stage: &mut Stage, names: [&SnapshotName; 2], targets: &[St
     stage.follow(&[]).await?;
     for (created, request) in [one, other].into_iter().zip(&requests) {
         match created {
-            Err(error) if is_overtaken(stage, &before, &error) => {
+            Err(error) if stage.is_overtaken(&before, &error) => {
                 let again = stage.try_create(request).await?;
                 again.context("asked with the document as it is now")?;
             }
@@ -249,10 +246,6 @@ async fn create_both(stage: &mut Stage, names: [&SnapshotName; 2], targets: &[St
         }
     }
     Ok(())
-}
-
-fn is_overtaken(stage: &Stage, before: &Domain, error: &Error) -> bool {
-    error.kind() == ErrorKind::Invalid && stage.domain().disks != before.disks
 }
 
 async fn delete_both(stage: &mut Stage, names: [&SnapshotName; 2]) -> Verdict {
@@ -267,7 +260,7 @@ async fn delete_both(stage: &mut Stage, names: [&SnapshotName; 2]) -> Verdict {
     }
     for (deleted, name) in [one, other].into_iter().zip(names) {
         match deleted {
-            Err(error) if is_overtaken(stage, &before, &error) || is_for_later(&error) => {
+            Err(error) if stage.is_overtaken(&before, &error) || is_for_later(&error) => {
                 delete_patiently(stage, name).await?;
             }
             deleted => was_there(name, deleted?.deleted)?,

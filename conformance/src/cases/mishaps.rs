@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use disksnap_core::{
-    Capability, Deleted, Effect, RecoveredHow, Snapshot, SnapshotName, SnapshotRequest,
-};
+use disksnap_core::{Capability, Deleted, Effect, RecoveredHow, Snapshot, SnapshotName, SnapshotRequest};
 
 use crate::Fixture;
 use crate::cases::paint;

@@ -1,14 +1,9 @@
-//! The method `memory` with a revert that hands the domain another image: whole, or with one fault.
+//! A revert that hands the domain another image: whole, or with one fault.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use async_trait::async_trait;
-use disksnap_core::{
-    Affected, Disk, DiskRequest, DiskSnapshot, Health, Host, Merge, Method, Peer, Prepared, Probe, Result,
-    Revert, SnapshotId, Source, TakePlan, Taken, Unit,
-};
-use disksnap_memory::Memory;
+use disksnap_core::{Affected, Disk, Host, Peer, Result, Revert, SnapshotId, Source, Unit};
 use serde_json::json;
 
 /// What is wrong with the disks that a revert hands over.
@@ -28,10 +23,6 @@ pub(crate) enum Hands {
     AndKeepsTheOld,
 }
 
-/// A provider whose revert moves the domain to another image.
-#[derive(Debug)]
-pub(crate) struct Handing(pub(crate) Hands);
-
 fn path_of(data: &serde_json::Value, key: &str) -> PathBuf {
     PathBuf::from(data[key].as_str().unwrap())
 }
@@ -43,67 +34,9 @@ fn next(image: &Path, id: SnapshotId) -> PathBuf {
     format!("{first}.{}", id.short()).into()
 }
 
-#[async_trait]
-impl DiskSnapshot for Handing {
-    fn method(&self) -> Method {
-        Memory.method()
-    }
-
-    async fn probe(&self, host: &dyn Host, disks: &[DiskRequest]) -> Result<Vec<Probe>> {
-        Memory.probe(host, disks).await
-    }
-
-    async fn prepare(&self, host: &dyn Host, id: SnapshotId, disks: &[DiskRequest]) -> Result<Vec<Prepared>> {
-        Memory.prepare(host, id, disks).await
-    }
-
-    fn take_plan(&self, prepared: &Prepared) -> Result<TakePlan> {
-        Memory.take_plan(prepared)
-    }
-
-    async fn take(&self, host: &dyn Host, prepared: &Prepared) -> Result<Taken> {
-        Memory.take(host, prepared).await
-    }
-
-    async fn complete(
-        &self,
-        host: &dyn Host,
-        id: SnapshotId,
-        prepared: &Prepared,
-        taken: &Taken,
-    ) -> Result<Unit> {
-        Memory.complete(host, id, prepared, taken).await
-    }
-
-    async fn abort(
-        &self,
-        host: &dyn Host,
-        id: SnapshotId,
-        disks: &[DiskRequest],
-        prepared: Option<&[Prepared]>,
-    ) -> Result<()> {
-        Memory.abort(host, id, disks, prepared).await
-    }
-
-    async fn inspect(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<Health> {
-        Memory.inspect(host, id, unit).await
-    }
-
-    async fn delete(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()> {
-        Memory.delete(host, id, unit).await
-    }
-
-    fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
-        Some(Arc::new(HandOver(self.0)))
-    }
-
-    fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
-        None
-    }
-}
-
+/// Puts the content into another image, and hands that over.
 #[derive(Debug)]
-struct HandOver(Hands);
+pub(crate) struct HandOver(pub(crate) Hands);
 
 #[async_trait]
 impl Revert for HandOver {

@@ -16,7 +16,7 @@ use disksnap_core::{
 use disksnap_memory::Memory;
 use serde_json::json;
 
-pub(crate) use handing::{Handing, Hands};
+pub(crate) use handing::Hands;
 pub(crate) use subtle::{Call, Mishap, Slip, Subtle};
 
 /// What is wrong.

@@ -13,6 +13,7 @@ use disksnap_core::{
 use disksnap_memory::Memory;
 
 use super::file_of;
+use super::handing::{HandOver, Hands};
 
 const CLUSTER: usize = 64 << 10;
 
@@ -51,6 +52,8 @@ pub(crate) enum Slip {
     GoneIsBroken,
     /// What somebody else removed is called active.
     BlindToDamage,
+    /// A revert hands the domain another image, so.
+    Reverts(Hands),
     /// Something is left lying about by this call when that befalls it.
     Litters(Call, Mishap),
 }
@@ -300,7 +303,10 @@ impl DiskSnapshot for Subtle {
     }
 
     fn revert(&self, _: &Unit) -> Option<Arc<dyn Revert>> {
-        Some(Arc::new(SubtleRevert(Subtle(self.0))))
+        Some(match self.0 {
+            Slip::Reverts(hands) => Arc::new(HandOver(hands)),
+            slip => Arc::new(SubtleRevert(Subtle(slip))),
+        })
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
