@@ -3,7 +3,7 @@
 use disksnap::xml::{self, Element};
 use disksnap::{
     Access, Attached, BackingStore, Disk, DiskSnapshotRecord, Domain, DomainId, Driver, Error, ErrorKind,
-    NbdServer, NetworkHost, PlugTls, Result, Serving, SnapshotName, Source,
+    PlugTls, Result, Serving, SnapshotName, Source,
 };
 use serde::Serialize;
 
@@ -96,7 +96,7 @@ async fn print_disk(context: &Context, target: &Target, attach: &Attach, to: Opt
 fn printed(record: &DiskSnapshotRecord, serving: &Serving, name: &SnapshotName, dev: &str) -> Result<Disk> {
     let export = serving.exports.iter().find(|export| export.alias == record.alias);
     if let Some((export, server)) = export.and_then(|e| Some((e, serving.server_of(e)?))) {
-        return Ok(disk(dev, network(server, &export.node.name), "raw", None));
+        return Ok(disk(dev, server.source(&export.node.name), "raw", None));
     }
     match &record.access {
         Access::Source {
@@ -122,16 +122,6 @@ fn printed(record: &DiskSnapshotRecord, serving: &Serving, name: &SnapshotName, 
     }
 }
 
-fn network(server: &NbdServer, name: &str) -> Source {
-    let hosts: Vec<NetworkHost> = vec![server.listen.host()];
-    Source::Network {
-        protocol: "nbd".to_owned(),
-        name: Some(name.to_owned()),
-        hosts,
-        tls: server.tls.is_some(),
-    }
-}
-
 fn disk(dev: &str, source: Source, format: &str, backing: Option<&BackingStore>) -> Disk {
     Disk {
         bus: Some("virtio".to_owned()),
@@ -147,16 +137,10 @@ fn disk(dev: &str, source: Source, format: &str, backing: Option<&BackingStore>)
 
 /// The disk as the other domain now has it.
 fn seen(attached: &Attached, to: &Domain) -> Disk {
-    let source = Source::Network {
-        protocol: "nbd".to_owned(),
-        name: Some(attached.disk.name.clone()),
-        hosts: vec![attached.disk.listen.host()],
-        tls: attached.disk.tls.is_some(),
-    };
     Disk {
         serial: Some(attached.disk.serial.clone()),
         alias: Some(attached.disk.device.clone()),
-        ..disk(&free_target(Some(to)), source, "raw", None)
+        ..disk(&free_target(Some(to)), attached.disk.source(), "raw", None)
     }
 }
 
@@ -220,19 +204,13 @@ struct AttachedView {
 impl AttachedView {
     fn new(attach: &Attach, attached: &Attached, inside: Option<InsideView>) -> Self {
         let disk = &attached.disk;
-        let source = Source::Network {
-            protocol: "nbd".to_owned(),
-            name: Some(disk.name.clone()),
-            hosts: vec![disk.listen.host()],
-            tls: disk.tls.is_some(),
-        };
         Self {
             snapshot: attach.name.to_string(),
             target: attach.target.clone(),
             to: attached.to.id.name.clone(),
             device: disk.device.clone(),
             serial: disk.serial.clone(),
-            uri: disksnap::nbd_uri(&source),
+            uri: disksnap::nbd_uri(&disk.source()),
             read_only: true,
             inside,
         }

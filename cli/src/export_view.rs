@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use disksnap::{Export, Inspected, NbdServer, NetworkHost, Serving, Snapshot, SnapshotId, Source, nbd_uri};
+use disksnap::{Export, Inspected, NbdServer, Serving, Snapshot, SnapshotId, nbd_uri};
 use serde::Serialize;
 
 use crate::output::{Text, fields, table};
@@ -119,15 +119,6 @@ impl Text for ServerView {
 
 impl ExportView {
     fn new(export: &Export, server: Option<&NbdServer>, names: &Names) -> Self {
-        let source = |server: &NbdServer| {
-            let hosts: Vec<NetworkHost> = vec![server.listen.host()];
-            Source::Network {
-                protocol: "nbd".to_owned(),
-                name: Some(export.node.name.clone()),
-                hosts,
-                tls: server.tls.is_some(),
-            }
-        };
         Self {
             alias: export.alias.to_string(),
             snapshot: names
@@ -136,7 +127,7 @@ impl ExportView {
                 .unwrap_or_else(|| export.snapshot.to_string()),
             target: export.target.clone(),
             name: export.node.name.clone(),
-            uri: server.and_then(|server| nbd_uri(&source(server))),
+            uri: server.and_then(|server| nbd_uri(&server.source(&export.node.name))),
             attached_to: export
                 .attached
                 .as_ref()

@@ -206,51 +206,30 @@ impl Dispatcher {
         ended.map(drop)
     }
 
-    /// What a killed attach left: done when the guest has the disk, else undone.
-    pub(crate) async fn settle_attach(
+    /// What a killed attach or detach left. A guest that has the disk, over an export that is recorded, keeps it; of
+    /// anything less the rest goes.
+    pub(crate) async fn settle_plugging(
         &self,
         held: &Held,
         intent: &Intent,
         attached: &Attached,
         export: &Alias,
     ) -> Result<RecoveredHow> {
-        Ok(match self.settle_plug(held, intent, attached, export).await? {
-            Plugged::Stays => RecoveredHow::Finished,
-            Plugged::Goes => RecoveredHow::Undone,
-        })
-    }
-
-    /// What a killed detach left: done when the guest has let the disk go, else it is as if it had never begun.
-    pub(crate) async fn settle_detach(
-        &self,
-        held: &Held,
-        intent: &Intent,
-        attached: &Attached,
-        export: &Alias,
-    ) -> Result<RecoveredHow> {
-        Ok(match self.settle_plug(held, intent, attached, export).await? {
-            Plugged::Stays => RecoveredHow::Undone,
-            Plugged::Goes => RecoveredHow::Finished,
-        })
-    }
-
-    /// A guest that has the disk, over an export that is recorded, keeps it; of anything less the rest goes.
-    async fn settle_plug(
-        &self,
-        held: &Held,
-        intent: &Intent,
-        attached: &Attached,
-        export: &Alias,
-    ) -> Result<Plugged> {
         let recorded = self.attachment(&intent.domain.id, export).await?.is_some();
-        if recorded && self.is_plugged(attached).await? {
+        let stays = recorded && self.is_plugged(attached).await?;
+        if stays {
             self.catalog.settle(intent.id, &intent.domain.id, &[]).await?;
-            return Ok(Plugged::Stays);
+        } else {
+            self.unplug(attached, PATIENCE).await?;
+            self.finish_unserve(held, intent, std::slice::from_ref(export))
+                .await?;
         }
-        self.unplug(attached, PATIENCE).await?;
-        self.finish_unserve(held, intent, std::slice::from_ref(export))
-            .await?;
-        Ok(Plugged::Goes)
+        let wanted = matches!(intent.act, Act::Attach { .. });
+        Ok(if stays == wanted {
+            RecoveredHow::Finished
+        } else {
+            RecoveredHow::Undone
+        })
     }
 
     /// Refuses where an export is the disk of a guest that still has it.
@@ -344,13 +323,6 @@ impl Dispatcher {
         }
         hotplug(control.hotplug())?.plugged(&attached.disk).await
     }
-}
-
-/// What became of a disk that a killed run was plugging in or out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Plugged {
-    Stays,
-    Goes,
 }
 
 /// How the other hypervisor is to speak TLS to this server.

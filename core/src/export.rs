@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Alias, Attached, Error, ErrorKind, Image, NetworkHost, Result, ServeNode, SnapshotId};
+use crate::{Alias, Attached, Error, ErrorKind, Image, NetworkHost, Result, ServeNode, SnapshotId, Source};
 
 /// Where an NBD server listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -45,6 +45,17 @@ impl Listen {
                 name: address.to_string(),
                 port: Some(*port),
             },
+        }
+    }
+
+    /// Where a client finds the export of this name on a server that listens here, with TLS or without.
+    #[must_use]
+    pub fn source(&self, name: &str, tls: bool) -> Source {
+        Source::Network {
+            protocol: "nbd".to_owned(),
+            name: Some(name.to_owned()),
+            hosts: vec![self.host()],
+            tls,
         }
     }
 }
@@ -110,6 +121,14 @@ pub struct NbdServer {
     /// Which run of the hypervisor started it, as [`Control::instance`](crate::Control::instance) tells; another run has no server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instance: Option<String>,
+}
+
+impl NbdServer {
+    /// Where a client finds the export of this name.
+    #[must_use]
+    pub fn source(&self, name: &str) -> Source {
+        self.listen.source(name, self.tls.is_some())
+    }
 }
 
 /// Which of the two that can serve a domain's snapshots.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::{Domain, Listen, Result};
+use crate::{Domain, Listen, Result, Source};
 
 /// A disk over NBD, to be seen read-only by a guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +25,14 @@ pub struct PlugDisk {
     /// How to speak TLS to the server; `None` where it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<PlugTls>,
+}
+
+impl PlugDisk {
+    /// Where its bytes come from.
+    #[must_use]
+    pub fn source(&self) -> Source {
+        self.listen.source(&self.name, self.tls.is_some())
+    }
 }
 
 /// How a hypervisor speaks TLS as a client of an NBD server.

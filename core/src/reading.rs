@@ -1,7 +1,6 @@
 //! Opening one disk of a snapshot for a reader, through an export of its own where it needs one.
 
 use crate::dispatcher::Held;
-use crate::serve::network_source;
 use crate::wanted::{Purpose, disk_of};
 use crate::{
     Access, Act, Alias, Dispatcher, Domain, DomainLock, Error, ErrorKind, ExportDisk, ExportRequest, Intent,
@@ -125,7 +124,7 @@ impl Dispatcher {
             ));
         };
         Ok(Opened {
-            source: network_source(&server, &export.node.name),
+            source: server.source(&export.node.name),
             format: "raw".to_owned(),
             tls: server.tls,
             warnings: Vec::new(),

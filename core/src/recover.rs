@@ -156,8 +156,9 @@ impl Dispatcher {
                     .await?;
                 Ok(RecoveredHow::Undone)
             }
-            Act::Attach { attached, export } => self.settle_attach(held, intent, attached, export).await,
-            Act::Detach { attached, export } => self.settle_detach(held, intent, attached, export).await,
+            Act::Attach { attached, export } | Act::Detach { attached, export } => {
+                self.settle_plugging(held, intent, attached, export).await
+            }
         }
     }
 

@@ -11,8 +11,8 @@ pub(crate) use crate::wanted::disk_of;
 use crate::wanted::{Purpose, refuse_one_address_for_two, unknown_alias};
 use crate::{
     Access, Act, Alias, Change, Control, Dispatcher, Domain, DomainId, Effect, Error, ErrorKind, Export,
-    ExportRequest, ImageServer, Intent, Listen, NbdServer, NetworkHost, Recovered, RecoveredHow, Result,
-    ServedBy, Snapshot, SnapshotId, SnapshotName, Source, Tls,
+    ExportRequest, ImageServer, Intent, Listen, NbdServer, Recovered, RecoveredHow, Result, ServedBy,
+    Snapshot, SnapshotId, SnapshotName, Source, Tls,
 };
 
 /// Which exports to stop.
@@ -234,14 +234,14 @@ impl Dispatcher {
                 None => (None, Vec::new()),
             };
             return Ok(Some(match (server, served.iter().find(asked)) {
-                (Some(server), Some(export)) => network_source(&server, &export.node.name),
+                (Some(server), Some(export)) => server.source(&export.node.name),
                 _ => source.clone(),
             }));
         }
         let name = export.map_or(disk.alias.0.as_str(), |e| e.node.name.as_str());
         let server = self.catalog.server(&domain.id).await?;
         let server = server.unwrap_or_else(|| default_server(&*control));
-        Ok(Some(network_source(&server, name)))
+        Ok(Some(server.source(name)))
     }
 
     pub(crate) async fn intend(&self, domain: &Domain, act: Act) -> Result<Intent> {
@@ -506,15 +506,5 @@ fn default_server(control: &dyn Control) -> NbdServer {
         tls: None,
         explicit: false,
         instance: None,
-    }
-}
-
-pub(crate) fn network_source(server: &NbdServer, name: &str) -> Source {
-    let hosts: Vec<NetworkHost> = vec![server.listen.host()];
-    Source::Network {
-        protocol: "nbd".to_owned(),
-        name: Some(name.to_owned()),
-        hosts,
-        tls: server.tls.is_some(),
     }
 }

@@ -77,8 +77,9 @@ fn read_there(site: &Site, appliance: &Qemu, device: &str) -> Vec<u8> {
     std::fs::read(&to).unwrap()
 }
 
-fn devices(qemu: &Qemu) -> Vec<String> {
-    let list = qemu.qmp("qom-list", json!({"path": "/machine/peripheral"}));
+/// The ids of what is ours below this path of QEMU's object tree.
+fn ours(qemu: &Qemu, path: &str) -> Vec<String> {
+    let list = qemu.qmp("qom-list", json!({ "path": path }));
     let names = list
         .as_array()
         .unwrap()
@@ -88,6 +89,14 @@ fn devices(qemu: &Qemu) -> Vec<String> {
         .filter(|name| name.starts_with("ds-"))
         .map(str::to_owned)
         .collect()
+}
+
+fn devices(qemu: &Qemu) -> Vec<String> {
+    ours(qemu, "/machine/peripheral")
+}
+
+fn objects(qemu: &Qemu) -> Vec<String> {
+    ours(qemu, "/objects")
 }
 
 fn nodes(qemu: &Qemu) -> usize {
@@ -195,20 +204,6 @@ fn a_guest_sees_the_snapshot_and_lets_it_go() {
     vm.site.ok(&["-d", &vm.xml, "snapshot", "delete", "nightly"]);
     assert!(daemons::of(&vm.site.run_dir()).is_empty());
     assert_eq!(vm.qemu.qmp("query-block-exports", json!({})), json!([]));
-}
-
-/// The ids of the objects that we made in this QEMU.
-fn objects(qemu: &Qemu) -> Vec<String> {
-    let list = qemu.qmp("qom-list", json!({"path": "/objects"}));
-    let names = list
-        .as_array()
-        .unwrap()
-        .iter()
-        .filter_map(|entry| entry["name"].as_str());
-    names
-        .filter(|name| name.starts_with("ds-"))
-        .map(str::to_owned)
-        .collect()
 }
 
 /// The appliance's QEMU is a client with a certificate of its own; what it is given for that goes with the disk.

@@ -4,23 +4,14 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use disksnap_test_support::{DiskSpec, GIB, LoopFsKind, LvmGuest, MIB, Qemu, loop_fs, need, pattern, tools};
+use disksnap_test_support::{DiskSpec, GIB, LoopFsKind, LvmGuest, MIB, Qemu, loop_fs, need, pattern};
 use serde_json::{Value, json};
 
 use crate::daemons;
+use crate::programs::program as client;
 use crate::site::{Site, arg, list, program};
 
 const SIZE: u64 = 8 * MIB;
-
-fn client(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(tools::program(program))
-        .args(arguments)
-        .output()
-        .unwrap();
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{program} {arguments:?}: {errors}");
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
 
 /// A domain that is off, with this image as its disk `vda`.
 fn off(site: &Site, image: &Path, format: &str) -> String {

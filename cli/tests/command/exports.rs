@@ -6,6 +6,7 @@ use std::process::Command;
 use disksnap_test_support::{DiskSpec, MIB, StorageDaemon, StorageDaemonBuilder, need, pattern, tools};
 use serde_json::json;
 
+use crate::programs::program as client;
 use crate::site::{Site, arg};
 
 /// A daemon whose disks hold something, its XML, and a snapshot `nightly` of it.
@@ -20,21 +21,6 @@ fn with_snapshot() -> (Site, StorageDaemon, String) {
     let (site, xml) = (Site::new(), arg(&daemon.domain_xml_file()));
     site.ok(&["snapshot", "create", "-d", &xml, "--name", "nightly"]);
     (site, daemon, xml)
-}
-
-/// Runs a client, and gives what it printed.
-fn client(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(tools::program(program))
-        .args(arguments)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    // nbdinfo tells the content's kind in whatever bytes it finds.
-    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 fn copied(uri: &str, to: &Path) -> String {

@@ -1,26 +1,17 @@
 //! Snapshots that lie on this host: read, exported with the domain on and off, beside the hypervisor's, through kills.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use disksnap_test_support::{DiskSpec, LoopFs, LoopFsKind, MIB, Qemu, loop_fs, need, pattern, tools};
+use disksnap_test_support::{DiskSpec, LoopFs, LoopFsKind, MIB, Qemu, loop_fs, need, pattern};
 use serde_json::{Value, json};
 
 use crate::daemons;
+use crate::programs::program as run;
 use crate::site::{Site, arg, list};
 
 const SIZE: u64 = 32 * MIB;
-
-fn run(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(tools::program(program))
-        .args(arguments)
-        .output()
-        .unwrap();
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{program} {arguments:?}: {errors}");
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
 
 /// A domain that is off. Its disk `vda` has three layers in a subvolume of its own.
 struct Off {

@@ -12,6 +12,7 @@ mod help;
 mod image_exports;
 mod kills;
 mod methods;
+mod programs;
 mod reading;
 mod signals;
 mod site;
