@@ -143,3 +143,32 @@ async fn what_was_left_to_the_next_activation_is_finished_when_asked_again() {
     assert!(is_full_of(&disk, 0, MIB, 1));
     assert_eq!(group.volumes(), ["plain"]);
 }
+
+/// A thin snapshot outlives its volume, a classic one goes with it.
+#[tokio::test]
+#[ignore = "runs in the guest"]
+async fn a_volume_that_vanished_is_told_and_nothing_is_made() {
+    let group = Group::new("vg", "");
+    group.pool("pool", 64);
+    let (plain, thin) = (group.plain("plain", 16), group.thin("pool", "thin", 16));
+    let rig = Rig::new(vec![block("vda", &plain), block("vdb", &thin)]);
+    fill(&thin, 0, MIB, 1);
+    let snapshot = rig.create("one").await;
+    run("lvremove -y -f vg/plain vg/thin");
+    let name = "one".parse().unwrap();
+    let shown = rig.dispatcher.show(&rig.domain, &name).await.unwrap();
+    assert!(matches!(shown.health[0], Health::Gone(_)), "{:?}", shown.health);
+    assert_eq!(shown.health[1], Health::Active);
+    assert!(is_full_of(&device(&snapshot, "vdb"), 0, MIB, 1));
+    for (target, kind) in [("vda", ErrorKind::Broken), ("vdb", ErrorKind::NotFound)] {
+        let targets = [target.to_owned()];
+        let refused = rig.dispatcher.revert(&rig.domain, &name, &targets).await;
+        let refused = refused.unwrap_err();
+        assert_eq!(refused.kind(), kind, "{target}: {refused}");
+    }
+    assert_eq!(group.volumes().len(), 2, "the pool and the thin snapshot");
+    rig.delete("one").await;
+    assert_eq!(group.volumes(), ["pool"]);
+    let left = std::fs::read_dir(rig.dir.path()).unwrap().count();
+    assert_eq!(left, 0, "files are left");
+}
