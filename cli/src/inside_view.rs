@@ -13,6 +13,8 @@ pub(crate) struct InsideView {
     image: FileView,
     /// The layers below the image, nearest first.
     below: Vec<FileView>,
+    /// How another machine mounts it without writing to it.
+    mount_options: String,
     /// Why the file system is not mounted on this host.
     reason: String,
 }
@@ -51,6 +53,7 @@ impl InsideView {
             file_system: inside.file_system.clone(),
             image: FileView::new(&inside.image),
             below: inside.below.iter().map(FileView::new).collect(),
+            mount_options: inside.options.clone(),
             reason: inside.why.clone(),
         }
     }
@@ -58,7 +61,12 @@ impl InsideView {
     /// Its path, and those of the layers below.
     pub(crate) fn path_text(&self) -> String {
         let below = self.below.iter().map(|file| format!(", over {}", file.text()));
-        self.image.text() + &below.collect::<String>()
+        let below = below.collect::<String>();
+        let (image, options) = (self.image.text(), &self.mount_options);
+        format!(
+            "{image}{below}, in the {} mounted with `-o {options}`",
+            self.file_system
+        )
     }
 
     pub(crate) fn rows<'a>(&self) -> [(&'a str, String); 3] {

@@ -344,6 +344,9 @@ pub struct Inside {
     /// name on the host that it was written on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub below: Vec<FileInside>,
+    /// How another machine mounts it without writing to it: the options.
+    #[serde(default)]
+    pub options: String,
     /// Why it is not mounted here, in one sentence without its full stop.
     pub why: String,
 }
@@ -362,7 +365,7 @@ impl Inside {
     #[must_use]
     pub fn not_here(&self, target: &str) -> Error {
         let (path, device) = (self.image.path.display(), self.device.display());
-        let (format, kind) = (&self.image.format, &self.file_system);
+        let (format, kind, options) = (&self.image.format, &self.file_system, &self.options);
         let what = format!(
             "the disk is the {format} image {path} in the {kind} on {device}, which is not mounted on this host: {}",
             self.why
@@ -371,7 +374,7 @@ impl Inside {
             .with("disk", target)
             .hint(format!(
                 "Give the device to another machine: `disksnap attach -d DOMAIN NAME {target} --to APPLIANCE`; there, mount \
-                 its {kind} read-only and open {path} in it."
+                 the {kind} (`-o {options}`) and open {path} in it."
             ))
     }
 }

@@ -279,6 +279,7 @@ fn inside_element(disk: &DiskSnapshotRecord) -> Option<Element> {
     let element = Element::new("inside")
         .attr("device", inside.device.display())
         .attr("filesystem", &inside.file_system)
+        .attr("options", &inside.options)
         .attr("path", inside.image.path.display())
         .child(format(&inside.image.format))
         .children(below)

@@ -65,6 +65,7 @@ const LVM_PACKAGES: &[&str] = &[
 
 const LVM_PROGRAMS: &[&str] = &[
     "blkdiscard",
+    "btrfs",
     "busybox",
     "dmsetup",
     "e2fsck",

@@ -336,14 +336,24 @@ fn result(made: &Made, image: &Image) -> DiskResult {
     }
 }
 
+/// Why what could be mounted is not.
+const OF_A_GUEST: &str =
+    "a mount of this method's would outlive it, and keep the snapshot from being deleted";
+
 fn inside(made: &Made, image: &Image, path: &Path) -> Inside {
     let kind = image.file_system.clone().unwrap_or_default();
-    let why = match kind.as_str() {
-        "btrfs" => {
-            "a kernel takes two btrfs of one id for one, and mixes up the snapshot and the volume that it is of"
-        }
-        "xfs" => "a kernel mounts no second XFS of the id of one that is mounted",
-        _ => "its journal would have to be replayed, and the snapshot stays as it was",
+    let (options, why) = match kind.as_str() {
+        // The image is whole without the log: it was written back before the take.
+        "btrfs" => (
+            "ro,rescue=nologreplay",
+            "a kernel takes two btrfs of one id for one, and mixes up the snapshot and the volume that it is of",
+        ),
+        "xfs" => (
+            "ro,norecovery",
+            "a kernel mounts no second XFS of the id of one that is mounted",
+        ),
+        "ext3" | "ext4" => ("ro,noload", OF_A_GUEST),
+        _ => ("ro", OF_A_GUEST),
     };
     Inside {
         device: made.path.clone(),
@@ -353,6 +363,7 @@ fn inside(made: &Made, image: &Image, path: &Path) -> Inside {
             format: image.format.clone(),
         },
         below: image.below.clone(),
+        options: options.to_owned(),
         why: why.to_owned(),
     }
 }

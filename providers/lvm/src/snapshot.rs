@@ -36,6 +36,9 @@ pub(crate) struct Planned {
     #[serde(default = "default_mark")]
     warn: u8,
     marker: PathBuf,
+    /// A file of the file system on the volume, where the images are in one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    file: Option<PathBuf>,
     pub(crate) images: Vec<Image>,
 }
 
@@ -172,33 +175,21 @@ impl Planned {
             room,
             warn: unit.first()?.settings.warn,
             marker,
+            file: file_in(unit).map(Path::to_owned),
             images: unit.iter().map(image).collect(),
         })
     }
 
     /// Writes back what is dirty, so that the take has little to write. The snapshot itself is made whole in any case.
     pub(crate) fn write_back(unit: &[&Found]) -> Result<()> {
-        let path = match unit.iter().find(|found| found.inside.is_some()) {
-            Some(found) => found
-                .request
-                .disk
-                .source
-                .as_ref()
-                .and_then(|source| source.path()),
-            None => None,
-        };
-        let device = unit.first().map(|found| PathBuf::from(&found.volume.path));
-        let Some(path) = path.map(Path::to_owned).or(device) else {
-            return Ok(());
-        };
-        let failed = |e| Error::io(format!("cannot write back {}", path.display()), e);
-        let file = File::open(&path).map_err(failed)?;
         // Twice: the first may take long, and the guest goes on writing meanwhile.
         for _ in 0..2 {
-            if unit.iter().any(|found| found.inside.is_some()) {
-                rustix::fs::syncfs(&file).map_err(|e| failed(e.into()))?;
-            } else {
-                file.sync_all().map_err(failed)?;
+            if let Some(path) = file_in(unit) {
+                write_back_file_system(path)?;
+            } else if let Some(found) = unit.first() {
+                let path = &found.volume.path;
+                let synced = File::open(path).and_then(|device| device.sync_all());
+                synced.map_err(|e| Error::io(format!("cannot write back {path}"), e))?;
             }
         }
         Ok(())
@@ -213,6 +204,11 @@ impl Planned {
         if !is_same {
             let what = format!("the logical volume {origin} is not the one that was prepared (any more)");
             return Err(Error::new(ErrorKind::NotFound, what).with("path", device.display()));
+        }
+        // LVM freezes an ext4 or XFS while it takes it. A btrfs it does not: what the guest has flushed may be in its log
+        // alone, which whoever reads the snapshot without writing to it does without.
+        if let Some(file) = &self.file {
+            write_back_file_system(file)?;
         }
         let tag = tag(self.id);
         let common = [
@@ -272,6 +268,23 @@ impl Planned {
         })?;
         Ok((found.uuid.clone(), PathBuf::from(&found.path)))
     }
+}
+
+/// A file of the file system on the volume of a unit.
+fn file_in<'a>(unit: &[&'a Found]) -> Option<&'a Path> {
+    let found = unit.iter().find(|found| found.inside.is_some())?;
+    found.request.disk.source.as_ref()?.path()
+}
+
+fn write_back_file_system(file: &Path) -> Result<()> {
+    let failed = |e| {
+        Error::io(
+            format!("cannot write back the file system of {}", file.display()),
+            e,
+        )
+    };
+    let opened = File::open(file).map_err(failed)?;
+    rustix::fs::syncfs(&opened).map_err(|e| failed(e.into()))
 }
 
 impl Made {

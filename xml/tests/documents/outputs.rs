@@ -370,13 +370,14 @@ fn an_image_inside_a_device_is_told_as_such() {
         file_system: "btrfs".to_owned(),
         image: file("/vms/a.qcow2", "qcow2"),
         below: vec![file("/vms/base.raw", "raw")],
+        options: "ro,rescue=nologreplay".to_owned(),
         why: "a second btrfs of the same id must not be mounted".to_owned(),
     });
     let text = snapshot_document(&SnapshotView::new(&snapshot)).unwrap();
     assert!(!text.contains("<backupSource"), "{text}");
     let inside = &text[text.find("    <inside").unwrap()..text.find("  </snapshot>").unwrap()];
     assert_snapshot!(inside, @"
-    <inside device='/dev/vg0/disksnap.1' filesystem='btrfs' path='/vms/a.qcow2'>
+    <inside device='/dev/vg0/disksnap.1' filesystem='btrfs' options='ro,rescue=nologreplay' path='/vms/a.qcow2'>
       <format type='qcow2'/>
       <layer path='/vms/base.raw'>
         <format type='raw'/>
