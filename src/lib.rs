@@ -17,6 +17,7 @@ mod save;
 mod update;
 
 pub use disksnap_catalog::{SqliteCatalog, StateDir};
+pub use disksnap_checkpoint_set as checkpoint_set;
 pub use disksnap_core::*;
 pub use disksnap_hypervisor::guardian::run_if_asked;
 pub use disksnap_hypervisor::{Paths, QemuConnector};
