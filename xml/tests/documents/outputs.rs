@@ -431,3 +431,21 @@ fn snapshots_come_into_the_active_document_and_go() {
     assert_eq!(fewer, document.with_snapshots(&views[..1]).unwrap());
     assert_eq!(active.with_snapshots(&[]).unwrap(), document);
 }
+
+#[test]
+fn an_endangered_snapshot_is_active_and_says_why() {
+    let snapshot = snapshot();
+    let health = [
+        Health::Endangered("vg/s is 85 % full".to_owned()),
+        Health::Gone("deleted".to_owned()),
+    ];
+    let view = SnapshotView {
+        health: &health,
+        ..SnapshotView::new(&snapshot)
+    };
+    let document = snapshot_document(&view).unwrap();
+    assert!(
+        document.contains("<health state='active'>vg/s is 85 % full</health>"),
+        "{document}"
+    );
+}
