@@ -6,8 +6,8 @@ use std::sync::Arc;
 use disksnap::{Capability, DiskSnapshot, Error, ErrorKind};
 use disksnap_conformance::{CaseResult, Fixture, Outcome as Case, RawFiles, Report, run_chosen};
 use disksnap_conformance_qemu::{
-    InSubvolumes, LogicalVolumes, LoopFs, LoopFsKind, OverlayFixture, Process, QemuFixture, QemuVersion,
-    lacking, lacking_fs, loop_fs,
+    InSubvolumes, LogicalVolumes, LoopFs, LoopFsKind, OverlayFixture, OverlaysOff, Process, QemuFixture,
+    QemuVersion, lacking, lacking_fs, loop_fs,
 };
 use serde_json::{Value, json};
 
@@ -250,20 +250,21 @@ fn qemu_fleece() -> Vec<Run> {
     all.into_iter().map(run).collect()
 }
 
-/// In every kind of process, on every QEMU.
+/// In every kind of process, on every QEMU, and with the domain off.
 fn qemu_external_qcow2() -> Vec<Run> {
     use Process::{ExportedStorageDaemon, Machine};
     use QemuVersion::{V7_2, V10_0};
+    let capabilities = [
+        Capability::Active,
+        Capability::Inactive,
+        Capability::DirectRead,
+        Capability::Revert,
+        Capability::Merge,
+    ];
+    let make = || linked("qemu-external-qcow2");
     let all = [(Machine, V10_0), (ExportedStorageDaemon, V10_0), (Machine, V7_2)];
     let run = |(process, version): (Process, QemuVersion)| {
-        let capabilities = [
-            Capability::Active,
-            Capability::Inactive,
-            Capability::DirectRead,
-            Capability::Revert,
-            Capability::Merge,
-        ];
-        let fixture = QemuFixture::new(process, capabilities, linked("qemu-external-qcow2")).version(version);
+        let fixture = QemuFixture::new(process, capabilities, make()).version(version);
         let holder = match process {
             Machine => "a machine",
             _ => "a storage daemon",
@@ -276,7 +277,14 @@ fn qemu_external_qcow2() -> Vec<Run> {
             },
         }
     };
-    all.into_iter().map(run).collect()
+    let off = Run {
+        place: "the domain off".to_owned(),
+        fixture: match OverlaysOff::lacking() {
+            None => Ok(Arc::new(OverlaysOff::new(capabilities, make()))),
+            Some(why) => Err(why),
+        },
+    };
+    all.into_iter().map(run).chain([off]).collect()
 }
 
 /// What the methods offer that take a disk whole. Not `GuestSafe`: a guest that overwrites what is shared can run out of

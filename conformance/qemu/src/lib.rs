@@ -3,6 +3,7 @@
 
 mod domain;
 mod overlay;
+mod overlay_off;
 mod setting;
 mod subvolumes;
 mod volumes;
@@ -18,6 +19,7 @@ use disksnap_hypervisor::GuardianProgram;
 pub use disksnap_test_support::{LoopFs, LoopFsKind, QemuVersion, loop_fs};
 
 pub use crate::overlay::OverlayFixture;
+pub use crate::overlay_off::OverlaysOff;
 use crate::setting::QemuSetting;
 pub use crate::subvolumes::InSubvolumes;
 pub use crate::volumes::LogicalVolumes;

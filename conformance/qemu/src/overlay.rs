@@ -106,26 +106,60 @@ impl OverlaySetting {
         }
         Ok((path.into(), format))
     }
+}
 
-    /// A range of an image with its chain.
-    fn read_image(&self, path: &Path, format: &str, offset: u64, len: u64) -> Result<Vec<u8>> {
-        let copy = self.inner.state_dir().join("overlay-copy.raw");
-        let mut command = std::process::Command::new(tools::program("qemu-img"));
-        command
-            .args(["convert", "-U", "-f", format, "-O", "raw"])
-            .arg(path)
-            .arg(&copy);
-        let output = command
-            .output()
-            .map_err(|e| Error::io("cannot run qemu-img", e))?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            return Err(Error::new(ErrorKind::Io, format!("qemu-img: {said}")));
-        }
-        let bytes = read_file(&Source::File { file: copy.clone() }, "raw", offset, len)?;
-        std::fs::remove_file(&copy).map_err(|e| Error::io("cannot remove a copy", e))?;
-        Ok(bytes)
+/// A range of an image with its chain; a copy of it is in `dir` meanwhile.
+pub(crate) fn read_image(dir: &Path, path: &Path, format: &str, offset: u64, len: u64) -> Result<Vec<u8>> {
+    let copy = dir.join("overlay-copy.raw");
+    let mut command = std::process::Command::new(tools::program("qemu-img"));
+    command
+        .args(["convert", "-U", "-f", format, "-O", "raw"])
+        .arg(path)
+        .arg(&copy);
+    let output = command
+        .output()
+        .map_err(|e| Error::io("cannot run qemu-img", e))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        return Err(Error::new(ErrorKind::Io, format!("qemu-img: {said}")));
     }
+    let bytes = read_file(&Source::File { file: copy.clone() }, "raw", offset, len)?;
+    std::fs::remove_file(&copy).map_err(|e| Error::io("cannot remove a copy", e))?;
+    Ok(bytes)
+}
+
+/// Somebody writes to what the snapshot is read from; that it is the same byte is nothing to rely on.
+pub(crate) fn damage(snapshot: &Snapshot) -> Result<()> {
+    for disk in &snapshot.disks {
+        let Access::Source { source, .. } = &disk.access else {
+            continue;
+        };
+        let path = source.path().unwrap_or(Path::new(""));
+        let failed = |e| Error::io(format!("cannot damage {}", path.display()), e);
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(failed)?;
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 0).map_err(failed)?;
+        file.write_all_at(&byte, 0).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// The files in a directory that only the method makes.
+pub(crate) fn files_of_overlays(dir: &Path) -> Result<Vec<String>> {
+    let id = |text: &str| text.len() == 12 && text.chars().all(|c| c.is_ascii_hexdigit());
+    let failed = |e| Error::io(format!("cannot list {}", dir.display()), e);
+    let mut left = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
+        if name.contains("disksnap") || name.rsplit('.').next().is_some_and(id) {
+            left.push(format!("file {name}"));
+        }
+    }
+    Ok(left)
 }
 
 fn io(what: String, error: impl std::error::Error + Send + Sync + 'static) -> Error {
@@ -191,34 +225,18 @@ impl Setting for OverlaySetting {
         }
         self.inner.flush(target);
         let (path, format) = self.top(target)?;
-        self.read_image(&path, &format, offset, len)
+        read_image(self.inner.state_dir(), &path, &format, offset, len)
     }
 
     async fn read_snapshot(&self, source: &Source, format: &str, offset: u64, len: u64) -> Result<Vec<u8>> {
         match source.path() {
-            Some(path) => self.read_image(path, format, offset, len),
+            Some(path) => read_image(self.inner.state_dir(), path, format, offset, len),
             None => self.inner.read_snapshot(source, format, offset, len).await,
         }
     }
 
-    /// Somebody writes to what the snapshot is read from; that it is the same byte is nothing to rely on.
     async fn damage(&self, snapshot: &Snapshot) -> Result<()> {
-        for disk in &snapshot.disks {
-            let Access::Source { source, .. } = &disk.access else {
-                continue;
-            };
-            let path = source.path().unwrap_or(Path::new(""));
-            let failed = |e| Error::io(format!("cannot damage {}", path.display()), e);
-            let file = std::fs::OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open(path)
-                .map_err(failed)?;
-            let mut byte = [0];
-            file.read_exact_at(&mut byte, 0).map_err(failed)?;
-            file.write_all_at(&byte, 0).map_err(failed)?;
-        }
-        Ok(())
+        damage(snapshot)
     }
 
     async fn leftovers(&self) -> Result<Vec<String>> {
@@ -231,15 +249,8 @@ impl Setting for OverlaySetting {
             let ours = names.filter(|name| name.starts_with(OURS));
             left.extend(ours.map(|name| format!("{kind} {name}")));
         }
-        let id = |text: &str| text.len() == 12 && text.chars().all(|c| c.is_ascii_hexdigit());
         for dir in self.dirs() {
-            let failed = |e| Error::io(format!("cannot list {}", dir.display()), e);
-            for entry in std::fs::read_dir(&dir).map_err(failed)? {
-                let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
-                if name.contains("disksnap") || name.rsplit('.').next().is_some_and(id) {
-                    left.push(format!("file {name}"));
-                }
-            }
+            left.extend(files_of_overlays(&dir)?);
         }
         Ok(left)
     }

@@ -211,18 +211,10 @@ impl Setting for QemuSetting {
     }
 
     async fn read_snapshot(&self, source: &Source, format: &str, offset: u64, len: u64) -> Result<Vec<u8>> {
-        let Some(uri) = uri(source) else {
-            return read_file(source, format, offset, len);
-        };
-        let client = Client::connect(&uri, &ConnectOptions::default()).await;
-        let client = client
-            .map_err(|e| Error::new(ErrorKind::Io, format!("cannot connect to {source}")).because(e))?;
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let bytes = client.read(offset, len).await;
-        client.disconnect().await;
-        let bytes =
-            bytes.map_err(|e| Error::new(ErrorKind::Io, format!("cannot read {source}")).because(e))?;
-        Ok(bytes.to_vec())
+        if uri(source).is_some() {
+            return read_export(source, offset, len).await;
+        }
+        read_file(source, format, offset, len)
     }
 
     async fn damage(&self, snapshot: &Snapshot) -> Result<()> {
@@ -265,6 +257,20 @@ impl Setting for QemuSetting {
         }
         Ok(left)
     }
+}
+
+/// A range of what is served as an NBD source.
+pub(crate) async fn read_export(source: &Source, offset: u64, len: u64) -> Result<Vec<u8>> {
+    let unknown = || Error::new(ErrorKind::Unsupported, format!("{source} is not served over NBD"));
+    let uri = uri(source).ok_or_else(unknown)?;
+    let client = Client::connect(&uri, &ConnectOptions::default()).await;
+    let client =
+        client.map_err(|e| Error::new(ErrorKind::Io, format!("cannot connect to {source}")).because(e))?;
+    let len = usize::try_from(len).unwrap_or(usize::MAX);
+    let bytes = client.read(offset, len).await;
+    client.disconnect().await;
+    let bytes = bytes.map_err(|e| Error::new(ErrorKind::Io, format!("cannot read {source}")).because(e))?;
+    Ok(bytes.to_vec())
 }
 
 fn uri(source: &Source) -> Option<Uri> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use disksnap_conformance::{assert_cases, assert_conforms};
 use disksnap_conformance_qemu::{
-    OverlayFixture, Process, QemuFixture, QemuVersion, become_guardian_when_asked, lacking,
+    OverlayFixture, OverlaysOff, Process, QemuFixture, QemuVersion, become_guardian_when_asked, lacking,
 };
 use disksnap_core::Capability;
 use disksnap_qemu_external_qcow2::QemuExternalQcow2;
@@ -15,15 +15,16 @@ fn becomes_the_guardian_when_asked() {
     become_guardian_when_asked();
 }
 
+const CAPABILITIES: [Capability; 5] = [
+    Capability::Active,
+    Capability::Inactive,
+    Capability::DirectRead,
+    Capability::Revert,
+    Capability::Merge,
+];
+
 fn fixture(process: Process, version: QemuVersion) -> OverlayFixture {
-    let capabilities = [
-        Capability::Active,
-        Capability::Inactive,
-        Capability::DirectRead,
-        Capability::Revert,
-        Capability::Merge,
-    ];
-    let fixture = QemuFixture::new(process, capabilities, || Arc::new(QemuExternalQcow2));
+    let fixture = QemuFixture::new(process, CAPABILITIES, || Arc::new(QemuExternalQcow2));
     OverlayFixture(
         fixture
             .version(version)
@@ -40,6 +41,14 @@ fn no_mishaps(case: &str) -> bool {
 #[test]
 fn in_a_machine() {
     assert_conforms(fixture(Process::Machine, QemuVersion::V10_0));
+}
+
+#[test]
+fn with_the_domain_off() {
+    if let Some(why) = OverlaysOff::lacking() {
+        skip!("qemu-img", "{why}");
+    }
+    assert_conforms(OverlaysOff::new(CAPABILITIES, || Arc::new(QemuExternalQcow2)));
 }
 
 #[test]

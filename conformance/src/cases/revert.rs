@@ -87,7 +87,8 @@ pub(super) async fn spares_others(fixture: &Arc<dyn Fixture>) -> Verdict {
             held.context(format!("after the revert to {snapshot}"))?;
         }
     }
-    for (snapshot, _) in &snapshots {
+    // The newest first: where a revert has made a tree of them, the older are what the newer stand on.
+    for (snapshot, _) in snapshots.iter().rev() {
         stage.delete_now(snapshot).await?;
     }
     stage.finish().await

@@ -197,6 +197,10 @@ pub(crate) fn chain_of(disk: &Disk) -> std::result::Result<Vec<Layer>, String> {
         let format = format
             .clone()
             .ok_or_else(|| format!("the domain's document does not say the format of {source}"))?;
+        if source.path().is_some_and(|path| !path.exists()) {
+            // It was merged since the document was read: the header above it was brought up to date, and says so.
+            break;
+        }
         chain.push(known(Layer::of(source, format)?)?);
         said = backing.as_deref();
     }

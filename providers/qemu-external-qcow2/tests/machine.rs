@@ -165,7 +165,11 @@ async fn overlays_and_fleeces_are_one_instant_while_a_writer_goes_on() {
             .enumerate()
             .map(|(n, target)| match (n + round) % 2 {
                 0 => choice(target, "qemu", &[]),
-                _ => choice(target, "qemu-fleece", &[("fleece.way", ["filter", "job"][round])]),
+                _ => choice(
+                    target,
+                    "qemu-fleece",
+                    &[("fleece.way", ["classic", "job"][round])],
+                ),
             });
         let mut request = request(&name, &[]);
         request.disks = Disks::Named(choices.collect());
