@@ -165,10 +165,7 @@ async fn a_method_that_merges_one_way_only_refuses_the_other() {
         ..of(&[])
     };
     let name = name_of("s");
-    let merged = scene
-        .dispatcher
-        .merge(&scene.domain, &name, &up, &mut on)
-        .await;
+    let merged = scene.dispatcher.merge(&scene.domain, &name, &up, &mut on).await;
     let error = merged.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
     assert!(scene.catalog.intents(None).await.unwrap().is_empty());
@@ -199,9 +196,7 @@ async fn a_watcher_that_breaks_off_cancels() {
     };
     let name = name_of("s");
     let all = of(&[]);
-    let merge = scene
-        .dispatcher
-        .merge(&scene.domain, &name, &all, &mut watcher);
+    let merge = scene.dispatcher.merge(&scene.domain, &name, &all, &mut watcher);
     let error = merge.await.unwrap_err();
     assert_eq!(error.effect(), Effect::RolledBack);
     assert_eq!(seen, [running]);
@@ -254,9 +249,7 @@ async fn kill_while_running(scene: &Scene, merges: &Merges) {
     };
     let name = name_of("s");
     let all = of(&[]);
-    let merge = scene
-        .dispatcher
-        .merge(&scene.domain, &name, &all, &mut watcher);
+    let merge = scene.dispatcher.merge(&scene.domain, &name, &all, &mut watcher);
     tokio::select! {
         merged = merge => panic!("{merged:?}"),
         () = begun.notified() => {}
