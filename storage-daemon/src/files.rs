@@ -21,6 +21,8 @@ const LONGEST_SOCKET: usize = 107;
 const LOCK: &str = ".images.lock";
 /// Somebody who asks whether the daemon lives holds the lock for a moment.
 const MOMENT: Duration = Duration::from_secs(5);
+/// For how long a process that is ending may hold the lock.
+const LAST_MOMENT: Duration = Duration::from_secs(2);
 
 /// The files of one domain's daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,6 +128,20 @@ impl Files {
             Err(Errno::WOULDBLOCK) => Ok(true),
             Err(error) => Err(failed(error.into())),
         }
+    }
+
+    /// Whether the daemon lives and is not about to be gone: one that was killed serves nothing any more, and may hold the
+    /// lock for another moment.
+    pub(crate) async fn lives(&self) -> Result<bool> {
+        let since = Instant::now();
+        while self.is_held()? {
+            // Where its process cannot be seen it is taken at the lock's word.
+            if self.holder().is_some() || since.elapsed() > LAST_MOMENT {
+                return Ok(true);
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        Ok(false)
     }
 
     /// The process that lives by this lock: the one whose standard input it is.

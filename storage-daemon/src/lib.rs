@@ -123,7 +123,7 @@ impl ImageServer for StorageDaemons {
 
     async fn running(&self, domain: &DomainId) -> Result<Option<NbdServer>> {
         let files = self.files(domain);
-        if files.is_held()? {
+        if files.lives().await? {
             files.remembered()
         } else {
             Ok(None)
@@ -188,7 +188,7 @@ impl ImageServer for StorageDaemons {
 
     async fn unserve(&self, domain: &DomainId, node: &ServeNode) -> Result<()> {
         let files = self.files(domain);
-        if !files.is_held()? {
+        if !files.lives().await? {
             return Ok(());
         }
         let session = session(&files);
@@ -203,13 +203,18 @@ impl ImageServer for StorageDaemons {
 
     async fn served(&self, domain: &DomainId) -> Result<Vec<String>> {
         let files = self.files(domain);
-        if !files.is_held()? {
+        if !files.lives().await? {
             return Ok(Vec::new());
         }
         let session = session(&files);
-        NbdServerControl::new(&session, &self.run, PATIENCE)
+        let served = NbdServerControl::new(&session, &self.run, PATIENCE)
             .served()
-            .await
+            .await;
+        match served {
+            // It has just ended.
+            Err(error) if error.kind() == ErrorKind::Unavailable && !files.lives().await? => Ok(Vec::new()),
+            served => served,
+        }
     }
 
     async fn domains(&self) -> Result<Vec<DomainId>> {
