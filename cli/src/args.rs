@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use disksnap::{DiskChoice, Listen, MergeInto, Quiesce, SnapshotName};
 
+use crate::checkpoint_args::CheckpointCommand;
 use crate::values::{parse_disk, parse_name, parse_option, parse_seconds, parse_size};
 
 const EXIT_CODES: &str = "\
@@ -108,6 +109,9 @@ pub(crate) enum Command {
     /// Take, list, show, merge, revert and delete snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
+    /// List, dump and redefine checkpoints
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
     /// See and cancel merges that are under way
     #[command(subcommand)]
     Job(JobCommand),

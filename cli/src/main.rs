@@ -4,6 +4,10 @@ mod altered_view;
 mod args;
 mod attach;
 mod bring;
+mod checkpoint;
+mod checkpoint_args;
+mod checkpoint_files;
+mod checkpoint_view;
 mod conform;
 mod context;
 mod disk;
@@ -68,6 +72,7 @@ async fn run(context: &Context, command: Command) -> Outcome {
         Command::Disk(command) => disk::run(context, command).await,
         Command::Plan(wanted) => plan::run(context, wanted).await,
         Command::Snapshot(command) => snapshot::run(context, command).await,
+        Command::Checkpoint(command) => checkpoint::run(context, command).await,
         Command::Job(command) => job::run(context, command).await,
         Command::Export(command) => export::run(context, command).await,
         Command::Read(read) => read::run(context, read).await,

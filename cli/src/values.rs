@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use disksnap::{DiskChoice, Error, MethodChoice, Options, SnapshotName};
+use uuid::Uuid;
 
 /// The longest deadline that makes sense, in seconds.
 const LONGEST: f64 = 3600.0;
@@ -47,6 +48,13 @@ pub(crate) fn parse_option(text: &str) -> Result<(String, String), String> {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("expected KEY=VALUE".to_owned()),
     }
+}
+
+/// `TARGET=UUID`.
+pub(crate) fn parse_disk_id(text: &str) -> Result<(String, Uuid), String> {
+    let pair = text.split_once('=').filter(|(target, _)| !target.is_empty());
+    let pair = pair.and_then(|(target, id)| Some((target.to_owned(), id.parse().ok()?)));
+    pair.ok_or_else(|| "expected TARGET=UUID, such as vda=5768a388-c1c4-414c-ac4e-eab216ba7c0c".to_owned())
 }
 
 /// `TARGET[,method=METHOD][,KEY=VALUE]…`, in which a comma in a value is written twice.
