@@ -1,6 +1,6 @@
 //! The method passes the suite, on plain and on thin volumes of a domain that is off.
 //!
-//! Here without the cases that strike at every point, which take minutes: the tests of the command run all of them, by
+//! Here only what tells soonest that something is wrong: all cases take minutes, and the tests of the command run them, by
 //! `disksnap conform lvm`.
 
 use std::sync::Arc;
@@ -19,16 +19,19 @@ const CAPABILITIES: [Capability; 4] = [
     Capability::Revert,
 ];
 
-/// The cases that strike at every point.
-fn strikes(case: &str) -> bool {
-    ["-fails", "-killed", "-disconnected"]
-        .iter()
-        .any(|end| case.ends_with(end))
-}
+/// The cases that are run here, by the beginning of their names.
+const SOON: [&str; 6] = [
+    "capabilities",
+    "content-",
+    "several-disks",
+    "damage-is-told",
+    "revert-content",
+    "revert-spares",
+];
 
 fn assert_conforms(pool: Option<&str>, capabilities: Vec<Capability>) {
     let volumes = LogicalVolumes::new("vg", pool, capabilities, || Arc::new(LogicalVolume)).unwrap();
-    assert_cases(volumes, |case| !strikes(case));
+    assert_cases(volumes, |case| SOON.iter().any(|begin| case.starts_with(begin)));
 }
 
 #[test]
