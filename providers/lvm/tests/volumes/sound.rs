@@ -4,46 +4,37 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use disksnap_core::{DiskSnapshot, SnapshotId, Source};
-use disksnap_lvm::LogicalVolume;
-
 use crate::file_systems::Mounted;
-use crate::support::{Group, Rig, block, device, file, formatted, inside, run, try_run};
+use crate::support::{Group, Rig, block, device, file, inside, run, try_run};
 
 /// How often each is tried.
 const ROUNDS: u32 = 6;
 
-/// Does one thing again and again in a thread of its own; holding [`Busy::still`] makes it stand still.
+/// Does one thing again and again in a thread of its own.
 struct Busy {
     end: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
-    turn: Arc<Mutex<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Busy {
     fn new(mut act: impl FnMut(u64) + Send + 'static) -> Self {
-        let (end, done, turn) = (Arc::default(), Arc::default(), Arc::default());
-        let (ends, counts, turns): (Arc<AtomicBool>, Arc<AtomicU64>, Arc<Mutex<()>>) =
-            (Arc::clone(&end), Arc::clone(&done), Arc::clone(&turn));
+        let (end, done) = (Arc::default(), Arc::default());
+        let (ends, counts): (Arc<AtomicBool>, Arc<AtomicU64>) = (Arc::clone(&end), Arc::clone(&done));
         let thread = std::thread::spawn(move || {
             while !ends.load(Ordering::Relaxed) {
-                {
-                    let _turn = turns.lock().unwrap();
-                    act(counts.fetch_add(1, Ordering::Relaxed));
-                }
+                act(counts.fetch_add(1, Ordering::Relaxed));
                 std::thread::yield_now();
             }
         });
         Self {
             end,
             done,
-            turn,
             thread: Some(thread),
         }
     }
@@ -57,10 +48,6 @@ impl Busy {
             );
             std::thread::sleep(Duration::from_millis(1));
         }
-    }
-
-    fn still(&self) -> MutexGuard<'_, ()> {
-        self.turn.lock().unwrap()
     }
 }
 
@@ -166,76 +153,6 @@ impl Drop for Daemon {
         let _ = self.child.wait();
         let _ = try_run(&["umount", self.guest.to_str().unwrap()]);
     }
-}
-
-/// Writes scattered blocks and flushes now and then, so that clusters are allocated all the time.
-fn scattered(guest: &Path) -> Busy {
-    let file = File::options().read(true).write(true).open(guest).unwrap();
-    Busy::new(move |n| {
-        let at = (n * 0x9e37_79b9) % (48 << 20) / 4096 * 4096;
-        file.write_all_at(&[u8::try_from(n % 255).unwrap() + 1; 4096], at)
-            .unwrap();
-        if n % 16 == 0 {
-            file.sync_all().unwrap();
-        }
-    })
-}
-
-/// With the guest standing still and its writes flushed, as in the window, `qemu-img check` finds nothing.
-#[tokio::test]
-#[ignore = "runs in the guest"]
-#[expect(clippy::print_stderr, reason = "how the control went is worth seeing")]
-async fn a_qcow2_image_is_sound_when_its_writer_stands_still() {
-    let group = Group::new("vg", "");
-    let volume = group.plain("disk", 56);
-    run(&format!(
-        "qemu-img create -q -f qcow2 -o cluster_size=4096 {} 48M",
-        volume.display()
-    ));
-    let rig = Rig::new(vec![formatted(
-        "vda",
-        Source::Block { dev: volume.clone() },
-        "qcow2",
-    )]);
-    let daemon = Daemon::start(&volume, "qcow2");
-    let flush = File::options().write(true).open(&daemon.guest).unwrap();
-    let busy = scattered(&daemon.guest);
-    let (control, requests) = (rig.control().await, rig.requests(&[]));
-    let mut unsound = 0;
-    for round in 0..2 * ROUNDS {
-        busy.wait(20);
-        let id = SnapshotId::random();
-        let prepared = LogicalVolume.prepare(&*control, id, &requests).await.unwrap();
-        let still = (round % 2 == 0).then(|| {
-            let still = busy.still();
-            flush.sync_all().unwrap();
-            still
-        });
-        let taken = LogicalVolume.take(&*control, &prepared[0]).await.unwrap();
-        let stood = still.is_some();
-        drop(still);
-        let unit = LogicalVolume
-            .complete(&*control, id, &prepared[0], &taken)
-            .await
-            .unwrap();
-        let device = unit.disks[0].details["snapshot.volume"].clone();
-        let checked = try_run(&[
-            "qemu-img",
-            "check",
-            "-q",
-            "-f",
-            "qcow2",
-            &format!("/dev/{device}"),
-        ]);
-        match checked {
-            Err(why) if stood => panic!("round {round}: {why}"),
-            checked => unsound += u32::from(checked.is_err()),
-        }
-        LogicalVolume.delete(&*control, id, &unit).await.unwrap();
-    }
-    eprintln!("taken while it was written to: {unsound} of {ROUNDS} unsound");
-    drop(busy);
-    drop(daemon);
 }
 
 /// One volume is one instant by itself: what was flushed before is in it, in the order it was written.
