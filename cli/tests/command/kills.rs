@@ -275,3 +275,75 @@ fn a_merge_killed_at_any_moment_leaves_a_running_guest_and_can_be_taken_up_again
     writer.stop();
     assert_eq!(qemu.status(), "running");
 }
+
+/// A stream writes to nothing but the overlay, and there nothing that can be seen: the snapshot is good at any moment.
+#[test]
+fn a_merge_into_the_overlay_killed_at_any_moment_leaves_the_snapshot_good() {
+    let (qemu, site) = (machine(), Site::new());
+    let xml = arg(&qemu.domain_xml_file());
+    let run = |words: &[&str]| site.json(&[&["-d", &xml][..], words].concat());
+    let create = || {
+        let disks = ["--disk", "vda,method=qemu", "--disk", "vdb,method=qemu"];
+        run(&[&["snapshot", "create", "--name", "one"][..], &disks].concat());
+    };
+    let free = ["snapshot", "merge", "--into", "overlay", "one"];
+    create();
+    let whole = duration_of(|| drop(run(&free)));
+    run(&["snapshot", "delete", "one"]);
+    let writer = Writer::start(["vda", "vdb"].map(|t| qemu.disk(t)).to_vec(), 8 * MIB, 5);
+    let (rounds, mut killed) = (8, 0);
+    for round in 0..rounds {
+        create();
+        writer.wait(2);
+        let kept = ["vda", "vdb"].map(|disk| read_whole(&site, &xml, disk));
+        let killable = [&["-d", &xml][..], &free].concat();
+        killed += u32::from(kill_after(&site, whole * round / rounds, &killable));
+        writer.wait(2);
+        if round % 2 == 0 {
+            site.ok(&["recover"]);
+        }
+        run(&["domain", "update"]);
+        run(&free);
+        assert_eq!(
+            ["vda", "vdb"].map(|disk| read_whole(&site, &xml, disk)),
+            kept,
+            "round {round}"
+        );
+        run(&["snapshot", "delete", "one"]);
+        assert_eq!(qemu.qmp("query-jobs", json!({})), json!([]), "round {round}");
+    }
+    assert!(
+        killed > rounds / 2,
+        "only {killed} of {rounds} were killed at work: the test proves little"
+    );
+    writer.stop();
+    // The first images are their owner's; of the later ones there is the disk's, and no other.
+    let files = std::fs::read_dir(qemu.dir()).unwrap();
+    let images = files.filter(|f| {
+        f.as_ref()
+            .unwrap()
+            .file_name()
+            .to_string_lossy()
+            .starts_with("vd")
+    });
+    assert_eq!(images.count(), 4);
+    let nodes = qemu.qmp("query-named-block-nodes", json!({ "flat": true }));
+    let nodes: Vec<&str> = nodes
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|n| n["file"].as_str())
+        .collect();
+    // A file and a format each, of the disk that was left alone too.
+    assert_eq!(nodes.len(), 6, "{nodes:#?}");
+    assert_eq!(qemu.status(), "running");
+}
+
+/// A snapshot's disk as the command reads it.
+fn read_whole(site: &Site, domain: &str, disk: &str) -> Vec<u8> {
+    let to = site.path("whole.raw");
+    site.ok(&["-d", domain, "read", "one", disk, "--to", &arg(&to)]);
+    let bytes = std::fs::read(&to).unwrap();
+    std::fs::remove_file(to).unwrap();
+    bytes
+}
