@@ -5,7 +5,9 @@ use std::fmt;
 use std::io::{self, BufReader, Read};
 
 use disksnap_core::{Error, ErrorKind, Result};
-use serde::de::DeserializeOwned;
+use serde::de::{self, DeserializeOwned};
+use serde::{Deserialize, Deserializer};
+use uuid::Uuid;
 
 /// The longest set that is read, in bytes; 10 000 checkpoints of 16 disks need 30 MB.
 pub const MAX_BYTES: u64 = 64 << 20;
@@ -49,7 +51,9 @@ impl std::error::Error for TooLong {}
 
 /// An error of the reader itself: too much, or what the operating system says.
 pub(crate) fn unread(error: io::Error) -> Error {
-    if error.get_ref().is_some_and(|inner| inner.is::<TooLong>()) {
+    if let Some(inner) = error.get_ref()
+        && inner.is::<TooLong>()
+    {
         return Error::new(ErrorKind::Invalid, TooLong.to_string());
     }
     Error::io("cannot read the set of checkpoints", error)
@@ -106,3 +110,21 @@ fn deserialize(error: &csv::DeserializeError) -> String {
         other => other.to_string(),
     }
 }
+
+/// A UUID that is told as it was found where it is none.
+pub(crate) fn id<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Uuid, D::Error> {
+    parse(&String::deserialize(from)?)
+}
+
+/// The same, or NULL.
+pub(crate) fn optional_id<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<Uuid>, D::Error> {
+    let text = Option::<String>::deserialize(from)?;
+    text.as_deref().map(parse).transpose()
+}
+
+fn parse<E: de::Error>(text: &str) -> std::result::Result<Uuid, E> {
+    text.parse()
+        .map_err(|_| E::custom(format_args!("{text:?} is no UUID: expected such as {EXAMPLE}")))
+}
+
+const EXAMPLE: &str = "5768a388-c1c4-414c-ac4e-eab216ba7c0c";

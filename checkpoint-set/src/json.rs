@@ -124,13 +124,16 @@ impl<'a> From<&'a CheckpointDisk> for WrittenDisk<'a> {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "expected an object with the list `checkpoints`"
+)]
 struct ReadSet {
     checkpoints: Vec<ReadCheckpoint>,
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "expected an object, a checkpoint")]
 struct ReadCheckpoint {
     name: CheckpointName,
     parent: Option<CheckpointName>,
@@ -158,12 +161,14 @@ impl From<ReadCheckpoint> for Checkpoint {
 struct Covered(CheckpointDisk);
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields, rename = "disk")]
+#[serde(deny_unknown_fields, expecting = "expected an object, a disk")]
 struct ReadDisk {
     target: String,
+    #[serde(default, deserialize_with = "input::optional_id")]
     id: Option<Uuid>,
     size: Option<u64>,
     bitmap: Option<String>,
+    #[serde(default, deserialize_with = "input::optional_id")]
     snapshot: Option<Uuid>,
     #[serde(default)]
     volatile: bool,

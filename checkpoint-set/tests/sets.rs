@@ -190,15 +190,42 @@ fn a_database_s_own_columns_are_read() {
 fn json_that_is_no_set_is_told_by_line_and_column() {
     let refused = |text: &str| told(&json::read(text.as_bytes()).unwrap_err());
     let one = |inner: &str| format!("{{\n  \"checkpoints\": [ {{ \"name\": \"a\", {inner} }} ]\n}}");
-    assert_snapshot!(refused("{\"checkpoints\": [\n"), @"");
-    assert_snapshot!(refused("{\"checkpoints\": [], \"domain\": 1}"), @"");
-    assert_snapshot!(refused("{\"checkpoints\": [ { \"name\": \"a/b\" } ]}"), @"");
-    assert_snapshot!(refused(&one("\"created\": \"today\", \"disks\": []")), @"");
-    assert_snapshot!(refused(&one("\"created\": \"1969-01-01T00:00:00Z\", \"disks\": []")), @"");
-    assert_snapshot!(refused(&one("\"disks\": [ { \"target\": \"vda\" } ]")), @"");
-    assert_snapshot!(refused(&one("\"disks\": [ { \"target\": \"vda\", \"bitmap\": \"b\", \"dirty\": 1 } ]")), @"");
-    assert_snapshot!(refused(&one("\"name\": \"b\"")), @"");
-    assert_snapshot!(refused("[]"), @"");
+    assert_snapshot!(refused("{\"checkpoints\": [\n"), @"
+    Invalid: the document ends in the middle (line 2, column 0)
+    -
+    ");
+    assert_snapshot!(refused("{\"checkpoints\": [], \"domain\": 1}"), @"
+    Invalid: unknown field `domain`, expected `checkpoints` (line 1, column 29)
+    -
+    ");
+    assert_snapshot!(refused("{\"checkpoints\": [ { \"name\": \"a/b\" } ]}"), @r#"
+    Invalid: the checkpoint name "a/b" has '/' (line 1, column 35)
+    -
+    "#);
+    assert_snapshot!(refused(&one("\"created\": \"today\", \"disks\": []")), @r#"
+    Invalid: "today" is no instant: expected a date and time, such as 2026-11-22T04:30:00.25Z (line 2, column 53)
+    -
+    "#);
+    assert_snapshot!(refused(&one("\"created\": \"1969-01-01T00:00:00Z\", \"disks\": []")), @r#"
+    Invalid: "1969-01-01T00:00:00Z" is before 1970: expected a date and time, such as 2026-11-22T04:30:00.25Z (line 2, column 68)
+    -
+    "#);
+    assert_snapshot!(refused(&one("\"disks\": [ { \"target\": \"vda\" } ]")), @r#"
+    Invalid: the disk "vda": expected either its 'bitmap', a name, or its 'snapshot', a UUID (line 2, column 66)
+    -
+    "#);
+    assert_snapshot!(refused(&one("\"disks\": [ { \"target\": \"vda\", \"bitmap\": \"b\", \"dirty\": 1 } ]")), @"
+    Invalid: unknown field `dirty`, expected one of `target`, `id`, `size`, `bitmap`, `snapshot`, `volatile` (line 2, column 87)
+    -
+    ");
+    assert_snapshot!(refused(&one("\"name\": \"b\"")), @"
+    Invalid: duplicate field `name` (line 2, column 41)
+    -
+    ");
+    assert_snapshot!(refused("[]"), @"
+    Invalid: invalid length 0, expected expected an object with the list `checkpoints` (line 1, column 2)
+    -
+    ");
 }
 
 #[test]
@@ -210,12 +237,30 @@ fn a_table_that_is_none_is_told_by_line() {
         "checkpoint_id,parent,vm_id,creation_date\n",
         "disk_id,checkpoint_id\n",
     );
-    assert_snapshot!(refused("checkpoint_id,parent,vm_id,creation_date,state\n", map), @"");
-    assert_snapshot!(refused(&format!("{head}{VM},,{VM},2019-03-12 21:35:23\n{VM},,"), map), @"");
-    assert_snapshot!(refused(&format!("{head}{VM},x,{VM},2019-03-12 21:35:23\n"), map), @"");
-    assert_snapshot!(refused(&format!("{head}{VM},,{VM},soon\n"), map), @"");
-    assert_snapshot!(refused("checkpoint_id,parent,vm_id\n1,2,3\n", map), @"");
-    assert_snapshot!(refused(head, "disk_id,checkpoint_id\n\"5768a388\n"), @"");
+    assert_snapshot!(refused("checkpoint_id,parent,vm_id,creation_date,state\n", map), @r#"
+    Invalid: the column "state" is not known: expected checkpoint_id, parent, parent_id, vm_id, creation_date, _create_date, description (table vm_checkpoints, line 1)
+    Name the columns that are to be copied, or leave the others out.
+    "#);
+    assert_snapshot!(refused(&format!("{head}{VM},,{VM},2019-03-12 21:35:23\n{VM},,"), map), @"
+    Invalid: the record has 3 fields: expected 4, as many as the first line names (table vm_checkpoints, line 3)
+    -
+    ");
+    assert_snapshot!(refused(&format!("{head}{VM},x,{VM},2019-03-12 21:35:23\n"), map), @r#"
+    Invalid: "x" is no UUID: expected such as 5768a388-c1c4-414c-ac4e-eab216ba7c0c (table vm_checkpoints, line 2)
+    -
+    "#);
+    assert_snapshot!(refused(&format!("{head}{VM},,{VM},soon\n"), map), @r#"
+    Invalid: "soon" is no instant: expected a date and time, such as 2026-11-22T04:30:00.25Z (table vm_checkpoints, line 2)
+    -
+    "#);
+    assert_snapshot!(refused("checkpoint_id,parent,vm_id\n1,2,3\n", map), @r#"
+    Invalid: "1" is no UUID: expected such as 5768a388-c1c4-414c-ac4e-eab216ba7c0c (table vm_checkpoints, line 2)
+    -
+    "#);
+    assert_snapshot!(refused(head, "disk_id,checkpoint_id\n\"5768a388\n"), @"
+    Invalid: the record has 1 fields: expected 2, as many as the first line names (table vm_checkpoint_disk_map, line 2)
+    -
+    ");
 }
 
 #[test]
@@ -227,11 +272,26 @@ fn tables_that_do_not_fit_the_domain_are_told_by_record() {
         change(&mut tables);
         told(&tables.checkpoints_of(&domain.id, &ids(), false).unwrap_err())
     };
-    assert_snapshot!(refused(|t| t.checkpoints[1].vm_id = Uuid::nil()), @"");
-    assert_snapshot!(refused(|t| t.checkpoints[1].checkpoint_id = t.checkpoints[0].checkpoint_id), @"");
-    assert_snapshot!(refused(|t| t.disks[2].checkpoint_id = Uuid::nil()), @"");
-    assert_snapshot!(refused(|t| t.disks[1] = t.disks[0]), @"");
-    assert_snapshot!(refused(|t| t.disks[1].disk_id = Uuid::nil()), @"");
+    assert_snapshot!(refused(|t| t.checkpoints[1].vm_id = Uuid::nil()), @"
+    Invalid: the row is of the VM 00000000-0000-0000-0000-000000000000, and the domain is 5768a388-c1c4-414c-ac4e-eab216ba7c0c (table vm_checkpoints, record 2)
+    Give the rows of this VM alone.
+    ");
+    assert_snapshot!(refused(|t| t.checkpoints[1].checkpoint_id = t.checkpoints[0].checkpoint_id), @"
+    Invalid: the checkpoint 00000010-0000-0000-0000-000000000000 comes twice (table vm_checkpoints, record 2)
+    -
+    ");
+    assert_snapshot!(refused(|t| t.disks[2].checkpoint_id = Uuid::nil()), @"
+    Invalid: the checkpoint 00000000-0000-0000-0000-000000000000 is not in vm_checkpoints (table vm_checkpoint_disk_map, record 3)
+    -
+    ");
+    assert_snapshot!(refused(|t| t.disks[1] = t.disks[0]), @"
+    Invalid: the disk d15c0000-0000-0000-0000-000000000000 comes twice in the checkpoint 00000010-0000-0000-0000-000000000000 (table vm_checkpoint_disk_map, record 2)
+    -
+    ");
+    assert_snapshot!(refused(|t| t.disks[1].disk_id = Uuid::nil()), @"
+    NotFound: no disk of the domain is known as 00000000-0000-0000-0000-000000000000 (table vm_checkpoint_disk_map, record 2)
+    Tell which it is: --disk-id TARGET=UUID; or, if it is gone, say --leave-out-missing-disks.
+    ");
     let mut tables = good.clone();
     tables.disks[1].disk_id = Uuid::nil();
     let (set, left_out) = tables.checkpoints_of(&domain.id, &ids(), true).unwrap();
@@ -246,11 +306,26 @@ fn what_ovirt_has_no_word_for_is_not_told_to_it() {
         change(&mut set[1]);
         told(&Tables::of(&domain().id, &set, &DiskIds::new(&domain(), &[]).unwrap()).unwrap_err())
     };
-    assert_snapshot!(refused(|c| c.name = "nightly".parse().unwrap()), @"");
-    assert_snapshot!(refused(|c| c.disks[0].mark = Mark::Bitmap("b0".to_owned())), @"");
-    assert_snapshot!(refused(|c| c.disks[0].mark = Mark::Pinned(SnapshotId(Uuid::nil()))), @"");
-    assert_snapshot!(refused(|c| c.disks[0].target = "vd2".to_owned()), @"");
-    assert_snapshot!(refused(|c| c.created = UNIX_EPOCH + Duration::from_hours(24 * 366 * 9000)), @"");
+    assert_snapshot!(refused(|c| c.name = "nightly".parse().unwrap()), @"
+    Unsupported: the name of the checkpoint 'nightly' is no UUID, and oVirt knows checkpoints by UUID (checkpoint nightly)
+    Only sets whose names are UUIDs, in small letters and with dashes, can be told to oVirt; the other formats tell all.
+    ");
+    assert_snapshot!(refused(|c| c.disks[0].mark = Mark::Bitmap("b0".to_owned())), @"
+    Unsupported: the disk vd0 of the checkpoint '00000020-0000-0000-0000-000000000000' has the bitmap 'b0', and oVirt expects it to be called as the checkpoint (checkpoint 00000020-0000-0000-0000-000000000000, disk vd0)
+    -
+    ");
+    assert_snapshot!(refused(|c| c.disks[0].mark = Mark::Pinned(SnapshotId(Uuid::nil()))), @"
+    Unsupported: the disk vd0 of the checkpoint '00000020-0000-0000-0000-000000000000' is kept by a snapshot, and oVirt knows bitmaps alone (checkpoint 00000020-0000-0000-0000-000000000000, disk vd0)
+    -
+    ");
+    assert_snapshot!(refused(|c| c.disks[0].target = "vd2".to_owned()), @"
+    NotFound: the disk vd2 of the checkpoint '00000020-0000-0000-0000-000000000000' has no id that oVirt could know it by (checkpoint 00000020-0000-0000-0000-000000000000, disk vd2)
+    Tell it: --disk-id vd2=UUID.
+    ");
+    assert_snapshot!(refused(|c| c.created = UNIX_EPOCH + Duration::from_hours(24 * 366 * 9000)), @"
+    Unsupported: the checkpoint '00000020-0000-0000-0000-000000000000' is of a time that has no date (checkpoint 00000020-0000-0000-0000-000000000000)
+    -
+    ");
     // A name that is the same UUID in other letters would come back as another checkpoint.
     let upper = refused(|c| c.name = c.name.as_str().replace('-', "").parse().unwrap());
     assert!(upper.contains("is no UUID"), "{upper}");
@@ -267,7 +342,10 @@ fn ids_are_unique_and_of_disks_that_there_are() {
     };
     assert_eq!(refused(&[("vdx", id(1))]).kind(), ErrorKind::NotFound);
     let same = refused(&[("vd2", id(0))]);
-    assert_snapshot!(self::told(&same), @"");
+    assert_snapshot!(self::told(&same), @"
+    Invalid: the disks vd2 and vd0 have the same id, d15c0000-0000-0000-0000-000000000000 (disk vd0)
+    Tell each disk's id: --disk-id TARGET=UUID.
+    ");
     let twice = refused(&[("vd2", id(5)), ("vd2", id(6))]);
     assert!(
         twice.message().contains("two ids are told for the disk vd2"),
@@ -297,10 +375,16 @@ impl std::io::Read for Endless<'_> {
 fn what_is_too_long_is_refused_before_it_is_all_read() {
     let count = std::cell::Cell::new(0);
     let error = json::read(Endless(&count)).unwrap_err();
-    assert_snapshot!(told(&error), @"");
+    assert_snapshot!(told(&error), @"
+    Invalid: the set has more than 67108864 bytes
+    -
+    ");
     assert!(count.get() < MAX_BYTES + (1 << 20), "{}", count.get());
     count.set(0);
     let error = Tables::read_csv(Endless(&count), &b""[..]).unwrap_err();
-    assert_snapshot!(told(&error), @"");
+    assert_snapshot!(told(&error), @"
+    Io: cannot read the set of checkpoints (table vm_checkpoints)
+    -
+    ");
     assert!(count.get() < MAX_BYTES + (1 << 20), "{}", count.get());
 }

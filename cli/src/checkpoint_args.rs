@@ -95,7 +95,7 @@ pub(crate) struct Redefine {
     /// The form of the set; if nothing is said xml or json, as it begins
     #[arg(long, value_name = "FORMAT", value_enum)]
     pub(crate) format: Option<SetFormat>,
-    /// oVirt's table vm_checkpoint_disk_map, with ovirt-csv
+    /// oVirt's table `vm_checkpoint_disk_map`, with ovirt-csv
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, required_if_eq("format", "ovirt-csv"))]
     pub(crate) disk_map: Option<PathBuf>,
     /// Let the set take the place of what is known: what is not in it is forgotten
@@ -132,9 +132,9 @@ pub(crate) enum SetFormat {
 /// [`Table`], as the command line spells it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum WhichTable {
-    /// vm_checkpoints
+    /// `vm_checkpoints`
     Checkpoints,
-    /// vm_checkpoint_disk_map
+    /// `vm_checkpoint_disk_map`
     Disks,
 }
 

@@ -36,11 +36,13 @@ impl Table {
 #[serde(deny_unknown_fields)]
 pub struct CheckpointRow {
     /// The checkpoint.
+    #[serde(deserialize_with = "input::id")]
     pub checkpoint_id: Uuid,
     /// The one before it.
-    #[serde(default, alias = "parent_id")]
+    #[serde(default, alias = "parent_id", deserialize_with = "input::optional_id")]
     pub parent: Option<Uuid>,
     /// The VM.
+    #[serde(deserialize_with = "input::id")]
     pub vm_id: Uuid,
     /// The instant; written in UTC.
     #[serde(alias = "_create_date", with = "time")]
@@ -55,14 +57,19 @@ pub struct CheckpointRow {
 #[serde(deny_unknown_fields)]
 pub struct DiskRow {
     /// The disk.
+    #[serde(deserialize_with = "input::id")]
     pub disk_id: Uuid,
     /// The checkpoint that covers it.
+    #[serde(deserialize_with = "input::id")]
     pub checkpoint_id: Uuid,
 }
 
 /// Both tables.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "expected an object with both tables, each a list of rows"
+)]
 pub struct Tables {
     /// The checkpoints.
     #[serde(rename = "vm_checkpoints")]
@@ -147,9 +154,9 @@ impl Tables {
 }
 
 fn rows<T: DeserializeOwned>(from: impl Read, table: Table, known: &[&str]) -> Result<Vec<T>> {
-    let failed = |error| not_csv(error, table.name());
     let from = BufReader::with_capacity(1 << 16, Bounded::new(from));
     let mut reader = csv::Reader::from_reader(from);
+    let failed = |error| not_csv(error, table.name());
     let columns = reader.headers().map_err(failed)?;
     if let Some(column) = columns.iter().find(|column| !known.contains(column)) {
         let message = format!(

@@ -20,6 +20,7 @@ fn the_help_texts() {
         ("help", &[][..]),
         ("help_plan", &["plan"]),
         ("help_snapshot_create", &["snapshot", "create"]),
+        ("help_checkpoint_redefine", &["checkpoint", "redefine"]),
         ("help_export_start", &["export", "start"]),
         ("help_read", &["read"]),
     ] {
@@ -40,6 +41,10 @@ fn every_subcommand_of_the_synopsis_is_there() {
         &["snapshot", "list"],
         &["snapshot", "show"],
         &["snapshot", "delete"],
+        &["checkpoint", "list"],
+        &["checkpoint", "dump"],
+        &["checkpoint", "redefine"],
+        &["checkpoint", "forget"],
         &["export", "start"],
         &["export", "list"],
         &["export", "stop"],

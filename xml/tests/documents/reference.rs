@@ -1,6 +1,6 @@
 //! The examples of the reference are read by the parsers they are written for.
 
-use disksnap_xml::{DomainDocument, export_request, snapshot_request};
+use disksnap_xml::{DomainDocument, checkpoints, export_request, snapshot_request};
 
 const REFERENCE: &str = include_str!("../../../docs/xml.md");
 
@@ -15,6 +15,7 @@ fn every_example_is_read() {
             "domain" => DomainDocument::parse(text).map(|_| ()),
             "domainblocksnapshot" => snapshot_request(text).map(|_| ()),
             "blockexport" => export_request(text).map(|_| ()),
+            "domaincheckpoints" => checkpoints(text).map(|_| ()),
             // Written only; well-formed as any document.
             _ => {
                 let found = DomainDocument::parse(text).unwrap_err().to_string();
@@ -32,6 +33,7 @@ fn every_example_is_read() {
         "domain",
         "domainblocksnapshot",
         "blockexport",
+        "domaincheckpoints",
         "domainblocksnapshots",
         "diskSnapshotPlan",
         "diskSnapshotMethods",
