@@ -26,8 +26,8 @@ mod schema;
 
 pub use connector::{Paths, QemuConnector};
 pub use control::QemuControl;
-pub use graph::{DiskNodes, Graph};
 pub use flush::verify as flush;
+pub use graph::{DiskNodes, Graph};
 pub use guard::GuardianProgram;
 pub use nbd_server::NbdServerControl;
 pub use qmp::{Event, Events, Heard, Session, Timeouts};
