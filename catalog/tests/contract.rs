@@ -425,13 +425,13 @@ async fn checkpoints_are_set_added_and_removed_and_come_oldest_first() {
     );
     for _ in 0..2 {
         let gone = Change::RemoveCheckpoint(b.name.clone());
-        assert_eq!(settle(&vm, &[gone]).await, [later.clone()]);
+        assert_eq!(settle(&vm, &[gone]).await, std::slice::from_ref(&later));
     }
     // The whole set goes, and only this domain's.
     let new = checkpoint("c", None, 0, 3);
     assert_eq!(
         settle(&vm, &[Change::SetCheckpoints(vec![new.clone()])]).await,
-        [new.clone()]
+        std::slice::from_ref(&new)
     );
     assert_eq!(catalog.checkpoints(&other).await.unwrap(), [theirs]);
     catalog.check().await.unwrap();

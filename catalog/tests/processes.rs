@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use common::{catalog, domain, export, intent, snapshot, state};
+use common::{catalog, checkpoint, domain, export, intent, snapshot, state};
 use disksnap_catalog::SqliteCatalog;
 use disksnap_core::{Act, Catalog, Change, ErrorKind};
 use uuid::Uuid;
@@ -31,6 +31,7 @@ async fn second_process() {
         "lock" => hold_a_lock(&catalog).await,
         "lease" => hold_a_lease(&catalog).await,
         "settle" => settle_for_ever(&catalog).await,
+        "sets" => set_checkpoints_for_ever(&catalog).await,
         "count" => count_under_lock(&catalog, Path::new(&dir)).await,
         "grandchild" => leave_a_grandchild(&catalog).await,
         role => panic!("{role}?"),
@@ -69,6 +70,19 @@ async fn settle_for_ever(catalog: &SqliteCatalog) {
             Change::AddExport(export(&format!("{n}"), "vda")),
         ];
         catalog.settle(begun.id, &vm, &changes).await.unwrap();
+        say(&format!("{n}"));
+    }
+}
+
+/// Each set takes the place of the one before, and all of its checkpoints carry its number.
+async fn set_checkpoints_for_ever(catalog: &SqliteCatalog) {
+    let vm = domain("vm");
+    for n in 0_u64.. {
+        let set = (0..100)
+            .map(|k| checkpoint(&format!("c{k}"), None, n, 16))
+            .collect();
+        let change = [Change::SetCheckpoints(set)];
+        catalog.settle(Uuid::nil(), &vm, &change).await.unwrap();
         say(&format!("{n}"));
     }
 }
@@ -254,5 +268,32 @@ async fn check_settles(catalog: &SqliteCatalog, said: &BTreeSet<String>) {
         };
         assert!(!done.contains(name.as_str()), "settled, and still under way");
         catalog.settle(intent.id, &vm, &[]).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_kill_never_leaves_half_a_set_of_checkpoints() {
+    let temp = tempfile::tempdir().unwrap();
+    for round in 0..20 {
+        let mut second = Second::start("sets", temp.path());
+        for _ in 0..=round % 3 {
+            second.word().unwrap();
+        }
+        // At another point of the next set each time.
+        std::thread::sleep(Duration::from_micros(round * 400));
+        second.kill();
+        let said = std::iter::from_fn(|| second.word()).last();
+        let catalog = SqliteCatalog::open(state(temp.path())).await.unwrap();
+        catalog.check().await.unwrap();
+        let set = catalog.checkpoints(&domain("vm")).await.unwrap();
+        assert_eq!(set.len(), 100);
+        assert!(
+            set.iter().all(|c| c.created == set[0].created),
+            "half of two sets"
+        );
+        if let Some(said) = said {
+            let last = common::second(said.parse().unwrap());
+            assert!(set[0].created >= last, "a set that had answered is lost");
+        }
     }
 }
