@@ -102,6 +102,7 @@ impl Stage {
             disks: vec![ExportDisk {
                 alias: snapshot.disks[0].alias.clone(),
                 name: Some("disk".to_owned()),
+                checkpoint: None,
             }],
         };
         scene

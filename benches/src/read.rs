@@ -119,6 +119,7 @@ fn export(scene: &Scene, snapshot: &Snapshot, listen: &Listen) -> Result<Vec<Str
     let disk = |disk: &disksnap_core::DiskSnapshotRecord| ExportDisk {
         alias: disk.alias.clone(),
         name: Some(disk.target.clone()),
+        checkpoint: None,
     };
     let request = ExportRequest {
         listen: Some(listen.clone()),

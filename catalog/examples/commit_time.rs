@@ -45,6 +45,7 @@ fn records(domain: &DomainId, n: u32) -> (Intent, Snapshot) {
         act: Act::Create {
             name: name.clone(),
             parts: Vec::new(),
+            starts: Vec::new(),
         },
     };
     let snapshot = Snapshot {
@@ -58,6 +59,8 @@ fn records(domain: &DomainId, n: u32) -> (Intent, Snapshot) {
         units: Vec::new(),
         skipped: Vec::new(),
         warnings: vec!["x".repeat(1500), n.to_string()],
+        checkpoint: None,
+        after: None,
     };
     (intent, snapshot)
 }

@@ -92,6 +92,8 @@ struct WrittenDisk<'a> {
     snapshot: Option<Uuid>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     volatile: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    anew: bool,
 }
 
 impl<'a> From<&'a Checkpoint> for WrittenCheckpoint<'a> {
@@ -119,6 +121,7 @@ impl<'a> From<&'a CheckpointDisk> for WrittenDisk<'a> {
             bitmap,
             snapshot,
             volatile: disk.volatile,
+            anew: disk.anew,
         }
     }
 }
@@ -172,6 +175,8 @@ struct ReadDisk {
     snapshot: Option<Uuid>,
     #[serde(default)]
     volatile: bool,
+    #[serde(default)]
+    anew: bool,
 }
 
 impl TryFrom<ReadDisk> for Covered {
@@ -192,6 +197,7 @@ impl TryFrom<ReadDisk> for Covered {
             size: read.size,
             mark,
             volatile: read.volatile,
+            anew: read.anew,
         }))
     }
 }

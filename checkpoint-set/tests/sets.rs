@@ -50,12 +50,12 @@ fn words() -> impl Strategy<Value = Option<String>> {
 }
 
 prop_compose! {
-    fn any_disk(n: u8)(id in option::of(any::<u128>()), size in option::of(any::<u64>()), volatile: bool,
+    fn any_disk(n: u8)(id in option::of(any::<u128>()), size in option::of(any::<u64>()), volatile: bool, anew: bool,
                        mark in prop_oneof![
                            "\\PC{1,20}".prop_map(Mark::Bitmap),
                            any::<u128>().prop_map(|id| Mark::Pinned(SnapshotId(Uuid::from_u128(id)))),
                        ]) -> CheckpointDisk {
-        CheckpointDisk { target: format!("vd{n}"), id: id.map(Uuid::from_u128), size, mark, volatile }
+        CheckpointDisk { target: format!("vd{n}"), id: id.map(Uuid::from_u128), size, mark, volatile, anew }
     }
 }
 
@@ -79,6 +79,7 @@ prop_compose! {
             size: None,
             mark: Mark::Bitmap(name.clone()),
             volatile: false,
+            anew: false,
         };
         Checkpoint {
             name: name.parse().unwrap(),
@@ -133,6 +134,7 @@ fn small() -> Vec<Checkpoint> {
         size: Some(1 << 30),
         mark: Mark::Bitmap(name(n)),
         volatile: false,
+        anew: false,
     };
     let at = |n: u64| UNIX_EPOCH + Duration::new(1_700_000_000 + n, 250_000_000);
     vec![

@@ -115,6 +115,7 @@ impl Dispatcher {
             disks: vec![ExportDisk {
                 alias: disk.clone(),
                 name: None,
+                checkpoint: None,
             }],
         };
         let plugged = match self.start_held(held, domain, &request, &purpose).await {

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
-    Alias, Attached, Checkpoint, CheckpointName, Disk, DiskRequest, Domain, DomainId, Export, MergeInto,
-    NbdServer, Prepared, Result, Snapshot, SnapshotId, SnapshotName, Source,
+    Alias, Attached, Checkpoint, CheckpointName, Disk, DiskRequest, Domain, DomainId, Ending, Export,
+    MergeInto, NbdServer, Prepared, Result, Snapshot, SnapshotId, SnapshotName, Source, Start,
 };
 
 /// The durable catalog. Every method is one atomic, durable step: after a kill it has happened or not.
@@ -108,6 +108,9 @@ pub enum Act {
         name: SnapshotName,
         /// What each provider was asked for.
         parts: Vec<Part>,
+        /// What happens to the disks' bitmaps at the instant.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        starts: Vec<Start>,
     },
     /// A snapshot is being deleted.
     Delete {
@@ -169,6 +172,13 @@ pub enum Act {
         attached: Box<Attached>,
         /// The export.
         export: Alias,
+    },
+    /// Bitmaps are being ended, and the records of what they were for changed.
+    EndMarks {
+        /// The bitmaps.
+        endings: Vec<Ending>,
+        /// What is written down afterwards.
+        changes: Vec<Change>,
     },
     /// Exports are being stopped, and the server with them if none is left.
     Unserve {

@@ -131,6 +131,9 @@ pub struct CheckpointDisk {
     /// The mark is in the hypervisor's memory alone, and ends with that hypervisor: the disk's format has no place for it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub volatile: bool,
+    /// The mark of the checkpoint before was lost, so that what changed in between is not known.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub anew: bool,
 }
 
 /// What keeps a disk's instant, so that later changes are known.

@@ -10,7 +10,8 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
-    Change, Checkpoint, CheckpointDisk, CheckpointName, Dispatcher, Domain, Error, ErrorKind, Lineage, Result,
+    Change, Checkpoint, CheckpointDisk, CheckpointName, Dispatcher, Domain, Error, ErrorKind, Lineage,
+    MarkVerdict, Result, Validation,
 };
 
 /// How many names an error tells of those that stand against something.
@@ -21,6 +22,8 @@ const TOLD: usize = 5;
 pub struct Redefine {
     /// The set takes the place of what is known: what is not in it is forgotten, what is said otherwise in it replaced.
     pub replace: bool,
+    /// Nothing is done where a mark is not as it should be on the domain's disks.
+    pub validate: bool,
     /// Disks that the domain does not have are left out of the checkpoints, in place of an error.
     pub leave_out: bool,
 }
@@ -83,7 +86,7 @@ impl Dispatcher {
     ) -> Result<Redefined> {
         // What is wrong by itself is told without waiting for the lock.
         let mut set = Lineage::new(checkpoints)?.into_checkpoints();
-        let _held = self.hold(domain).await?;
+        let held = self.hold(domain).await?;
         let known = self.catalog.checkpoints(&domain.id).await?;
         let mut done = Redefined::default();
         let known: HashMap<&CheckpointName, &Checkpoint> = known.iter().map(|c| (&c.name, c)).collect();
@@ -111,6 +114,11 @@ impl Dispatcher {
         }
         done.forgotten = lacking(&set, &known).cloned().collect();
         done.forgotten.sort();
+        if how.validate {
+            let lineage = Lineage::new(set.clone())?;
+            let found = self.validate_held(&*held.control, domain, &lineage).await?;
+            refuse_unsound(&found)?;
+        }
         if !(done.added.is_empty() && done.replaced.is_empty() && done.forgotten.is_empty()) {
             drop(known);
             let change = [Change::SetCheckpoints(set)];
@@ -127,7 +135,7 @@ impl Dispatcher {
     pub async fn forget_checkpoints(&self, domain: &Domain) -> Result<Vec<CheckpointName>> {
         let how = Redefine {
             replace: true,
-            leave_out: false,
+            ..Redefine::default()
         };
         Ok(self.redefine(domain, Vec::new(), how).await?.forgotten)
     }
@@ -261,9 +269,43 @@ fn complete(given: &mut Checkpoint, known: &Checkpoint) -> Result<()> {
     })
 }
 
+/// Refuses a set whose marks are not on the disks as they should be, or where there are others.
+fn refuse_unsound(found: &Validation) -> Result<()> {
+    if found.is_sound() {
+        return Ok(());
+    }
+    let wrong = found.marks.iter().filter(|mark| mark.verdict != MarkVerdict::Ok);
+    let wrong = wrong.map(|mark| {
+        format!(
+            "{} of {}: {}",
+            mark.target,
+            mark.checkpoint,
+            mark.verdict.as_str()
+        )
+    });
+    let unknown = found.unknown.iter();
+    let unknown = unknown.map(|bitmap| format!("{}: unknown bitmap '{}'", bitmap.target, bitmap.name));
+    let all: Vec<String> = wrong.chain(unknown).collect();
+    let more = all.len().saturating_sub(TOLD);
+    let told: Vec<&str> = all.iter().take(TOLD).map(String::as_str).collect();
+    let more = if more == 0 {
+        String::new()
+    } else {
+        format!(", and {more} more")
+    };
+    let message = format!(
+        "the set does not match the bitmaps of the disks: {}{more}",
+        told.join("; ")
+    );
+    Err(Error::new(ErrorKind::Broken, message).hint(
+        "Nothing was changed. Redefine without --validate, then `disksnap checkpoint drop-broken` drops what cannot be trusted.",
+    ))
+}
+
 fn complete_disk(given: &mut CheckpointDisk, known: &CheckpointDisk) -> bool {
     // No form but our own tells that a mark is volatile.
     given.volatile |= known.volatile;
+    given.anew |= known.anew;
     agree(&mut given.id, known.id.as_ref())
         && agree(&mut given.size, known.size.as_ref())
         && given.mark == known.mark

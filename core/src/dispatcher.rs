@@ -10,6 +10,7 @@ use std::time::SystemTime;
 
 use uuid::Uuid;
 
+use crate::marking::Marking;
 use crate::names::nearest;
 use crate::resolve::resolve;
 use crate::standing::Standing;
@@ -17,8 +18,8 @@ use crate::window::{self, Instantly, Take};
 use crate::{
     Act, Altered, Catalog, Change, Connector, Consistency, Control, DiskRequest, DiskSnapshotRecord, Domain,
     DomainLock, Effect, Error, ErrorKind, Fit, Health, Intent, JobUnit, MergeOptions, Part, Plan,
-    PlannedDisk, Registry, Result, RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Unit,
-    UnitRecord,
+    PlannedDisk, Registry, Result, RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Tracker,
+    Unit, UnitRecord,
 };
 
 /// Finds each disk's provider and drives it. Cheap to clone; every method may be called at any time,
@@ -28,6 +29,7 @@ pub struct Dispatcher {
     pub(crate) registry: Arc<Registry>,
     pub(crate) catalog: Arc<dyn Catalog>,
     pub(crate) connector: Arc<dyn Connector>,
+    pub(crate) tracker: Option<Arc<dyn Tracker>>,
 }
 
 /// A snapshot and whether it can be trusted now.
@@ -91,7 +93,15 @@ impl Dispatcher {
             registry: Arc::new(registry),
             catalog,
             connector,
+            tracker: None,
         }
+    }
+
+    /// Lets checkpoints begin: this notes which blocks of the disks are written.
+    #[must_use]
+    pub fn tracked_by(mut self, tracker: Arc<dyn Tracker>) -> Self {
+        self.tracker = Some(tracker);
+        self
     }
 
     /// The methods it can use.
@@ -246,6 +256,7 @@ impl Dispatcher {
             );
         }
         let plan = self.plan_on(control, &state, request, &existing).await?;
+        let mut marking = self.marking(control, domain, request, &name, &plan).await?;
         let mut parts = parts(&plan)?;
         let mut intent = Intent {
             id: request.id.0,
@@ -254,20 +265,25 @@ impl Dispatcher {
             act: Act::Create {
                 name: name.clone(),
                 parts: parts.clone(),
+                starts: marking.starts.clone(),
             },
         };
         self.catalog.intend(&intent).await?;
-        let made = self.make(control, request, &state, &mut parts, &mut intent).await;
+        let made = self
+            .make(control, request, &state, &mut parts, &mut marking, &mut intent)
+            .await;
         let (instant, units) = match made {
             Ok(made) => made,
             Err(error) => return Err(self.roll_back(control, &intent, &parts, error).await),
         };
+        let checkpoint = marking.checkpoint(instant.at);
         let snapshot = match assemble(request.id, name, domain, plan, &parts, instant, units) {
-            Ok(snapshot) => snapshot,
+            Ok(snapshot) => marked(snapshot, marking),
             Err(error) => return Err(self.roll_back(control, &intent, &parts, error).await),
         };
-        let change = [Change::AddSnapshot(Box::new(snapshot.clone()))];
-        match self.catalog.settle(intent.id, &domain.id, &change).await {
+        let mut changes = vec![Change::AddSnapshot(Box::new(snapshot.clone()))];
+        changes.extend(checkpoint.map(|new| Change::AddCheckpoint(Box::new(new))));
+        match self.catalog.settle(intent.id, &domain.id, &changes).await {
             Ok(()) => Ok(snapshot),
             Err(error) => Err(self.roll_back(control, &intent, &parts, error).await),
         }
@@ -295,6 +311,7 @@ impl Dispatcher {
         request: &SnapshotRequest,
         state: &RunState,
         parts: &mut [Part],
+        marking: &mut Marking,
         intent: &mut Intent,
     ) -> Result<(Instantly, Vec<UnitRecord>)> {
         for part in parts.iter_mut() {
@@ -302,12 +319,27 @@ impl Dispatcher {
             let prepared = provider.prepare(control, request.id, &part.disks).await;
             part.prepared = Some(prepared.map_err(|e| e.by(&part.method).during("prepare"))?);
         }
-        if let Act::Create { parts: recorded, .. } = &mut intent.act {
+        marking.follow(parts, state.is_active());
+        if let Act::Create {
+            parts: recorded,
+            starts,
+            ..
+        } = &mut intent.act
+        {
             recorded.clone_from_slice(parts);
+            starts.clone_from(&marking.starts);
         }
         self.catalog.intend(intent).await?;
         let takes = self.takes(parts)?;
-        let instant = window::open(control, state, request, &takes).await?;
+        let marks = match marking.starts.as_slice() {
+            [] => None,
+            starts => self
+                .tracker()?
+                .start(control, starts)
+                .await
+                .map_err(|e| e.during("checkpoint"))?,
+        };
+        let instant = window::open(control, state, request, &takes, marks.as_ref()).await?;
         let mut units = Vec::with_capacity(takes.len());
         for (take, taken) in takes.iter().zip(&instant.taken) {
             let method = take.provider.method().name;
@@ -371,6 +403,8 @@ impl Dispatcher {
             };
             failures.extend(abort.err().map(|e| e.by(&part.method).during("abort")));
         }
+        // After the disks are again what they were: their bitmaps go on where they were.
+        failures.extend(self.abort_marks(control, intent).await.err());
         if failures.is_empty() {
             failures.extend(self.catalog.settle(intent.id, &intent.domain.id, &[]).await.err());
         }
@@ -420,11 +454,12 @@ impl Dispatcher {
                 .await
                 .map_err(|e| e.by(method))?;
         }
+        self.drop_written(control, &intent.domain, snapshot).await?;
         changes.push(Change::RemoveSnapshot(snapshot.id));
         self.catalog.settle(intent.id, &intent.domain.id, &changes).await
     }
 
-    async fn look(&self, control: &dyn Control, snapshot: Snapshot) -> Result<Inspected> {
+    pub(crate) async fn look(&self, control: &dyn Control, snapshot: Snapshot) -> Result<Inspected> {
         let mut units = Vec::with_capacity(snapshot.units.len());
         for UnitRecord { method, unit } in &snapshot.units {
             units.push(match self.registry.get(method) {
@@ -529,6 +564,9 @@ fn assemble(
             access: result.access.clone(),
             size: result.size,
             details: result.details.clone(),
+            written: None,
+            untold: false,
+            inherited: Vec::new(),
         });
         warnings.extend(planned.probe.warnings.iter().map(|w| format!("{target}: {w}")));
     }
@@ -550,7 +588,21 @@ fn assemble(
         units,
         skipped: plan.skipped,
         warnings,
+        checkpoint: None,
+        after: None,
     })
+}
+
+/// The record of a snapshot, with what was done about checkpoints.
+fn marked(mut snapshot: Snapshot, marking: Marking) -> Snapshot {
+    for disk in &mut snapshot.disks {
+        disk.written = marking.copy_of(&disk.target);
+        disk.untold = marking.untold.contains(&disk.target);
+    }
+    snapshot.warnings.extend(marking.warnings);
+    snapshot.checkpoint = marking.begins;
+    snapshot.after = marking.after;
+    snapshot
 }
 
 fn result_of<'a>(units: &'a [UnitRecord], target: &str) -> Option<(usize, &'a crate::DiskResult)> {

@@ -7,7 +7,10 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Alias, Attached, Error, ErrorKind, Image, NetworkHost, Result, ServeNode, SnapshotId, Source};
+use crate::{
+    Alias, Attached, CheckpointName, Error, ErrorKind, Image, NetworkHost, Result, ServeNode, SnapshotId,
+    Source, Union,
+};
 
 /// Where an NBD server listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -161,6 +164,18 @@ pub struct Export {
     /// The guest's disk that it was made for, in another domain.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attached: Option<Box<Attached>>,
+    /// What changed since a checkpoint, as the bitmap that is served beside the data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changes: Option<Box<Changes>>,
+}
+
+/// What changed since a checkpoint, in an export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changes {
+    /// The checkpoint.
+    pub since: CheckpointName,
+    /// Where it is known from.
+    pub union: Union,
 }
 
 impl Export {
@@ -194,4 +209,7 @@ pub struct ExportDisk {
     pub alias: Alias,
     /// The export name; the alias where none is given.
     pub name: Option<String>,
+    /// The checkpoint since which the changed blocks are told beside the data, as the meta context
+    /// `qemu:dirty-bitmap:CHECKPOINT`.
+    pub checkpoint: Option<CheckpointName>,
 }

@@ -166,6 +166,18 @@ pub struct ServeNode {
     pub node: String,
     /// The export name that NBD clients ask for.
     pub name: String,
+    /// The dirty bitmap that clients can ask for, as the meta context `qemu:dirty-bitmap:NAME`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bitmap: Option<NodeBitmap>,
+}
+
+/// A dirty bitmap on a node of the block graph.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeBitmap {
+    /// The node's name.
+    pub node: String,
+    /// The bitmap's.
+    pub name: String,
 }
 
 /// A disk's topmost node in the hypervisor's block graph, through which the guest writes.

@@ -17,6 +17,9 @@ pub struct Image {
     /// The layers below, each with its format; `None` where the image stands alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<Box<BackingStore>>,
+    /// The dirty bitmaps in its layers that tell, between them, what is served as [`ServeNode::bitmap`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub changed: Vec<String>,
 }
 
 /// Serves images over NBD, read-only: one server per domain, whether the domain runs or not, which
@@ -49,7 +52,8 @@ pub trait ImageServer: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// `NotFound` where a layer is missing; `Unsupported` for a layer that cannot be opened by the record
-    /// alone; `Broken` where a layer needs another one that the record does not have.
+    /// alone; `Broken` where a layer needs another one that the record does not have, or where what changed is to be
+    /// served and a bitmap is not there or must not be trusted.
     async fn serve(&self, domain: &DomainId, node: &ServeNode, image: &Image) -> Result<()>;
 
     /// Stops serving, disconnecting clients; returns once the image is closed. Idempotent.

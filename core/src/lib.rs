@@ -11,6 +11,8 @@
 mod accessors;
 mod attach;
 mod catalog;
+mod changes;
+mod checking;
 mod checkpoint;
 mod checkpoints;
 mod disk;
@@ -23,6 +25,7 @@ mod hotplug;
 mod image_server;
 mod ledger;
 mod lineage;
+mod marking;
 mod merging;
 mod names;
 mod place;
@@ -30,6 +33,7 @@ mod provider;
 mod reading;
 mod recover;
 mod registry;
+mod removing;
 mod request;
 mod resolve;
 mod reverting;
@@ -37,11 +41,13 @@ mod serve;
 mod snapshot;
 mod source;
 mod standing;
+mod tracker;
 mod wanted;
 mod window;
 
 pub use accessors::{Affected, Merge, MergeInto, Peer, Progress, Revert};
 pub use catalog::{Act, Catalog, Change, Definition, DomainLock, Intent, Moved, Part};
+pub use checking::{CheckedMark, Dropped, MarkVerdict, UnknownBitmap, Validation};
 pub use checkpoint::{Checkpoint, CheckpointDisk, CheckpointName, Mark};
 pub use checkpoints::{Redefine, Redefined};
 pub use disk::{DeviceKind, Disk, Driver, MethodChoice, Options};
@@ -49,9 +55,10 @@ pub use disk::{DeviceKind, Disk, Driver, MethodChoice, Options};
 pub use dispatcher::{Deleted, Deletion, Dispatcher, Inspected};
 pub use domain::{Domain, DomainId, Sockets};
 pub use error::{Effect, Error, ErrorKind, Result};
-pub use export::{Export, ExportDisk, ExportRequest, Listen, NbdServer, ServedBy, Tls};
+pub use export::{Changes, Export, ExportDisk, ExportRequest, Listen, NbdServer, ServedBy, Tls};
 pub use host::{
-    Command, Connector, Control, DiskNode, Freeze, Guard, Host, Owner, RunState, ServeNode, Verdict, Watch,
+    Command, Connector, Control, DiskNode, Freeze, Guard, Host, NodeBitmap, Owner, RunState, ServeNode,
+    Verdict, Watch,
 };
 pub use hotplug::{Attached, Hotplug, PlugDisk, PlugTls};
 pub use image_server::{Image, ImageServer};
@@ -67,11 +74,12 @@ pub use provider::{
 pub use reading::Opened;
 pub use recover::{Recovered, RecoveredHow};
 pub use registry::{Registration, Registry};
-pub use request::{DEADLINE, DiskChoice, Disks, Quiesce, SnapshotRequest};
+pub use request::{DEADLINE, DiskChoice, Disks, NewCheckpoint, Quiesce, SnapshotRequest};
 pub use resolve::{Plan, PlannedDisk, Skipped, Why};
 pub use serve::{Serving, StopExports};
 pub use snapshot::{Consistency, DiskSnapshotRecord, Snapshot, UnitRecord, WindowReport};
 pub use source::{BackingStore, NetworkHost, Source};
+pub use tracker::{DirtyBitmap, Ending, Start, Trackable, Tracked, Tracker, Union};
 
 /// What a crate that registers a provider with [`register!`] needs to name.
 #[doc(hidden)]

@@ -224,6 +224,36 @@ impl Lineage {
         })
     }
 
+    /// The set for a form that has no place for gaps ([`CheckpointDisk::anew`]): a disk is left out of the checkpoints
+    /// before one, which nothing can be told since.
+    #[must_use]
+    pub fn without_gaps(&self) -> Vec<Checkpoint> {
+        // By checkpoint, the disks that have a gap after it.
+        let mut after: Vec<HashSet<&str>> = vec![HashSet::new(); self.checkpoints.len()];
+        for (n, checkpoint) in self.checkpoints.iter().enumerate().rev() {
+            if let Some(parent) = self.parents[n] {
+                let mut gaps = after[n].clone();
+                gaps.extend(
+                    checkpoint
+                        .disks
+                        .iter()
+                        .filter(|d| d.anew)
+                        .map(|d| d.target.as_str()),
+                );
+                after[parent].extend(gaps);
+            }
+        }
+        let left = |(checkpoint, gaps): (&Checkpoint, HashSet<&str>)| {
+            let mut left = checkpoint.clone();
+            left.disks.retain(|disk| !gaps.contains(disk.target.as_str()));
+            for disk in &mut left.disks {
+                disk.anew = false;
+            }
+            left
+        };
+        self.checkpoints.iter().zip(after).map(left).collect()
+    }
+
     /// A disk's second first checkpoint would leave changes that none of its marks knows.
     fn check_roots(&self) -> Result<()> {
         let mut numbers: HashMap<&str, usize> = HashMap::new();

@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use crate::dispatcher::Held;
 use crate::ledger::{Altered, Entry, Ledger, chosen, refuse_exported};
+use crate::removing::inherited;
 use crate::{
     Act, Command, Control, DEADLINE, Dispatcher, Domain, DomainId, DomainLock, Effect, Error, ErrorKind,
     Guard, Intent, Merge, MergeInto, Progress, Result, Snapshot, SnapshotId, SnapshotName, Watch,
@@ -383,7 +384,9 @@ impl Dispatcher {
         parts: Vec<Part>,
     ) -> Result<Settled> {
         let (control, domain) = (&*held.control, &intent.domain.id);
-        let mut ledger = Ledger::new(self.catalog.snapshots(domain).await?, id, &intent.domain);
+        let snapshots = self.catalog.snapshots(domain).await?;
+        let inherited = inherited(&snapshots, id);
+        let mut ledger = Ledger::new(snapshots, id, &intent.domain);
         let mut left = Vec::new();
         for Part { entry, merge } in parts {
             let named = |error: Error| error.by(&entry.method).leaving(Effect::Unknown);
@@ -397,8 +400,10 @@ impl Dispatcher {
                 left.push((entry.targets().join(", "), progress));
             }
         }
-        let (changes, altered) = ledger.close();
+        let (changes, mut altered) = ledger.close();
         self.catalog.settle(intent.id, domain, &changes).await?;
+        self.drop_inherited(control, &intent.domain, inherited, &mut altered)
+            .await;
         Ok(Settled { altered, left })
     }
 }

@@ -1,8 +1,9 @@
 //! The two that serve a domain's snapshots, treated alike: the hypervisor, and the image server of this host.
 
+use crate::marking::untracked;
 use crate::{
     Control, Dispatcher, DomainId, Error, ErrorKind, Export, ExportRequest, ImageServer, Listen, NbdServer,
-    Result, ServedBy, Tls,
+    Result, ServedBy, Tls, Tracker, Union,
 };
 
 /// One of the two servers of one domain.
@@ -11,6 +12,7 @@ pub(crate) struct Place<'a> {
     pub(crate) by: ServedBy,
     control: &'a dyn Control,
     images: Option<&'a dyn ImageServer>,
+    tracker: Option<&'a dyn Tracker>,
     domain: &'a DomainId,
 }
 
@@ -55,6 +57,10 @@ impl<'a> Place<'a> {
     }
 
     pub(crate) async fn serve(&self, export: &Export) -> Result<()> {
+        if let (Some(changes), ServedBy::Hypervisor) = (&export.changes, self.by) {
+            let tracker = self.tracker.ok_or_else(untracked)?;
+            tracker.unite(self.control, &changes.union).await?;
+        }
         match &export.image {
             None => self.control.serve(&export.node).await,
             Some(image) => self.images()?.serve(self.domain, &export.node, image).await,
@@ -64,8 +70,15 @@ impl<'a> Place<'a> {
     /// Idempotent.
     pub(crate) async fn unserve(&self, export: &Export) -> Result<()> {
         match self.by {
-            ServedBy::Hypervisor => self.control.unserve(&export.node.id).await,
-            ServedBy::ImageServer => self.images()?.unserve(self.domain, &export.node).await,
+            ServedBy::Hypervisor => self.control.unserve(&export.node.id).await?,
+            ServedBy::ImageServer => self.images()?.unserve(self.domain, &export.node).await?,
+        }
+        match (&export.changes, self.tracker, self.by) {
+            (Some(changes), Some(tracker), ServedBy::Hypervisor) => {
+                let Union { node, name, .. } = &changes.union;
+                tracker.part(self.control, node, name).await
+            }
+            _ => Ok(()),
         }
     }
 
@@ -158,6 +171,7 @@ impl Dispatcher {
             by,
             control,
             images,
+            tracker: self.tracker.as_deref(),
             domain,
         }
     }

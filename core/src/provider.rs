@@ -234,6 +234,10 @@ pub struct Prepared {
     pub targets: Vec<String>,
     /// The provider's own memory.
     pub data: Value,
+    /// By target: what the guest writes to from the instant on, where that is another than before: the node that holds the
+    /// image's format, or with the domain off the image's path.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tops: BTreeMap<String, String>,
     /// What the operator should know.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,

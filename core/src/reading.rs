@@ -3,8 +3,8 @@
 use crate::dispatcher::Held;
 use crate::wanted::{Purpose, disk_of};
 use crate::{
-    Access, Act, Alias, Dispatcher, Domain, DomainLock, Error, ErrorKind, ExportDisk, ExportRequest, Intent,
-    Result, SnapshotName, Source, Tls,
+    Access, Act, Alias, CheckpointName, Dispatcher, Domain, DomainLock, Error, ErrorKind, ExportDisk,
+    ExportRequest, Intent, Result, SnapshotName, Source, Tls,
 };
 
 /// A snapshot's disk, held open for one reader; it is served until it is closed, at the latest until the
@@ -19,6 +19,9 @@ pub struct Opened {
     pub tls: Option<Tls>,
     /// What the reader should know: the snapshot's room runs out.
     pub warnings: Vec<String>,
+    /// The dirty bitmap that tells what changed since a checkpoint, where that was asked for: NBD clients ask for it as the
+    /// meta context `qemu:dirty-bitmap:NAME`.
+    pub bitmap: Option<String>,
     reading: Option<Reading>,
 }
 
@@ -43,7 +46,25 @@ impl Dispatcher {
     /// `NotFound` for an unknown snapshot or disk; `Broken` for one that must not be read.
     pub async fn open(&self, domain: &Domain, name: &SnapshotName, target: &str) -> Result<Opened> {
         let held = self.hold(domain).await.map_err(|e| e.during("read"))?;
-        let opened = self.open_held(&held, domain, name, target).await;
+        let opened = self.open_held(&held, domain, name, target, None).await;
+        opened.map_err(|e| e.during("read").with("domain", &domain.id).with("snapshot", name))
+    }
+
+    /// Opens one disk of a snapshot for reading what has changed since a checkpoint, always through an export, which tells
+    /// it beside the data ([`Opened::bitmap`]).
+    ///
+    /// # Errors
+    /// As [`Dispatcher::open`]; `NotFound` for an unknown checkpoint; `Invalid` when it does not cover the disk or is
+    /// not before the snapshot; `Broken` when what has changed is not known; `Unsupported` where the method cannot tell.
+    pub async fn open_since(
+        &self,
+        domain: &Domain,
+        name: &SnapshotName,
+        target: &str,
+        since: &CheckpointName,
+    ) -> Result<Opened> {
+        let held = self.hold(domain).await.map_err(|e| e.during("read"))?;
+        let opened = self.open_held(&held, domain, name, target, Some(since)).await;
         opened.map_err(|e| e.during("read").with("domain", &domain.id).with("snapshot", name))
     }
 
@@ -53,6 +74,7 @@ impl Dispatcher {
         domain: &Domain,
         name: &SnapshotName,
         target: &str,
+        since: Option<&CheckpointName>,
     ) -> Result<Opened> {
         let snapshot = self.find(domain, name).await?;
         let disk = disk_of(&snapshot, target)?;
@@ -61,21 +83,30 @@ impl Dispatcher {
             .await?;
         let mut opened = match &disk.access {
             Access::Inside(inside) => Err(inside.not_here(target)),
-            Access::Source { source, format, .. } if is_plain(source, format) => Ok::<_, Error>(Opened {
-                source: source.clone(),
-                format: format.clone(),
-                tls: None,
-                warnings: Vec::new(),
-                reading: None,
-            }),
-            _ => self.open_export(held, domain, &disk.alias).await,
+            Access::Source { source, format, .. } if since.is_none() && is_plain(source, format) => {
+                Ok::<_, Error>(Opened {
+                    source: source.clone(),
+                    format: format.clone(),
+                    tls: None,
+                    warnings: Vec::new(),
+                    bitmap: None,
+                    reading: None,
+                })
+            }
+            _ => self.open_export(held, domain, &disk.alias, since).await,
         }?;
         opened.warnings.extend(danger);
         Ok(opened)
     }
 
     /// Serves the disk for this reader alone. The intent outlives the call: it is in force while the lease lives.
-    async fn open_export(&self, held: &Held, domain: &Domain, disk: &Alias) -> Result<Opened> {
+    async fn open_export(
+        &self,
+        held: &Held,
+        domain: &Domain,
+        disk: &Alias,
+        since: Option<&CheckpointName>,
+    ) -> Result<Opened> {
         let (lease, guard) = self.catalog.lease().await?;
         let purpose = Purpose::Reader(lease);
         let export = purpose.alias(disk);
@@ -96,6 +127,7 @@ impl Dispatcher {
         let disks = vec![ExportDisk {
             alias: disk.clone(),
             name: None,
+            checkpoint: since.cloned(),
         }];
         let request = ExportRequest {
             listen: None,
@@ -127,6 +159,7 @@ impl Dispatcher {
             source: server.source(&export.node.name),
             format: "raw".to_owned(),
             tls: server.tls,
+            bitmap: export.node.bitmap.as_ref().map(|bitmap| bitmap.name.clone()),
             warnings: Vec::new(),
             reading: Some(reading),
         })

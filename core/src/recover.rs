@@ -127,6 +127,10 @@ impl Dispatcher {
                 self.undo_create(control, intent, parts).await.map_err(first)?;
                 Ok(RecoveredHow::Undone)
             }
+            Act::EndMarks { .. } => {
+                self.redo_end_marks(control, intent).await?;
+                Ok(RecoveredHow::Finished)
+            }
             Act::Serve { starts, exports, .. } => {
                 self.undo_serve(control, intent, *starts, exports).await?;
                 Ok(RecoveredHow::Undone)
@@ -198,6 +202,7 @@ fn first(mut failures: Vec<Error>) -> Error {
 fn describe(act: &Act) -> String {
     match act {
         Act::Create { name, .. } => format!("create of snapshot '{name}'"),
+        Act::EndMarks { .. } => "removal of checkpoints".to_owned(),
         Act::Delete { snapshot } => format!("delete of snapshot {snapshot}"),
         Act::Serve { exports, .. } => format!("start of {} exports", exports.len()),
         Act::Merge { name, .. } => format!("merge of snapshot '{name}'"),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{MethodChoice, Options, SnapshotId, SnapshotName};
+use crate::{CheckpointName, MethodChoice, Options, SnapshotId, SnapshotName};
 
 /// For how long a guest, or a disk of it, may stand still when nobody says otherwise. Windows holds a freeze for about
 /// 10 s.
@@ -26,10 +26,23 @@ pub struct SnapshotRequest {
     pub mountpoints: Vec<String>,
     /// How long the guest may stay frozen or paused. Windows holds a freeze for about 10 s.
     pub deadline: Duration,
+    /// The checkpoint that begins at the snapshot's instant, on all its disks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<NewCheckpoint>,
+}
+
+/// What a checkpoint that begins with a snapshot is called.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NewCheckpoint {
+    /// As the snapshot is.
+    AsSnapshot,
+    /// So.
+    Named(CheckpointName),
 }
 
 impl Default for SnapshotRequest {
-    /// All disks that are snapshotted when nobody names any, not quiesced, at most 8 s frozen or paused.
+    /// All disks that are snapshotted when nobody names any, not quiesced, at most 8 s frozen or paused, no checkpoint.
     fn default() -> Self {
         Self {
             id: SnapshotId::random(),
@@ -38,6 +51,7 @@ impl Default for SnapshotRequest {
             quiesce: Quiesce::None,
             mountpoints: Vec::new(),
             deadline: DEADLINE,
+            checkpoint: None,
         }
     }
 }

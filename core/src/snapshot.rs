@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Access, Alias, Disk, DomainId, Skipped, SnapshotId, SnapshotName, Unit, Why};
+use crate::{Access, Alias, CheckpointName, Disk, DomainId, Skipped, SnapshotId, SnapshotName, Unit, Why};
 
 /// One consistent instant of some disks of one domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +30,12 @@ pub struct Snapshot {
     pub skipped: Vec<Skipped>,
     /// What the operator should know.
     pub warnings: Vec<String>,
+    /// The checkpoint that began at the instant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<CheckpointName>,
+    /// The domain's last checkpoint before the instant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<CheckpointName>,
 }
 
 impl Snapshot {
@@ -64,6 +70,17 @@ pub struct DiskSnapshotRecord {
     /// What the method says of itself for this disk.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub details: BTreeMap<String, String>,
+    /// The bitmap that holds what was written to the disk between the last checkpoint before the instant and the instant,
+    /// where the checkpoint's own went on recording.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub written: Option<String>,
+    /// What was written to the disk between the last checkpoint before the instant and the instant is not known.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub untold: bool,
+    /// The bitmaps of checkpoints that have been removed since, in the layers of the snapshot's image: they count to the
+    /// checkpoint before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inherited: Vec<String>,
 }
 
 /// What one provider made for one unit.

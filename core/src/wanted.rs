@@ -4,8 +4,9 @@ use uuid::Uuid;
 
 use crate::names::nearest;
 use crate::{
-    Access, Alias, Attached, Control, DiskSnapshotRecord, Dispatcher, Domain, Error, ErrorKind, Export,
-    ExportDisk, ExportRequest, Health, Image, Result, ServeNode, ServedBy, Snapshot, Source,
+    Access, Alias, Attached, Changes, CheckpointName, Control, DiskSnapshotRecord, Dispatcher, Domain, Error,
+    ErrorKind, Export, ExportDisk, ExportRequest, Health, Image, NodeBitmap, Result, ServeNode, ServedBy,
+    Snapshot, Source, Union,
 };
 
 /// Who an export is made for.
@@ -72,7 +73,11 @@ impl Dispatcher {
                     snapshot.name
                 );
             }
-            let export = new_export(wanted, snapshot, disk, purpose)?;
+            let mut export = new_export(wanted, snapshot, disk, purpose)?;
+            if let Some(since) = &wanted.checkpoint {
+                self.tell_changes(&mut export, domain, snapshot, disk, since)
+                    .await?;
+            }
             let same_server = |e: &Export| e.served_by() == export.served_by();
             let clash =
                 |e: &&Export| e.alias == export.alias || (e.node.name == export.node.name && same_server(e));
@@ -85,6 +90,36 @@ impl Dispatcher {
             exports.push(export);
         }
         Ok(exports)
+    }
+
+    /// Adds to an export what changed since a checkpoint.
+    async fn tell_changes(
+        &self,
+        export: &mut Export,
+        domain: &Domain,
+        snapshot: &Snapshot,
+        disk: &DiskSnapshotRecord,
+        since: &CheckpointName,
+    ) -> Result<()> {
+        let of = self.bitmaps_since(domain, snapshot, disk, since).await?;
+        let union = Union {
+            disk: domain.disk(&disk.target)?.clone(),
+            of,
+            node: export.node.node.clone(),
+            name: since.to_string(),
+        };
+        export.node.bitmap = Some(NodeBitmap {
+            node: union.node.clone(),
+            name: union.name.clone(),
+        });
+        if let Some(image) = &mut export.image {
+            image.changed.clone_from(&union.of);
+        }
+        export.changes = Some(Box::new(Changes {
+            since: since.clone(),
+            union,
+        }));
+        Ok(())
     }
 
     /// What endangers it, where it is good.
@@ -136,7 +171,12 @@ fn new_export(
         alias,
         snapshot: snapshot.id,
         target: disk.target.clone(),
-        node: ServeNode { id, node, name },
+        node: ServeNode {
+            id,
+            node,
+            name,
+            bitmap: None,
+        },
         lease: match purpose {
             Purpose::Reader(lease) => Some(*lease),
             _ => None,
@@ -146,6 +186,7 @@ fn new_export(
             Purpose::Guest(attached) => Some(attached.clone()),
             _ => None,
         },
+        changes: None,
     })
 }
 
@@ -161,6 +202,7 @@ fn image_of(access: &Access) -> Option<Image> {
             source: source.clone(),
             format: format.clone(),
             backing: backing.clone(),
+            changed: Vec::new(),
         }),
         Access::Inside(inside) => Some(Image {
             source: Source::Block {
@@ -168,6 +210,7 @@ fn image_of(access: &Access) -> Option<Image> {
             },
             format: "raw".to_owned(),
             backing: None,
+            changed: Vec::new(),
         }),
     }
 }

@@ -22,6 +22,15 @@ pub(crate) struct Take<'a> {
     pub(crate) plan: TakePlan,
 }
 
+/// All that is done in a window.
+struct Work<'a> {
+    takes: &'a [Take<'a>],
+    /// What is flushed before the providers take.
+    flush: Vec<DiskNode>,
+    /// What happens to the disks' bitmaps.
+    marks: Option<&'a Batch>,
+}
+
 /// What the window brought.
 #[derive(Debug)]
 pub(crate) struct Instantly {
@@ -38,13 +47,15 @@ pub(crate) async fn open(
     state: &RunState,
     request: &SnapshotRequest,
     takes: &[Take<'_>],
+    marks: Option<&Batch>,
 ) -> Result<Instantly> {
     let deadline = request.deadline;
-    let needs_pause = needs_pause(state, takes)?;
+    let needs_pause = needs_pause(state, takes, marks)?;
     let wants_freeze = wants_freeze(state, request.quiesce)?;
     let flush = flush_nodes(control, state, takes).await?;
+    let work = Work { takes, flush, marks };
     if !needs_pause && wants_freeze.is_err() {
-        return run(control, request, takes, &flush, false, wants_freeze, &mut false).await;
+        return run(control, request, &work, false, wants_freeze, &mut false).await;
     }
     let watch = Watch {
         release: Vec::new(),
@@ -54,16 +65,7 @@ pub(crate) async fn open(
     };
     let guard = control.guard(watch).await.map_err(|e| e.during("guard"))?;
     let mut stands = false;
-    let result = run(
-        control,
-        request,
-        takes,
-        &flush,
-        needs_pause,
-        wants_freeze,
-        &mut stands,
-    )
-    .await;
+    let result = run(control, request, &work, needs_pause, wants_freeze, &mut stands).await;
     if stands {
         // We could not let the guest go: the guardian does, if we leave it armed.
         drop(guard);
@@ -89,9 +91,9 @@ async fn let_go(guard: Box<dyn Guard>) -> Result<Verdict> {
 }
 
 /// Whether the guest must be paused for all takes to be one instant.
-fn needs_pause(state: &RunState, takes: &[Take<'_>]) -> Result<bool> {
-    let mut commands: Vec<&str> = Vec::new();
-    let (mut acts, mut paused) = (0, false);
+fn needs_pause(state: &RunState, takes: &[Take<'_>], marks: Option<&Batch>) -> Result<bool> {
+    let mut commands: Vec<&str> = marks.iter().map(|batch| batch.execute.as_str()).collect();
+    let (mut acts, mut paused) = (commands.len(), false);
     for take in takes {
         match &take.plan {
             TakePlan::Atomic(batch) if commands.contains(&batch.execute.as_str()) => {}
@@ -158,8 +160,7 @@ fn wants_freeze(state: &RunState, quiesce: Quiesce) -> Result<std::result::Resul
 async fn run(
     control: &dyn Control,
     request: &SnapshotRequest,
-    takes: &[Take<'_>],
-    flush: &[DiskNode],
+    work: &Work<'_>,
     pause: bool,
     freeze: std::result::Result<(), Consistency>,
     stands: &mut bool,
@@ -173,7 +174,7 @@ async fn run(
     let frozen = matches!(consistency, Consistency::Filesystem { .. });
     let mut report = WindowReport::default();
     let left = remaining(request.deadline, opened);
-    let mut result = paused(control, takes, flush, pause, left, &mut report, stands).await;
+    let mut result = paused(control, work, pause, left, &mut report, stands).await;
     if frozen {
         if let Err(failure) = thaw(control).await {
             *stands = true;
@@ -256,8 +257,7 @@ fn micros(duration: Duration) -> u64 {
 
 async fn paused(
     control: &dyn Control,
-    takes: &[Take<'_>],
-    flush: &[DiskNode],
+    work: &Work<'_>,
     pause: bool,
     left: Duration,
     report: &mut WindowReport,
@@ -277,7 +277,7 @@ async fn paused(
     }
     let started = Instant::now();
     let at = SystemTime::now();
-    let result = take_or_undo(control, takes, flush, left).await;
+    let result = take_or_undo(control, work, left).await;
     report.taken_us = micros(started.elapsed());
     if pause {
         if let Err(failure) = resume(control).await {
@@ -292,14 +292,9 @@ async fn paused(
 /// Takes all in the time that is left; on an error takes back what was taken, newest first.
 ///
 /// A take that hangs must not keep the guest: the time left bounds it, as the guardian bounds us.
-async fn take_or_undo(
-    control: &dyn Control,
-    takes: &[Take<'_>],
-    flush: &[DiskNode],
-    left: Duration,
-) -> Result<Vec<Taken>> {
+async fn take_or_undo(control: &dyn Control, work: &Work<'_>, left: Duration) -> Result<Vec<Taken>> {
     let mut undo = Vec::new();
-    let error = match tokio::time::timeout(left, take_all(control, takes, flush, &mut undo)).await {
+    let error = match tokio::time::timeout(left, take_all(control, work, &mut undo)).await {
         Ok(Ok(taken)) => return Ok(taken),
         Ok(Err(error)) => error,
         Err(_) => Error::new(
@@ -322,18 +317,14 @@ async fn take_or_undo(
     Err(error.during("take").rollback_failed(failures))
 }
 
-async fn take_all(
-    control: &dyn Control,
-    takes: &[Take<'_>],
-    flush: &[DiskNode],
-    undo: &mut Vec<Command>,
-) -> Result<Vec<Taken>> {
-    if !flush.is_empty() {
-        control.flush(flush).await.map_err(|e| e.during("flush"))?;
+async fn take_all(control: &dyn Control, work: &Work<'_>, undo: &mut Vec<Command>) -> Result<Vec<Taken>> {
+    let takes = work.takes;
+    if !work.flush.is_empty() {
+        control.flush(&work.flush).await.map_err(|e| e.during("flush"))?;
     }
     // The paused steps first: they are the ones that are refused most easily, and cost least to undo.
     steps(control, takes, undo).await?;
-    for (execute, (list, items, back)) in batches(takes) {
+    for (execute, (list, items, back)) in batches(work) {
         let arguments = Map::from_iter([(list, Value::Array(items))]);
         control
             .monitor(Command::new(execute, Value::Object(arguments)))
@@ -369,23 +360,27 @@ async fn steps(control: &dyn Control, takes: &[Take<'_>], undo: &mut Vec<Command
     refused.map_or(Ok(()), Err)
 }
 
-/// The shares of all plans in each all-or-nothing command, merged.
-fn batches(takes: &[Take<'_>]) -> BTreeMap<String, (String, Vec<Value>, Vec<Command>)> {
+/// The shares of all plans in each all-or-nothing command, merged; those of the bitmaps come last, when what they are on
+/// is there.
+fn batches(work: &Work<'_>) -> BTreeMap<String, (String, Vec<Value>, Vec<Command>)> {
+    let of_plan = |take: &'_ Take<'_>| match &take.plan {
+        TakePlan::Atomic(batch) => Some(batch.clone()),
+        _ => None,
+    };
+    let shares = work.takes.iter().filter_map(of_plan).chain(work.marks.cloned());
     let mut batches = BTreeMap::new();
-    for take in takes {
-        if let TakePlan::Atomic(Batch {
-            execute,
-            list,
-            items,
-            undo,
-        }) = &take.plan
-        {
-            let (_, all, back) = batches
-                .entry(execute.clone())
-                .or_insert_with(|| (list.clone(), Vec::new(), Vec::new()));
-            all.extend(items.iter().cloned());
-            back.extend(undo.iter().cloned());
-        }
+    for Batch {
+        execute,
+        list,
+        items,
+        undo,
+    } in shares
+    {
+        let (_, all, back) = batches
+            .entry(execute)
+            .or_insert_with(|| (list, Vec::new(), Vec::new()));
+        all.extend(items);
+        back.extend(undo);
     }
     batches
 }

@@ -17,10 +17,12 @@ use scene::{FakeMethod, Plan, Scene};
 const PLAIN: Redefine = Redefine {
     replace: false,
     leave_out: false,
+    validate: false,
 };
 const REPLACE: Redefine = Redefine {
     replace: true,
     leave_out: false,
+    validate: false,
 };
 
 fn scene() -> Scene {
@@ -38,6 +40,7 @@ fn disk(target: &str, bitmap: &str) -> CheckpointDisk {
         size: Some(1 << 30),
         mark: Mark::Bitmap(bitmap.to_owned()),
         volatile: false,
+        anew: false,
     }
 }
 
@@ -211,6 +214,7 @@ async fn disks_that_the_domain_does_not_have() {
     }
     let leave_out = Redefine {
         leave_out: true,
+        validate: false,
         ..PLAIN
     };
     let done = redefine(&scene, set.clone(), leave_out).await.unwrap();

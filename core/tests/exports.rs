@@ -32,6 +32,7 @@ fn request(listen: Option<&str>, aliases: &[&str]) -> ExportRequest {
     let disk = |alias: &&str| ExportDisk {
         alias: Alias((*alias).to_owned()),
         name: None,
+        checkpoint: None,
     };
     ExportRequest {
         listen: listen.map(|l| l.parse().unwrap()),
@@ -227,6 +228,7 @@ async fn what_cannot_be_exported_is_refused_and_starts_nothing() {
         disks: vec![ExportDisk {
             alias: Alias("vdb-backup".to_owned()),
             name: Some("vda-backup".to_owned()),
+            checkpoint: None,
         }],
         ..request(None, &[])
     };
@@ -391,6 +393,7 @@ async fn a_backup_source_names_the_export_or_the_one_to_come() {
         disks: vec![ExportDisk {
             alias: Alias("vda-backup".to_owned()),
             name: Some("first".to_owned()),
+            checkpoint: None,
         }],
         ..request(Some("127.0.0.1:10809"), &[])
     };

@@ -37,6 +37,7 @@ fn request(targets: &[&str]) -> ExportRequest {
     let disk = |target: &&str| ExportDisk {
         alias: Alias(format!("{target}-backup")),
         name: None,
+        checkpoint: None,
     };
     ExportRequest {
         listen: None,

@@ -178,8 +178,16 @@ impl<'a> NbdServerControl<'a> {
 
     /// Serves a node, read-only.
     pub async fn serve(&self, node: &ServeNode) -> Result<()> {
-        let arguments = json!({"type": "nbd", "id": node.id, "node-name": node.node, "name": node.name,
+        let mut arguments = json!({"type": "nbd", "id": node.id, "node-name": node.node, "name": node.name,
             "writable": false});
+        if let Some(bitmap) = &node.bitmap {
+            // By its name alone where that is enough, as every QEMU that exports bitmaps takes it.
+            arguments["bitmaps"] = if bitmap.node == node.node {
+                json!([bitmap.name])
+            } else {
+                json!([{ "node": bitmap.node, "name": bitmap.name }])
+            };
+        }
         let result = self
             .session
             .execute(Command::new("block-export-add", arguments))

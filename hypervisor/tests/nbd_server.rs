@@ -57,6 +57,7 @@ fn node(daemon: &StorageDaemon, id: &str) -> ServeNode {
         id: id.into(),
         node: daemon.format_node("vda").into(),
         name: format!("name of {id}"),
+        bitmap: None,
     }
 }
 
@@ -175,6 +176,7 @@ async fn unserving_disconnects_a_client_and_frees_the_node() {
             id: "n".into(),
             node: "n".into(),
             name: "n".into(),
+            bitmap: None,
         })
         .await
         .unwrap();

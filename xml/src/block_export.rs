@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 
 use disksnap_core::{
-    Alias, ErrorKind, Export, ExportDisk, ExportRequest, Listen, NbdServer, Result, Serving, Tls,
+    Alias, CheckpointName, Export, ExportDisk, ExportRequest, Listen, NbdServer, Result, Serving, Tls,
 };
 
 use crate::source::{absolute, port, unicode};
@@ -16,7 +16,7 @@ use crate::write::Element;
 /// `allow_remote` is never set: only the caller can say that.
 ///
 /// # Errors
-/// `Invalid` for a fault of the document; `Unsupported` for a `checkpoint`, which is not served yet.
+/// `Invalid` for a fault of the document.
 pub fn export_request(text: &str) -> Result<ExportRequest> {
     let tree = Tree::parse(text)?;
     let root = tree.root_named("blockexport")?;
@@ -109,15 +109,11 @@ fn disk(elem: Elem<'_, '_>) -> Result<ExportDisk> {
     elem.only_attrs(&["name", "exportname", "checkpoint"])?;
     elem.only_children(None, &[])?;
     let alias = elem.required("name", "the alias of a disk in a snapshot")?;
-    if elem.attr("checkpoint").is_some() {
-        return Err(elem
-            .attr_fault_of(
-                ErrorKind::Unsupported,
-                "checkpoint",
-                "exports of what changed since a checkpoint are not supported yet".to_owned(),
-            )
-            .hint("Leave the attribute 'checkpoint' out to export the whole disk."));
-    }
+    let checkpoint = elem.attr("checkpoint").map(|name| {
+        let wrong = |error: disksnap_core::Error| elem.attr_fault("checkpoint", error.message().to_owned());
+        name.parse::<CheckpointName>().map_err(wrong)
+    });
+    let checkpoint = checkpoint.transpose()?;
     let name = match elem.attr("exportname") {
         None => None,
         Some(_) => Some(
@@ -128,6 +124,7 @@ fn disk(elem: Elem<'_, '_>) -> Result<ExportDisk> {
     Ok(ExportDisk {
         alias: Alias(alias.to_owned()),
         name,
+        checkpoint,
     })
 }
 
@@ -163,14 +160,18 @@ pub(crate) fn serving_elements(serving: &Serving) -> Result<Vec<Element>> {
 /// # Errors
 /// `Unsupported` for a path or name that XML cannot hold.
 pub fn export_request_document(request: &ExportRequest) -> Result<String> {
-    let disks = request.disks.iter().map(|d| (&d.alias, d.name.as_deref()));
+    let disks = request
+        .disks
+        .iter()
+        .map(|d| (&d.alias, d.name.as_deref(), d.checkpoint.as_ref()));
     element(request.listen.as_ref(), request.tls.as_ref(), disks)?.to_document()
 }
 
 pub(crate) fn export_element(server: &NbdServer, exports: &[Export]) -> Result<Element> {
     let disks = exports.iter().map(|export| {
         let name = export.node.name.as_str();
-        (&export.alias, (name != export.alias.0).then_some(name))
+        let since = export.changes.as_ref().map(|changes| &changes.since);
+        (&export.alias, (name != export.alias.0).then_some(name), since)
     });
     element(Some(&server.listen), server.tls.as_ref(), disks)
 }
@@ -178,7 +179,7 @@ pub(crate) fn export_element(server: &NbdServer, exports: &[Export]) -> Result<E
 fn element<'a>(
     listen: Option<&Listen>,
     tls: Option<&Tls>,
-    disks: impl Iterator<Item = (&'a Alias, Option<&'a str>)>,
+    disks: impl Iterator<Item = (&'a Alias, Option<&'a str>, Option<&'a CheckpointName>)>,
 ) -> Result<Element> {
     let root = Element::new("blockexport").attr("type", "nbd");
     let root = match listen {
@@ -202,9 +203,10 @@ fn element<'a>(
     });
     Ok(root
         .children(tls.transpose()?)
-        .children(disks.map(|(alias, name)| {
+        .children(disks.map(|(alias, name, since)| {
             Element::new("disk")
                 .attr("name", alias)
                 .attr_if("exportname", name)
+                .attr_if("checkpoint", since)
         })))
 }

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::UNIX_EPOCH;
 
 use disksnap_core::{
-    Access, Consistency, DiskChoice, DiskSnapshotRecord, Disks, Health, MethodChoice, Options, Quiesce,
-    Result, Snapshot, SnapshotName, SnapshotRequest, Source,
+    Access, Consistency, DiskChoice, DiskSnapshotRecord, Disks, Health, MethodChoice, NewCheckpoint, Options,
+    Quiesce, Result, Snapshot, SnapshotName, SnapshotRequest, Source,
 };
 
 use crate::disk::{new_disk_element, target_name};
@@ -49,7 +49,7 @@ pub fn snapshot_request(text: &str) -> Result<SnapshotRequest> {
     let tree = Tree::parse(text)?;
     let root = tree.root_named("domainblocksnapshot")?;
     root.only_attrs(&[])?;
-    root.only_children_and(None, &["name", "snapshot", "quiesce"], &TOLD)?;
+    root.only_children_and(None, &["name", "snapshot", "quiesce", "checkpoint"], &TOLD)?;
     let (mut choices, mut seen) = (Vec::new(), HashSet::new());
     for elem in root.all("snapshot") {
         let choice = choice(elem)?;
@@ -74,6 +74,7 @@ pub fn snapshot_request(text: &str) -> Result<SnapshotRequest> {
         },
         quiesce,
         mountpoints,
+        checkpoint: root.child("checkpoint")?.map(checkpoint).transpose()?,
         ..SnapshotRequest::default()
     })
 }
@@ -91,6 +92,17 @@ fn name(elem: Elem<'_, '_>) -> Result<SnapshotName> {
             None => placed,
         }
     })
+}
+
+/// `<checkpoint/>`, called as the snapshot is, or `<checkpoint name='…'/>`.
+fn checkpoint(elem: Elem<'_, '_>) -> Result<NewCheckpoint> {
+    elem.only_attrs(&["name"])?;
+    elem.only_children(None, &[])?;
+    let Some(name) = elem.attr("name") else {
+        return Ok(NewCheckpoint::AsSnapshot);
+    };
+    let wrong = |error: disksnap_core::Error| elem.attr_fault("name", error.message().to_owned());
+    name.parse().map(NewCheckpoint::Named).map_err(wrong)
 }
 
 fn quiesce(elem: Elem<'_, '_>) -> Result<Quiesce> {
@@ -194,8 +206,11 @@ impl<'a> SnapshotView<'a> {
             .skipped
             .iter()
             .map(|s| Element::new("skipped").attr("disk", &s.target).text(&s.reason));
+        let checkpoint = snapshot.checkpoint.as_ref();
+        let checkpoint = checkpoint.map(|name| Element::new("checkpoint").attr("name", name));
         Ok(Element::new("domainblocksnapshot")
             .child(Element::new("name").text(&snapshot.name))
+            .children(checkpoint)
             .child(Element::new("creationTime").text(seconds(snapshot)))
             .child(domain)
             .child(consistency_element(&snapshot.consistency))

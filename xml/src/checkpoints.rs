@@ -110,6 +110,7 @@ fn disk(elem: Elem<'_, '_>, of: &CheckpointName) -> Result<Option<CheckpointDisk
         size: size.transpose()?,
         mark: Mark::Bitmap(bitmap.to_owned()),
         volatile: false,
+        anew: false,
     }))
 }
 

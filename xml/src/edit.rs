@@ -1,7 +1,7 @@
 //! New domain documents from old ones: each differs in one place, and all other bytes stay.
 
 use disksnap_core::{
-    Disk, Error, ErrorKind, Export, MethodChoice, NbdServer, Result, Serving, SnapshotName, Source,
+    CheckpointName, Disk, Error, ErrorKind, Export, MethodChoice, NbdServer, Result, Serving, Source,
 };
 
 use crate::block_export::{export_element, serving_elements};
@@ -70,7 +70,7 @@ impl DomainDocument {
     ///
     /// # Errors
     /// `NotFound` for an unknown target; `Unsupported` for a name that XML cannot hold.
-    pub fn with_checkpoints(&self, target: &str, names: &[SnapshotName]) -> Result<Self> {
+    pub fn with_checkpoints(&self, target: &str, names: &[CheckpointName]) -> Result<Self> {
         let tree = Tree::parse(&self.text)?;
         let disk = self.element(&tree, target)?;
         let new: Vec<Element> = names

@@ -324,14 +324,10 @@ impl<'a, 't> Elem<'a, 't> {
 
     /// An error at an attribute of this element.
     pub(crate) fn attr_fault(self, name: &str, message: String) -> Error {
-        self.attr_fault_of(ErrorKind::Invalid, name, message)
-    }
-
-    pub(crate) fn attr_fault_of(self, kind: ErrorKind, name: &str, message: String) -> Error {
         let place = self
             .attr_node(name)
             .map_or(self.range().start, |attr| attr.range().start);
-        self.fault_at(place, kind, message)
+        self.fault_at(place, ErrorKind::Invalid, message)
     }
 
     fn fault_at(self, offset: usize, kind: ErrorKind, message: String) -> Error {

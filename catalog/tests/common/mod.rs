@@ -63,6 +63,9 @@ pub(crate) fn snapshot(domain: &DomainId, called: &str, at: u64) -> Snapshot {
             access: Access::Node("node".to_owned()),
             size: Some(1 << 40),
             details: BTreeMap::from([("way".to_owned(), "filter".to_owned())]),
+            written: None,
+            untold: false,
+            inherited: Vec::new(),
         }],
         units: vec![UnitRecord {
             method: "memory".to_owned(),
@@ -74,6 +77,8 @@ pub(crate) fn snapshot(domain: &DomainId, called: &str, at: u64) -> Snapshot {
         }],
         skipped: Vec::new(),
         warnings: vec!["a \"quoted\" warning\n".to_owned()],
+        checkpoint: None,
+        after: None,
     }
 }
 
@@ -89,6 +94,7 @@ pub(crate) fn checkpoint(called: &str, parent: Option<&str>, at: u64, disks: usi
             Mark::Bitmap(called.to_owned())
         },
         volatile: n % 16 == 1,
+        anew: n % 16 == 2,
     };
     Checkpoint {
         name: called.parse().unwrap(),
@@ -111,6 +117,7 @@ pub(crate) fn intent(domain: &DomainId, called: &str) -> Intent {
         act: Act::Create {
             name: name(called),
             parts: Vec::new(),
+            starts: Vec::new(),
         },
     }
 }
@@ -143,9 +150,11 @@ pub(crate) fn export(alias: &str, target: &str) -> Export {
             id: format!("export-{alias}"),
             node: "node".to_owned(),
             name: alias.to_owned(),
+            bitmap: None,
         },
         lease: Some(Uuid::new_v4()),
         image: None,
         attached: None,
+        changes: None,
     }
 }

@@ -130,6 +130,7 @@ impl DiskRow {
             size: None,
             mark: Mark::Bitmap(self.checkpoint_id.to_string()),
             volatile: false,
+            anew: false,
         }
     }
 }

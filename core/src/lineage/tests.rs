@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used, reason = "a test may fail in any way")]
+
 use std::time::Duration;
 
 use super::*;
@@ -15,6 +17,7 @@ fn checkpoint(text: &str) -> Checkpoint {
         size: None,
         mark: Mark::Bitmap(name.to_owned()),
         volatile: false,
+        anew: false,
     };
     Checkpoint {
         name: name.parse().unwrap(),
@@ -138,6 +141,25 @@ fn a_removal_hands_over_to_the_one_before_on_each_disk() {
         )
     );
     assert_eq!(told("d"), (vec![("vdb".to_owned(), own("c"), true)], Vec::new()));
+}
+
+#[test]
+fn where_gaps_cannot_be_told_what_is_before_them_is_left_out() {
+    let mut all: Vec<Checkpoint> = ["a@1:vda,vdb", "b<a@2:vda,vdb", "c<b@3:vda,vdb"]
+        .map(checkpoint)
+        .into();
+    all[2].disks[0].anew = true;
+    let lineage = Lineage::new(all).unwrap();
+    let covered = |checkpoint: &Checkpoint| {
+        let targets: Vec<&str> = checkpoint.disks.iter().map(|d| d.target.as_str()).collect();
+        targets.join(",")
+    };
+    let left = lineage.without_gaps();
+    assert_eq!(
+        left.iter().map(covered).collect::<Vec<_>>(),
+        ["vdb", "vdb", "vda,vdb"]
+    );
+    assert!(left.iter().flat_map(|c| &c.disks).all(|disk| !disk.anew));
 }
 
 /// Long lines neither overflow the stack nor take more than a pass or two.

@@ -1,5 +1,6 @@
 //! A method that writes down what it is asked for, and does as it is told.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -150,6 +151,7 @@ impl DiskSnapshot for FakeMethod {
             unit: request.disk.target.clone(),
             targets: vec![request.disk.target.clone()],
             data: json!({ "alias": request.alias }),
+            tops: BTreeMap::new(),
             warnings: Vec::new(),
         };
         Ok(disks.iter().map(prepared).collect())

@@ -15,6 +15,7 @@
 
 mod array;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -217,6 +218,7 @@ fn prepare_one(id: SnapshotId, request: &DiskRequest) -> Result<Prepared> {
         unit,
         targets: vec![request.disk.target.clone()],
         data: data.map_err(|e| Error::new(ErrorKind::Internal, "cannot write the record").because(e))?,
+        tops: BTreeMap::new(),
         warnings: Vec::new(),
     })
 }

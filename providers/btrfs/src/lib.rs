@@ -10,6 +10,7 @@ mod revert;
 mod snapshot;
 mod subvolume;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -267,6 +268,7 @@ fn prepare_one(id: SnapshotId, group: &Group<'_>) -> Result<Prepared> {
         unit: group.unit(),
         targets: planned.images.iter().map(|image| image.target.clone()).collect(),
         data: record(&planned)?,
+        tops: BTreeMap::new(),
         warnings: Vec::new(),
     })
 }

@@ -305,6 +305,7 @@ fn prepare_all(id: SnapshotId, marker: &Path, disks: &[DiskRequest]) -> Result<V
             unit: unit[0].unit(),
             targets: planned.images.iter().map(|image| image.target.clone()).collect(),
             data: record(&planned)?,
+            tops: BTreeMap::new(),
             warnings: unit.iter().flat_map(|found| found.warnings.clone()).collect(),
         });
     }

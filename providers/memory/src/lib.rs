@@ -4,6 +4,7 @@
 //! [`disksnap_core::DiskSnapshot`]. It keeps no state; what it must remember is in its records, and
 //! where its files are follows from the request alone.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -272,6 +273,7 @@ fn reserve(id: SnapshotId, request: &DiskRequest) -> Result<Prepared> {
         unit,
         targets: vec![request.disk.target.clone()],
         data: to_value(record).unwrap_or(json!(null)),
+        tops: BTreeMap::new(),
         warnings: Vec::new(),
     })
 }

@@ -147,10 +147,15 @@ impl DiskSnapshot for QemuExternalQcow2 {
 }
 
 fn prepared(choice: &Choice) -> Result<Prepared> {
+    let top = match choice.seat {
+        Some(_) => choice.names().overlay(),
+        None => choice.image.path.display().to_string(),
+    };
     Ok(Prepared {
         unit: choice.target.clone(),
         targets: vec![choice.target.clone()],
         data: written(choice)?,
+        tops: BTreeMap::from([(choice.target.clone(), top)]),
         warnings: Vec::new(),
     })
 }

@@ -162,6 +162,7 @@ fn prepared(fleece: &Fleece) -> Result<Prepared> {
         unit: fleece.choice.source.clone(),
         targets: vec![fleece.target.clone()],
         data,
+        tops: BTreeMap::new(),
         warnings: Vec::new(),
     })
 }

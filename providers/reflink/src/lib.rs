@@ -9,6 +9,7 @@ mod clone;
 mod place;
 mod revert;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -200,6 +201,7 @@ fn prepare_one(id: SnapshotId, request: &DiskRequest) -> Result<Prepared> {
         unit: unit_of(&image),
         targets: vec![target.clone()],
         data: record(&clone)?,
+        tops: BTreeMap::new(),
         warnings: Vec::new(),
     })
 }

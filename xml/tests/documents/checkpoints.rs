@@ -14,6 +14,7 @@ fn disk(target: &str, bitmap: &str, size: Option<u64>) -> CheckpointDisk {
         size,
         mark: Mark::Bitmap(bitmap.to_owned()),
         volatile: false,
+        anew: false,
     }
 }
 

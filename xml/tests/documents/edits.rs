@@ -1,8 +1,8 @@
 //! Edits in place: what they put where, and that every other byte stays.
 
 use disksnap_core::{
-    Alias, BackingStore, Consistency, Export, Listen, MethodChoice, NbdServer, Options, ServeNode, Snapshot,
-    SnapshotId, SnapshotName, Source, WindowReport,
+    Alias, BackingStore, CheckpointName, Consistency, Export, Listen, MethodChoice, NbdServer, Options,
+    ServeNode, Snapshot, SnapshotId, Source, WindowReport,
 };
 use disksnap_xml::{DomainDocument, SnapshotView, disk_element};
 use insta::assert_snapshot;
@@ -27,10 +27,12 @@ fn export(alias: &str, name: &str) -> Export {
             id: "x".to_owned(),
             node: "n".to_owned(),
             name: name.to_owned(),
+            bitmap: None,
         },
         lease: None,
         image: None,
         attached: None,
+        changes: None,
     }
 }
 
@@ -84,14 +86,14 @@ fn exports_come_and_change_and_go() {
 #[test]
 fn checkpoints_come_and_go() {
     let document = DomainDocument::parse(ACTIVE).unwrap();
-    let names: Vec<SnapshotName> = ["monday", "tues<day>"]
+    let names: Vec<CheckpointName> = ["monday", "tues-day"]
         .iter()
         .map(|n| n.parse().unwrap())
         .collect();
     let with = document.with_checkpoints("vda", &names).unwrap();
     assert_snapshot!(difference(ACTIVE, with.text()), @"
     +      <checkpoint name='monday'/>
-    +      <checkpoint name='tues&lt;day&gt;'/>
+    +      <checkpoint name='tues-day'/>
     ");
     assert_eq!(with.with_checkpoints("vda", &names).unwrap(), with);
     let fewer = with.with_checkpoints("vda", &names[1..]).unwrap();
@@ -404,6 +406,8 @@ fn snapshots_come_and_go_beside_exports() {
         units: Vec::new(),
         skipped: Vec::new(),
         warnings: Vec::new(),
+        checkpoint: None,
+        after: None,
     };
     let view = [SnapshotView::new(&snapshot)];
     let document = DomainDocument::parse(ACTIVE).unwrap();

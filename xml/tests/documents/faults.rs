@@ -174,12 +174,11 @@ fn exports() {
 }
 
 #[test]
-fn a_checkpoint_in_an_export_is_not_supported_yet() {
-    let text = "<blockexport type='nbd'>\n  <disk name='a' checkpoint='c'/>\n</blockexport>";
+fn a_checkpoint_in_an_export_has_a_checkpoints_name() {
+    let text = "<blockexport type='nbd'>\n  <disk name='a' checkpoint='c/d'/>\n</blockexport>";
     let error = export_request(text).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert_snapshot!(error, @"exports of what changed since a checkpoint are not supported yet (line 2, column 18, element disk)");
-    assert_snapshot!(error.next_step().unwrap(), @"Leave the attribute 'checkpoint' out to export the whole disk.");
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert_snapshot!(error, @"the checkpoint name \"c/d\" has '/' (line 2, column 18, element disk)");
 }
 
 #[test]

@@ -28,6 +28,9 @@ fn record(target: &str, method: &str, access: Access) -> DiskSnapshotRecord {
         access,
         size: None,
         details: BTreeMap::new(),
+        written: None,
+        untold: false,
+        inherited: Vec::new(),
     }
 }
 
@@ -86,6 +89,8 @@ fn snapshot() -> Snapshot {
             reason: "a CD-ROM drive".to_owned(),
         }],
         warnings: vec!["little space: 1 GiB & falling".to_owned()],
+        checkpoint: None,
+        after: None,
     }
 }
 
@@ -250,10 +255,12 @@ fn exports() {
             id: "i".to_owned(),
             node: "n".to_owned(),
             name: name.to_owned(),
+            bitmap: None,
         },
         lease: None,
         image: None,
         attached: None,
+        changes: None,
     };
     let exports = [
         export("vda-backup", "vda-backup"),

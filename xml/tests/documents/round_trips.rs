@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use disksnap_core::{
-    Alias, BackingStore, DeviceKind, Disk, Domain, DomainId, Driver, Error, ExportDisk, ExportRequest,
-    Listen, MethodChoice, NbdServer, NetworkHost, Options, Result, Sockets, Source, Tls,
+    Alias, BackingStore, CheckpointName, DeviceKind, Disk, Domain, DomainId, Driver, Error, ExportDisk,
+    ExportRequest, Listen, MethodChoice, NbdServer, NetworkHost, Options, Result, Sockets, Source, Tls,
 };
 use disksnap_xml::{
     DOMAIN_NAMESPACE, DomainDocument, Element, disk_snapshot_element, export_request,
@@ -44,6 +44,10 @@ fn trimmed() -> impl Strategy<Value = String> {
 
 fn path() -> impl Strategy<Value = PathBuf> {
     text().prop_map(|t| PathBuf::from(format!("/{t}")))
+}
+
+fn checkpoint() -> impl Strategy<Value = CheckpointName> {
+    "[a-zA-Z0-9_-][a-zA-Z0-9_.-]{0,12}".prop_map(|name| name.parse().expect("a checkpoint can be called so"))
 }
 
 fn host() -> impl Strategy<Value = NetworkHost> {
@@ -268,9 +272,9 @@ proptest! {
     #[test]
     fn an_export_request_is_read_as_it_was_written(
         server in prop::option::of(server()),
-        names in prop::collection::btree_map(text(), prop::option::of(text()), 1..4),
+        names in prop::collection::btree_map(text(), (prop::option::of(text()), prop::option::of(checkpoint())), 1..4),
     ) {
-        let disks = names.into_iter().map(|(alias, name)| ExportDisk { alias: Alias(alias), name });
+        let disks = names.into_iter().map(|(alias, name)| ExportDisk { alias: Alias(alias), name: name.0, checkpoint: name.1 });
         let request = ExportRequest {
             tls: server.as_ref().and_then(|s| s.tls.clone()),
             listen: server.map(|s| s.listen),

@@ -1,0 +1,403 @@
+//! Whether a domain's checkpoints can be trusted: each mark against what is really on the disk; and dropping what cannot.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Act, Change, Checkpoint, CheckpointName, Control, DirtyBitmap, Dispatcher, Domain, Ending, Health,
+    Lineage, Mark, Result, SnapshotId, Tracked,
+};
+
+/// What was found of one mark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MarkVerdict {
+    /// It is there, and as it should be.
+    Ok,
+    /// It is not there.
+    Missing,
+    /// It was in the memory of a hypervisor that has ended.
+    Lost,
+    /// Its image was not closed properly: what it says must not be trusted.
+    Inconsistent,
+    /// It should note what is written now, and does not.
+    NotRecording,
+    /// It notes what is written although a later one does: it tells more than has changed, and nothing less.
+    Recording,
+}
+
+impl MarkVerdict {
+    /// Whether what has changed since can be told with it.
+    #[must_use]
+    pub fn is_usable(self) -> bool {
+        matches!(self, Self::Ok | Self::Recording)
+    }
+
+    /// The verdict as users read it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Missing => "missing",
+            Self::Lost => "lost",
+            Self::Inconsistent => "inconsistent",
+            Self::NotRecording => "not recording",
+            Self::Recording => "recording",
+        }
+    }
+}
+
+/// One mark, looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckedMark {
+    /// The checkpoint.
+    pub checkpoint: CheckpointName,
+    /// The disk's target.
+    pub target: String,
+    /// What was found.
+    pub verdict: MarkVerdict,
+}
+
+/// A bitmap that no checkpoint knows.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct UnknownBitmap {
+    /// The disk's target.
+    pub target: String,
+    /// Its name.
+    pub name: String,
+}
+
+/// A domain's checkpoints against what is on its disks.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Validation {
+    /// Every mark, parents before their children.
+    pub marks: Vec<CheckedMark>,
+    /// The bitmaps that no checkpoint knows: somebody else's, or what somebody did behind disksnap's back.
+    pub unknown: Vec<UnknownBitmap>,
+    /// The disks that have checkpoints and not one that their next backup can be told against: it must be a full one.
+    pub full: Vec<String>,
+}
+
+impl Validation {
+    /// Whether nothing at all is wrong.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        self.unknown.is_empty() && self.marks.iter().all(|mark| mark.verdict == MarkVerdict::Ok)
+    }
+}
+
+/// What [`Dispatcher::drop_broken`] did.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Dropped {
+    /// The marks that are given up.
+    pub marks: Vec<CheckedMark>,
+    /// The checkpoints of which nothing is left.
+    pub checkpoints: Vec<CheckpointName>,
+    /// The bitmaps of nobody that were removed.
+    pub unknown: Vec<UnknownBitmap>,
+    /// The disks whose next backup must be a full one.
+    pub full: Vec<String>,
+}
+
+impl Dispatcher {
+    /// Looks at every mark of every checkpoint; changes nothing.
+    ///
+    /// # Errors
+    /// What the tracker and the monitor say. A checkpoint that cannot be trusted is an answer, and no error.
+    pub async fn validate(&self, domain: &Domain) -> Result<Validation> {
+        let held = self.hold(domain).await.map_err(|e| e.during("validate"))?;
+        let lineage = Lineage::new(self.catalog.checkpoints(&domain.id).await?)?;
+        let validation = self.validate_held(&*held.control, domain, &lineage).await;
+        validation.map_err(|e| e.during("validate").with("domain", &domain.id))
+    }
+
+    pub(crate) async fn validate_held(
+        &self,
+        control: &dyn Control,
+        domain: &Domain,
+        lineage: &Lineage,
+    ) -> Result<Validation> {
+        let disks: Vec<_> = domain.disks.iter().filter(|disk| disk.source.is_some()).collect();
+        let looked = self.tracker()?.look(control, &disks).await?;
+        let found: BTreeMap<&str, Found<'_>> = disks
+            .iter()
+            .zip(&looked)
+            .map(|(disk, tracked)| (disk.target.as_str(), Found::new(tracked)))
+            .collect();
+        let pinned = self.pinned_health(control, domain, lineage).await?;
+        let mut validation = Validation::default();
+        let targets: BTreeSet<&str> = lineage.checkpoints().iter().flat_map(targets_of).collect();
+        let newest: HashMap<&str, &CheckpointName> = targets
+            .iter()
+            .filter_map(|target| Some((*target, &lineage.newest_of(target)?.name)))
+            .collect();
+        for checkpoint in lineage.checkpoints() {
+            for disk in &checkpoint.disks {
+                let last = newest.get(disk.target.as_str()) == Some(&&checkpoint.name);
+                let verdict = match &disk.mark {
+                    Mark::Bitmap(name) => match found.get(disk.target.as_str()) {
+                        Some(found) => found.verdict(name, last, disk.volatile),
+                        None => MarkVerdict::Missing,
+                    },
+                    Mark::Pinned(id) => pinned.get(id).copied().unwrap_or(MarkVerdict::Missing),
+                };
+                validation.marks.push(CheckedMark {
+                    checkpoint: checkpoint.name.clone(),
+                    target: disk.target.clone(),
+                    verdict,
+                });
+            }
+        }
+        validation.unknown = unknown(&found, lineage);
+        validation.full = full(&validation.marks, &newest);
+        Ok(validation)
+    }
+
+    /// The snapshots that are checkpoints' marks, looked at.
+    async fn pinned_health(
+        &self,
+        control: &dyn Control,
+        domain: &Domain,
+        lineage: &Lineage,
+    ) -> Result<HashMap<SnapshotId, MarkVerdict>> {
+        let marks = lineage
+            .checkpoints()
+            .iter()
+            .flat_map(|c| &c.disks)
+            .map(|disk| &disk.mark);
+        let pinned: BTreeSet<SnapshotId> = marks
+            .filter_map(|mark| match mark {
+                Mark::Pinned(id) => Some(*id),
+                Mark::Bitmap(_) => None,
+            })
+            .collect();
+        let mut found = HashMap::new();
+        if pinned.is_empty() {
+            return Ok(found);
+        }
+        for snapshot in self.catalog.snapshots(&domain.id).await? {
+            let id = snapshot.id;
+            if pinned.contains(&id) {
+                let inspected = self.look(control, snapshot).await?;
+                let verdict = match inspected.overall() {
+                    Health::Active | Health::Endangered(_) => MarkVerdict::Ok,
+                    Health::Broken(_) => MarkVerdict::Inconsistent,
+                    Health::Gone(_) => MarkVerdict::Missing,
+                };
+                found.insert(id, verdict);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Gives up every mark that cannot be trusted, and those before it on the same disk, which nothing can be told since;
+    /// nothing else. The bitmaps go first, then the records.
+    ///
+    /// With `unknown`, bitmaps that no checkpoint knows are removed too. Safe to be called again.
+    ///
+    /// # Errors
+    /// `Busy` where a bitmap is being exported. The records are as they were then.
+    pub async fn drop_broken(&self, domain: &Domain, unknown: bool) -> Result<Dropped> {
+        let held = self.hold(domain).await.map_err(|e| e.during("drop-broken"))?;
+        let dropped = self.drop_broken_held(&*held.control, domain, unknown).await;
+        dropped.map_err(|e| e.during("drop-broken").with("domain", &domain.id))
+    }
+
+    async fn drop_broken_held(
+        &self,
+        control: &dyn Control,
+        domain: &Domain,
+        unknown: bool,
+    ) -> Result<Dropped> {
+        let lineage = Lineage::new(self.catalog.checkpoints(&domain.id).await?)?;
+        let validation = self.validate_held(control, domain, &lineage).await?;
+        let marks = broken(&lineage, &validation)?;
+        let mut dropped = Dropped {
+            full: validation.full,
+            unknown: if unknown { validation.unknown } else { Vec::new() },
+            ..Dropped::default()
+        };
+        let set = without(&lineage, &marks);
+        let kept: BTreeSet<&CheckpointName> = set.iter().map(|checkpoint| &checkpoint.name).collect();
+        let gone = lineage.checkpoints().iter().filter(|c| !kept.contains(&c.name));
+        dropped.checkpoints = gone.map(|c| c.name.clone()).collect();
+        let mut endings = Vec::new();
+        for mark in &marks {
+            let disk = lineage.get(&mark.checkpoint)?.disk(&mark.target);
+            if let Some(Mark::Bitmap(bitmap)) = disk.map(|disk| &disk.mark) {
+                endings.extend(ending(domain, &mark.target, bitmap));
+            }
+        }
+        endings.extend(
+            dropped
+                .unknown
+                .iter()
+                .filter_map(|found| ending(domain, &found.target, &found.name)),
+        );
+        if !marks.is_empty() || !endings.is_empty() {
+            self.end_marks(control, domain, endings, vec![Change::SetCheckpoints(set)])
+                .await?;
+        }
+        dropped.marks = marks;
+        Ok(dropped)
+    }
+
+    /// Ends bitmaps, and then writes down what that means. An intent before, so that whoever comes after a kill finishes it.
+    pub(crate) async fn end_marks(
+        &self,
+        control: &dyn Control,
+        domain: &Domain,
+        endings: Vec<Ending>,
+        changes: Vec<Change>,
+    ) -> Result<()> {
+        let act = Act::EndMarks {
+            endings: endings.clone(),
+            changes: changes.clone(),
+        };
+        let intent = self.intend(domain, act).await?;
+        if !endings.is_empty()
+            && let Err(error) = self.tracker()?.end(control, &endings).await
+        {
+            // All or nothing while the domain runs; while it is off, whoever comes next does it again.
+            if control.state().await?.is_active() {
+                self.catalog.settle(intent.id, &domain.id, &[]).await?;
+            }
+            return Err(error);
+        }
+        self.catalog.settle(intent.id, &domain.id, &changes).await
+    }
+}
+
+fn ending(domain: &Domain, target: &str, bitmap: &str) -> Option<Ending> {
+    Some(Ending {
+        disk: domain.disk(target).ok()?.clone(),
+        bitmap: bitmap.to_owned(),
+        into: None,
+        record: false,
+    })
+}
+
+fn targets_of(checkpoint: &Checkpoint) -> impl Iterator<Item = &str> {
+    checkpoint.disks.iter().map(|disk| disk.target.as_str())
+}
+
+/// The bitmaps of a disk, by name.
+struct Found<'a> {
+    bitmaps: HashMap<&'a str, Vec<&'a DirtyBitmap>>,
+}
+
+impl<'a> Found<'a> {
+    fn new(tracked: &'a Tracked) -> Self {
+        let mut bitmaps: HashMap<&str, Vec<&DirtyBitmap>> = HashMap::new();
+        for bitmap in &tracked.bitmaps {
+            bitmaps.entry(&bitmap.name).or_default().push(bitmap);
+        }
+        Self { bitmaps }
+    }
+
+    fn verdict(&self, name: &str, last: bool, volatile: bool) -> MarkVerdict {
+        let Some(layers) = self.bitmaps.get(name) else {
+            return if volatile {
+                MarkVerdict::Lost
+            } else {
+                MarkVerdict::Missing
+            };
+        };
+        let records = layers.iter().any(|bitmap| bitmap.layer == 0 && bitmap.recording);
+        if layers.iter().any(|bitmap| bitmap.inconsistent) {
+            MarkVerdict::Inconsistent
+        } else if last && !records {
+            MarkVerdict::NotRecording
+        } else if !last && records {
+            MarkVerdict::Recording
+        } else {
+            MarkVerdict::Ok
+        }
+    }
+}
+
+fn unknown(found: &BTreeMap<&str, Found<'_>>, lineage: &Lineage) -> Vec<UnknownBitmap> {
+    let marks = lineage.checkpoints().iter().flat_map(|c| &c.disks);
+    let known: BTreeSet<(&str, &str)> = marks
+        .filter_map(|disk| match &disk.mark {
+            Mark::Bitmap(name) => Some((disk.target.as_str(), name.as_str())),
+            Mark::Pinned(_) => None,
+        })
+        .collect();
+    let mut unknown = Vec::new();
+    for (target, found) in found {
+        let top = found
+            .bitmaps
+            .iter()
+            .filter(|(_, all)| all.iter().any(|b| b.layer == 0));
+        let names = top
+            .map(|(name, _)| name)
+            .filter(|name| !known.contains(&(*target, **name)));
+        unknown.extend(names.map(|name| UnknownBitmap {
+            target: (*target).to_owned(),
+            name: (*name).to_owned(),
+        }));
+    }
+    unknown.sort();
+    unknown
+}
+
+/// The disks whose last mark is of no use.
+fn full(marks: &[CheckedMark], newest: &HashMap<&str, &CheckpointName>) -> Vec<String> {
+    let last = |mark: &&CheckedMark| newest.get(mark.target.as_str()) == Some(&&mark.checkpoint);
+    let useless = marks.iter().filter(last).filter(|mark| !mark.verdict.is_usable());
+    let mut full: Vec<String> = useless.map(|mark| mark.target.clone()).collect();
+    full.sort();
+    full
+}
+
+/// The marks that are of no use: those that cannot be trusted, and all before them on the same disk.
+fn broken(lineage: &Lineage, validation: &Validation) -> Result<Vec<CheckedMark>> {
+    let key = |mark: &CheckedMark| (mark.checkpoint.clone(), mark.target.clone());
+    let mut useless: BTreeSet<(CheckpointName, String)> = BTreeSet::new();
+    for mark in validation
+        .marks
+        .iter()
+        .rev()
+        .filter(|mark| !mark.verdict.is_usable())
+    {
+        for before in lineage.back_from(&mark.checkpoint)? {
+            // What comes before something useless is known to be so already.
+            if before.disk(&mark.target).is_some()
+                && !useless.insert((before.name.clone(), mark.target.clone()))
+                && before.name != mark.checkpoint
+            {
+                break;
+            }
+        }
+    }
+    let all = validation.marks.iter();
+    Ok(all.filter(|mark| useless.contains(&key(mark))).cloned().collect())
+}
+
+/// The set without these marks, and without the checkpoints that cover nothing any more.
+fn without(lineage: &Lineage, marks: &[CheckedMark]) -> Vec<Checkpoint> {
+    let gone: BTreeSet<(&CheckpointName, &str)> = marks
+        .iter()
+        .map(|mark| (&mark.checkpoint, mark.target.as_str()))
+        .collect();
+    // For one that goes, the nearest before it that stays.
+    let mut heirs: HashMap<CheckpointName, Option<CheckpointName>> = HashMap::new();
+    let mut set = Vec::new();
+    for checkpoint in lineage.checkpoints() {
+        let mut left = checkpoint.clone();
+        left.disks
+            .retain(|disk| !gone.contains(&(&checkpoint.name, disk.target.as_str())));
+        left.parent = left.parent.and_then(|parent| match heirs.get(&parent) {
+            Some(heir) => heir.clone(),
+            None => Some(parent),
+        });
+        if left.disks.is_empty() && !checkpoint.disks.is_empty() {
+            heirs.insert(left.name, left.parent);
+        } else {
+            set.push(left);
+        }
+    }
+    set
+}

@@ -1,0 +1,234 @@
+//! A checkpoint that begins with a snapshot: which bitmaps start, stop and are copied at the instant.
+
+use std::time::SystemTime;
+
+use crate::{
+    Act, Checkpoint, CheckpointDisk, CheckpointName, Control, Dispatcher, Domain, Ending, Error, ErrorKind,
+    Intent, Lineage, Mark, NewCheckpoint, Part, Plan, Result, Snapshot, SnapshotId, SnapshotName,
+    SnapshotRequest, Start, Trackable, Tracked, Tracker,
+};
+
+/// What the names of bitmaps begin with that belong to a snapshot and to no checkpoint.
+const SCRATCH: &str = "disksnap.";
+
+/// What a create does about checkpoints; nothing where it is empty.
+#[derive(Debug, Default)]
+pub(crate) struct Marking {
+    /// The checkpoint that begins at the instant.
+    pub(crate) begins: Option<CheckpointName>,
+    /// The one before it.
+    pub(crate) after: Option<CheckpointName>,
+    pub(crate) starts: Vec<Start>,
+    pub(crate) warnings: Vec<String>,
+    disks: Vec<CheckpointDisk>,
+    /// The disks of which it is not known what was written since the checkpoint before.
+    pub(crate) untold: Vec<String>,
+}
+
+impl Marking {
+    /// Says which node the guest writes to from the instant on, where that is another than before.
+    pub(crate) fn follow(&mut self, parts: &[Part], active: bool) {
+        let prepared = parts.iter().flat_map(|part| part.prepared.iter().flatten());
+        for (target, node) in prepared.flat_map(|p| &p.tops) {
+            for start in self
+                .starts
+                .iter_mut()
+                .filter(|start| start.disk.target == *target)
+            {
+                start.top = Some(node.clone());
+                // What was recorded stays below, as it is at the instant.
+                start.copy = None;
+            }
+        }
+        // With the domain off nobody but the tracker lets the bitmap go on in an image that is put on top.
+        let goes_on = |start: &Start| !active && start.top.is_some() && start.recording.is_some();
+        self.starts
+            .retain(|start| start.starts.is_some() || start.copy.is_some() || goes_on(start));
+    }
+
+    /// The bitmap that holds, for this disk, what was written since the checkpoint before, up to the instant.
+    pub(crate) fn copy_of(&self, target: &str) -> Option<String> {
+        let start = self.starts.iter().find(|start| start.disk.target == target)?;
+        start.copy.clone()
+    }
+
+    /// The record of the checkpoint that has begun.
+    pub(crate) fn checkpoint(&self, at: SystemTime) -> Option<Checkpoint> {
+        Some(Checkpoint {
+            name: self.begins.clone()?,
+            parent: self.after.clone(),
+            created: at,
+            description: None,
+            disks: self.disks.clone(),
+        })
+    }
+}
+
+impl Dispatcher {
+    pub(crate) fn tracker(&self) -> Result<&dyn Tracker> {
+        self.tracker.as_deref().ok_or_else(untracked)
+    }
+
+    /// Takes back what a create has done to the disks' bitmaps.
+    pub(crate) async fn abort_marks(&self, control: &dyn Control, intent: &Intent) -> Result<()> {
+        match &intent.act {
+            Act::Create { starts, .. } if !starts.is_empty() => {
+                let aborted = self.tracker()?.abort(control, starts).await;
+                aborted.map_err(|e| e.during("abort"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the bitmaps that belong to a snapshot. They are in the hypervisor's memory alone.
+    pub(crate) async fn drop_written(
+        &self,
+        control: &dyn Control,
+        domain: &Domain,
+        snapshot: &Snapshot,
+    ) -> Result<()> {
+        let mut endings = Vec::new();
+        for record in &snapshot.disks {
+            // A disk that the domain has no more took its bitmaps along.
+            if let (Some(bitmap), Ok(disk)) = (&record.written, domain.disk(&record.target)) {
+                endings.push(Ending {
+                    disk: disk.clone(),
+                    bitmap: bitmap.clone(),
+                    into: None,
+                    record: false,
+                });
+            }
+        }
+        if endings.is_empty() || !control.state().await?.is_active() {
+            return Ok(());
+        }
+        self.tracker()?.end(control, &endings).await
+    }
+
+    /// What a create of this plan is to do about checkpoints.
+    pub(crate) async fn marking(
+        &self,
+        control: &dyn Control,
+        domain: &Domain,
+        request: &SnapshotRequest,
+        name: &SnapshotName,
+        plan: &Plan,
+    ) -> Result<Marking> {
+        let lineage = Lineage::new(self.catalog.checkpoints(&domain.id).await?)?;
+        let begins = match &request.checkpoint {
+            None => None,
+            Some(NewCheckpoint::Named(name)) => Some(name.clone()),
+            Some(NewCheckpoint::AsSnapshot) => Some(CheckpointName::try_from(name)?),
+        };
+        let mut marking = Marking {
+            after: lineage.newest().map(|newest| newest.name.clone()),
+            begins,
+            ..Marking::default()
+        };
+        if marking.begins.is_none() && marking.after.is_none() {
+            return Ok(marking);
+        }
+        if let Some(taken) = marking.begins.as_ref().filter(|name| lineage.get(name).is_ok()) {
+            return Err(Error::new(
+                ErrorKind::AlreadyExists,
+                format!("the checkpoint '{taken}' exists already"),
+            )
+            .hint("Choose another name, or remove that checkpoint first; it is never replaced."));
+        }
+        let disks: Vec<_> = plan.disks.iter().map(|planned| &planned.request.disk).collect();
+        let looked = self
+            .tracker()?
+            .look(control, &disks)
+            .await
+            .map_err(|e| e.during("checkpoint"))?;
+        let active = control.state().await?.is_active();
+        for (disk, tracked) in disks.iter().zip(&looked) {
+            let before = lineage.newest_of(&disk.target).is_some();
+            let recording = marking.recording(&lineage, &disk.target, tracked);
+            let anew = before && recording.is_none();
+            if anew {
+                marking.untold.push(disk.target.clone());
+            }
+            if let Some(begins) = marking.begins.clone() {
+                let volatile = volatile(&disk.target, tracked, &mut marking.warnings)?;
+                marking.disks.push(CheckpointDisk {
+                    target: disk.target.clone(),
+                    id: None,
+                    size: tracked.size,
+                    mark: Mark::Bitmap(begins.to_string()),
+                    volatile,
+                    anew,
+                });
+            }
+            let starts = marking.begins.as_ref().map(ToString::to_string);
+            // A bitmap that stops at the instant needs no copy, nor one that nobody changes meanwhile.
+            let copied = active && starts.is_none() && recording.is_some();
+            marking.starts.push(Start {
+                disk: (*disk).clone(),
+                top: None,
+                copy: copied.then(|| scratch(request.id, &disk.target)),
+                starts,
+                recording,
+            });
+        }
+        Ok(marking)
+    }
+}
+
+impl Marking {
+    /// The bitmap of the disk's last checkpoint, if it can be trusted to have recorded until now.
+    fn recording(&mut self, lineage: &Lineage, target: &str, tracked: &Tracked) -> Option<String> {
+        let last = lineage.newest_of(target)?;
+        let Some(Mark::Bitmap(name)) = last.disk(target).map(|disk| &disk.mark) else {
+            return None;
+        };
+        let found = tracked
+            .bitmaps
+            .iter()
+            .find(|bitmap| bitmap.layer == 0 && bitmap.name == *name);
+        let why = match found {
+            Some(bitmap) if bitmap.inconsistent => "its bitmap is inconsistent",
+            Some(bitmap) if !bitmap.recording => "its bitmap has not been recording",
+            Some(_) => return Some(name.clone()),
+            None => "its bitmap is not there",
+        };
+        self.warnings.push(format!(
+            "{target}: what has changed since the checkpoint '{}' cannot be told any more: {why}; `disksnap checkpoint \
+             drop-broken` drops it, and the disk's next backup is a full one",
+            last.name
+        ));
+        None
+    }
+}
+
+pub(crate) fn untracked() -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        "nothing here notes which blocks of a disk are written",
+    )
+    .hint("Build the dispatcher with a tracker (`Dispatcher::tracked_by`).")
+}
+
+/// Whether the disk's bitmap will be in memory alone.
+fn volatile(target: &str, tracked: &Tracked, warnings: &mut Vec<String>) -> Result<bool> {
+    match &tracked.trackable {
+        Trackable::Durable => Ok(false),
+        Trackable::Volatile(why) => {
+            warnings.push(format!(
+                "{target}: the checkpoint ends when the domain is shut down: {why}"
+            ));
+            Ok(true)
+        }
+        Trackable::No(why) => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("no checkpoint can begin on this disk: {why}"),
+        )
+        .with("disk", target)
+        .hint("Leave the disk out, or take the snapshot without a checkpoint.")),
+    }
+}
+
+/// The name of a bitmap that belongs to one snapshot of one disk.
+fn scratch(id: SnapshotId, target: &str) -> String {
+    format!("{SCRATCH}{}.{target}", id.short())
+}
