@@ -1,0 +1,367 @@
+//! The bitmaps of a domain that runs, by its monitor.
+
+use disksnap_core::{
+    Batch, Command, DirtyBitmap, Disk, Ending, Error, ErrorKind, Host, Result, Start, Trackable, Tracked,
+    Union,
+};
+use disksnap_hypervisor::Graph;
+use disksnap_hypervisor::graph::{Bitmap, Node};
+use serde_json::{Value, json};
+
+use crate::chain::{Chain, bitmap};
+use crate::{GRANULARITY, SCRATCH};
+
+pub(crate) async fn look(host: &dyn Host, disks: &[&Disk]) -> Result<Vec<Tracked>> {
+    let graph = Graph::read(host).await?;
+    Ok(disks.iter().map(|disk| look_at(&graph, disk)).collect())
+}
+
+fn look_at(graph: &Graph, disk: &Disk) -> Tracked {
+    let chain = match Chain::of(graph, disk) {
+        Ok(chain) => chain,
+        Err(error) => {
+            return Tracked {
+                trackable: Trackable::No(error.to_string()),
+                size: None,
+                bitmaps: Vec::new(),
+            };
+        }
+    };
+    let top = chain.top();
+    let trackable = if top.read_only {
+        Trackable::No("the disk is read-only: it does not change".to_owned())
+    } else if keeps(top) {
+        Trackable::Durable
+    } else {
+        Trackable::Volatile(format!(
+            "an image of the format '{}' keeps no bitmaps",
+            top.driver
+        ))
+    };
+    let layers = chain.layers.iter().enumerate();
+    let told = layers.flat_map(|(layer, node)| node.bitmaps.iter().map(move |bitmap| tell(layer, bitmap)));
+    Tracked {
+        trackable,
+        size: Some(top.size),
+        bitmaps: told.filter(|bitmap| !bitmap.name.starts_with(SCRATCH)).collect(),
+    }
+}
+
+fn tell(layer: usize, bitmap: &Bitmap) -> DirtyBitmap {
+    DirtyBitmap {
+        name: bitmap.name.clone(),
+        layer,
+        recording: bitmap.recording,
+        durable: bitmap.persistent,
+        inconsistent: bitmap.inconsistent,
+        granularity: bitmap.granularity,
+    }
+}
+
+/// Whether the image of a node can keep bitmaps.
+fn keeps(node: &Node) -> bool {
+    node.driver == "qcow2"
+}
+
+/// One action of a `transaction` on the bitmaps of a node.
+fn action(kind: &str, data: Value) -> Value {
+    let mut action = json!({ "type": format!("block-dirty-bitmap-{kind}") });
+    action["data"] = data;
+    action
+}
+
+fn on(node: &str, name: &str) -> Value {
+    json!({ "node": node, "name": name })
+}
+
+fn merge(node: &str, target: &str, sources: &[Value]) -> Value {
+    action(
+        "merge",
+        json!({ "node": node, "target": target, "bitmaps": sources }),
+    )
+}
+
+fn add(node: &str, name: &str, granularity: u64, persistent: bool, disabled: bool) -> Value {
+    let data = json!({
+        "node": node, "name": name, "granularity": granularity, "persistent": persistent, "disabled": disabled,
+    });
+    action("add", data)
+}
+
+async fn transact(host: &dyn Host, actions: Vec<Value>) -> Result<()> {
+    if actions.is_empty() {
+        return Ok(());
+    }
+    let command = Command::new("transaction", json!({ "actions": actions }));
+    host.monitor(command).await.map(drop)
+}
+
+pub(crate) async fn start(host: &dyn Host, starts: &[Start]) -> Result<Batch> {
+    let graph = Graph::read(host).await?;
+    let mut batch = Batch {
+        execute: "transaction".to_owned(),
+        list: "actions".to_owned(),
+        items: Vec::new(),
+        undo: Vec::new(),
+    };
+    for start in starts {
+        start_one(&graph, start, &mut batch).map_err(|e| e.with("disk", &start.disk.target))?;
+    }
+    Ok(batch)
+}
+
+fn start_one(graph: &Graph, start: &Start, batch: &mut Batch) -> Result<()> {
+    let chain = Chain::of(graph, &start.disk)?;
+    let now = chain.top();
+    let next = match &start.top {
+        Some(name) => graph.node(name).ok_or_else(|| missing_node(name))?,
+        None => now,
+    };
+    let recording = match &start.recording {
+        Some(name) => Some((name, recording_in(&chain, name)?)),
+        None => None,
+    };
+    let mut undo = |kind: &str, data| {
+        let command = Command::new(format!("block-dirty-bitmap-{kind}"), data);
+        batch.undo.push(command);
+    };
+    if let (Some(copy), Some((name, found))) = (&start.copy, recording) {
+        batch
+            .items
+            .push(add(&now.name, copy, found.granularity, false, true));
+        let sources: Vec<Value> = chain.having(name).map(|(node, _)| on(&node.name, name)).collect();
+        batch.items.push(merge(&now.name, copy, &sources));
+        undo("remove", on(&now.name, copy));
+    }
+    let Some(starts) = &start.starts else {
+        return Ok(());
+    };
+    if chain.having(starts).next().is_some() {
+        return Err(Error::new(
+            ErrorKind::AlreadyExists,
+            format!("the disk has a bitmap '{starts}' already"),
+        )
+        .hint("Choose another name for the checkpoint; `disksnap checkpoint validate` tells of bitmaps that nobody knows."));
+    }
+    let mut granularity = GRANULARITY;
+    if let Some((name, found)) = recording {
+        granularity = found.granularity;
+        batch.items.push(action("disable", on(&now.name, name)));
+        if next.name != now.name {
+            // Whoever puts an image on top lets the bitmap go on there.
+            batch.items.push(action("disable", on(&next.name, name)));
+        }
+        undo("enable", on(&now.name, name));
+    }
+    batch
+        .items
+        .push(add(&next.name, starts, granularity, keeps(next), false));
+    undo("remove", on(&next.name, starts));
+    Ok(())
+}
+
+fn missing_node(name: &str) -> Error {
+    Error::new(
+        ErrorKind::Internal,
+        "the node that the guest is going to write to is not there",
+    )
+    .with("node", name)
+}
+
+/// The bitmap in the layer that the guest writes to.
+fn recording_in<'g>(chain: &Chain<'g>, name: &str) -> Result<&'g Bitmap> {
+    let found = bitmap(chain.top(), name).ok_or_else(|| not_there(name))?;
+    refuse_inconsistent(found)?;
+    Ok(found)
+}
+
+fn not_there(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("the disk has no bitmap '{name}'"))
+        .with("bitmap", name)
+        .hint("`disksnap checkpoint validate` tells which checkpoints can be trusted.")
+}
+
+fn refuse_inconsistent(bitmap: &Bitmap) -> Result<()> {
+    if !bitmap.inconsistent {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Broken,
+        format!("the bitmap '{}' is inconsistent: its image was not closed properly", bitmap.name),
+    )
+    .with("bitmap", &bitmap.name)
+    .hint("`disksnap checkpoint drop-broken` drops what cannot be trusted; the disk's next backup is a full one."))
+}
+
+fn refuse_busy(bitmap: &Bitmap) -> Result<()> {
+    if !bitmap.busy {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Busy,
+        format!("the bitmap '{}' is in use by an export or a job", bitmap.name),
+    )
+    .with("bitmap", &bitmap.name)
+    .hint("Stop the export first, or wait until the job has ended."))
+}
+
+pub(crate) async fn abort(host: &dyn Host, starts: &[Start]) -> Result<()> {
+    let graph = Graph::read(host).await?;
+    let mut actions = Vec::new();
+    for start in starts {
+        match Chain::of(&graph, &start.disk) {
+            Ok(chain) => actions.extend(undone(&chain, start)),
+            // A disk that is not there any more took its bitmaps along.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    transact(host, actions).await
+}
+
+/// What takes one start back: the new bitmap's content goes to the one before, which goes on.
+fn undone(chain: &Chain<'_>, start: &Start) -> Vec<Value> {
+    let mut actions = Vec::new();
+    let top = chain.top();
+    if let Some(copy) = &start.copy {
+        actions.extend(
+            chain
+                .having(copy)
+                .map(|(node, _)| action("remove", on(&node.name, copy))),
+        );
+    }
+    let Some(starts) = &start.starts else {
+        return actions;
+    };
+    if let Some(before) = &start.recording
+        && bitmap(top, before).is_some_and(|b| !b.inconsistent)
+    {
+        for (node, found) in chain.having(starts) {
+            if bitmap(node, before).is_none() {
+                actions.push(add(&node.name, before, found.granularity, found.persistent, true));
+            }
+            actions.push(merge(&node.name, before, &[on(&node.name, starts)]));
+        }
+        actions.push(action("enable", on(&top.name, before)));
+    }
+    actions.extend(
+        chain
+            .having(starts)
+            .map(|(node, _)| action("remove", on(&node.name, starts))),
+    );
+    actions
+}
+
+pub(crate) async fn end(host: &dyn Host, endings: &[Ending]) -> Result<()> {
+    let graph = Graph::read(host).await?;
+    let mut actions = Vec::new();
+    for ending in endings {
+        let its = match Chain::of(&graph, &ending.disk) {
+            Ok(chain) => ended(&chain, ending),
+            // A disk that is not there any more took its bitmaps along.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        actions.extend(its.map_err(|e| e.with("disk", &ending.disk.target))?);
+    }
+    transact(host, actions).await
+}
+
+/// What ends one bitmap. The lower layers are snapshots, and nothing in them is changed: what their bitmaps know goes to
+/// the top layer's too.
+fn ended(chain: &Chain<'_>, ending: &Ending) -> Result<Vec<Value>> {
+    let mut actions = Vec::new();
+    let top = chain.top();
+    if let Some(into) = &ending.into {
+        let mut sources = Vec::new();
+        for (node, found) in chain.having(&ending.bitmap) {
+            refuse_inconsistent(found)?;
+            if node.size != top.size {
+                return Err(resized(node.size, top.size));
+            }
+            sources.push(on(&node.name, &ending.bitmap));
+        }
+        match bitmap(top, into) {
+            Some(heir) => {
+                refuse_busy(heir)?;
+                refuse_inconsistent(heir)?;
+            }
+            None => actions.push(add(&top.name, into, GRANULARITY, keeps(top), true)),
+        }
+        if !sources.is_empty() {
+            actions.push(merge(&top.name, into, &sources));
+        }
+        if ending.record {
+            actions.push(action("enable", on(&top.name, into)));
+        }
+    }
+    if let Some(found) = bitmap(top, &ending.bitmap) {
+        refuse_busy(found)?;
+        actions.push(action("remove", on(&top.name, &ending.bitmap)));
+    }
+    Ok(actions)
+}
+
+pub(crate) async fn unite(host: &dyn Host, union: &Union) -> Result<()> {
+    let graph = Graph::read(host).await?;
+    let united = united(&graph, union).map_err(|e| e.with("disk", &union.disk.target))?;
+    transact(host, united).await
+}
+
+fn united(graph: &Graph, union: &Union) -> Result<Vec<Value>> {
+    let node = graph.node(&union.node).ok_or_else(|| {
+        Error::new(
+            ErrorKind::NotFound,
+            "the node that the snapshot is read through is not there",
+        )
+        .with("node", &union.node)
+    })?;
+    if bitmap(node, &union.name).is_some() {
+        // Made before: neither the snapshot nor what is known of it changes.
+        return Ok(Vec::new());
+    }
+    let chain = Chain::of(graph, &union.disk)?;
+    let (mut sources, mut granularity) = (Vec::new(), u64::MAX);
+    for name in &union.of {
+        let before = sources.len();
+        for (layer, found) in chain.having(name) {
+            refuse_inconsistent(found)?;
+            if layer.size != node.size {
+                return Err(resized(layer.size, node.size));
+            }
+            granularity = granularity.min(found.granularity);
+            sources.push(on(&layer.name, name));
+        }
+        if sources.len() == before {
+            return Err(not_there(name));
+        }
+    }
+    if sources.is_empty() {
+        granularity = GRANULARITY;
+    }
+    Ok(vec![
+        add(&node.name, &union.name, granularity, false, true),
+        merge(&node.name, &union.name, &sources),
+    ])
+}
+
+fn resized(then: u64, now: u64) -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        format!("the disk's size has changed in between ({then} bytes, {now} bytes), and its changed blocks cannot be told any more"),
+    )
+    .hint("Take a full backup of this disk, with a new checkpoint.")
+}
+
+pub(crate) async fn part(host: &dyn Host, node: &str, name: &str) -> Result<()> {
+    let graph = Graph::read(host).await?;
+    match graph.node(node).and_then(|node| bitmap(node, name)) {
+        // Another export still tells it.
+        Some(found) if found.busy => Ok(()),
+        Some(_) => host
+            .monitor(Command::new("block-dirty-bitmap-remove", on(node, name)))
+            .await
+            .map(drop),
+        None => Ok(()),
+    }
+}

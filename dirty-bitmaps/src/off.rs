@@ -1,0 +1,319 @@
+//! The bitmaps of a domain that is off, in its images, by `qemu-img`.
+//!
+//! One step after another: nobody writes meanwhile, and each is such that the whole can be done again.
+
+use disksnap_core::{DirtyBitmap, Disk, Ending, Error, ErrorKind, Result, Source, Start, Trackable, Tracked};
+use disksnap_image_file::QemuImg;
+use serde::Deserialize;
+
+use crate::{GRANULARITY, SCRATCH};
+
+/// What `qemu-img info --output=json` says of one image.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Image {
+    filename: String,
+    virtual_size: u64,
+    #[serde(default)]
+    format_specific: Specific,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Specific {
+    #[serde(default)]
+    data: Data,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Data {
+    #[serde(default)]
+    bitmaps: Vec<InImage>,
+}
+
+/// `Qcow2BitmapInfo`.
+#[derive(Debug, Clone, Deserialize)]
+struct InImage {
+    name: String,
+    granularity: u64,
+    flags: Vec<String>,
+}
+
+impl InImage {
+    fn is(&self, flag: &str) -> bool {
+        self.flags.iter().any(|known| known == flag)
+    }
+}
+
+/// A disk's images, the top one first, as far as they are qcow2.
+struct Layers {
+    size: u64,
+    images: Vec<Image>,
+}
+
+/// The image that can keep bitmaps, or why there is none.
+fn image_of(disk: &Disk) -> std::result::Result<String, String> {
+    if disk.driver.format.as_deref() != Some("qcow2") {
+        let format = disk.driver.format.as_deref().unwrap_or("raw");
+        return Err(format!(
+            "the domain is off, and an image of the format '{format}' keeps no bitmaps"
+        ));
+    }
+    match disk
+        .source
+        .as_ref()
+        .and_then(Source::path)
+        .and_then(|path| path.to_str())
+    {
+        Some(path) => Ok(path.to_owned()),
+        None => Err("the domain is off, and its image is no file or device of this host".to_owned()),
+    }
+}
+
+fn program() -> Result<QemuImg> {
+    QemuImg::find().ok_or_else(|| {
+        let why =
+            "there is no qemu-img, and with the domain off the images' bitmaps cannot be reached without it";
+        QemuImg::missing(ErrorKind::Unavailable, why)
+    })
+}
+
+async fn run(arguments: &[&str]) -> Result<String> {
+    let ran = program()?.run(arguments.iter().copied(), "").await;
+    ran.map_err(|e| {
+        e.hint("If the domain runs, say where its monitor is: --monitor, or the <metadata> of its document.")
+    })
+}
+
+async fn layers_of(path: &str) -> Result<Layers> {
+    let said = run(&["info", "--output=json", "--backing-chain", "-f", "qcow2", path]).await?;
+    let images: Vec<Image> = serde_json::from_str(&said).map_err(|e| {
+        Error::new(
+            ErrorKind::Protocol,
+            "the answer of qemu-img info is not what it should be",
+        )
+        .because(e)
+    })?;
+    let size = images.first().map_or(0, |image| image.virtual_size);
+    Ok(Layers { size, images })
+}
+
+impl Layers {
+    /// The images that have a bitmap of this name, and it.
+    fn having(&self, name: &str) -> impl Iterator<Item = (&str, &InImage)> {
+        self.images
+            .iter()
+            .filter_map(move |image| image.bitmap(name).map(|b| (image.filename.as_str(), b)))
+    }
+
+    fn top(&self, name: &str) -> Option<&InImage> {
+        self.images.first()?.bitmap(name)
+    }
+}
+
+impl Image {
+    fn bitmap(&self, name: &str) -> Option<&InImage> {
+        self.format_specific
+            .data
+            .bitmaps
+            .iter()
+            .find(|bitmap| bitmap.name == name)
+    }
+}
+
+pub(crate) async fn look(disks: &[&Disk]) -> Result<Vec<Tracked>> {
+    let mut all = Vec::with_capacity(disks.len());
+    for disk in disks {
+        all.push(match image_of(disk) {
+            Ok(path) => tell(&layers_of(&path).await.map_err(|e| e.with("disk", &disk.target))?),
+            Err(why) => Tracked {
+                trackable: Trackable::No(why),
+                size: None,
+                bitmaps: Vec::new(),
+            },
+        });
+    }
+    Ok(all)
+}
+
+fn tell(layers: &Layers) -> Tracked {
+    let mut bitmaps = Vec::new();
+    for (layer, image) in layers.images.iter().enumerate() {
+        for bitmap in &image.format_specific.data.bitmaps {
+            bitmaps.push(DirtyBitmap {
+                name: bitmap.name.clone(),
+                layer,
+                recording: bitmap.is("auto"),
+                durable: true,
+                inconsistent: bitmap.is("in-use"),
+                granularity: bitmap.granularity,
+            });
+        }
+    }
+    bitmaps.retain(|bitmap| !bitmap.name.starts_with(SCRATCH));
+    Tracked {
+        trackable: Trackable::Durable,
+        size: Some(layers.size),
+        bitmaps,
+    }
+}
+
+/// The image of a disk that is to be worked on.
+fn needed(disk: &Disk) -> Result<String> {
+    image_of(disk).map_err(|why| Error::new(ErrorKind::Unsupported, why).with("disk", &disk.target))
+}
+
+async fn bitmap(arguments: &[&str]) -> Result<()> {
+    let all: Vec<&str> = ["bitmap"].iter().chain(arguments).copied().collect();
+    run(&all).await.map(drop)
+}
+
+pub(crate) async fn start(starts: &[Start]) -> Result<()> {
+    for start in starts {
+        start_one(start)
+            .await
+            .map_err(|e| e.with("disk", &start.disk.target))?;
+    }
+    Ok(())
+}
+
+async fn start_one(start: &Start) -> Result<()> {
+    let Some(starts) = &start.starts else {
+        return carry(start).await;
+    };
+    let path = needed(&start.disk)?;
+    let layers = layers_of(&path).await?;
+    let granularity = match &start.recording {
+        Some(name) => {
+            let found = layers.top(name).ok_or_else(|| not_there(name))?;
+            refuse_inconsistent(found)?;
+            found.granularity
+        }
+        None => GRANULARITY,
+    };
+    if layers.having(starts).next().is_some() {
+        return Err(Error::new(ErrorKind::AlreadyExists, format!("the disk has a bitmap '{starts}' already"))
+            .hint("Choose another name for the checkpoint; `disksnap checkpoint validate` tells of bitmaps that nobody knows."));
+    }
+    let granularity = granularity.to_string();
+    let top = start.top.as_ref().unwrap_or(&path);
+    bitmap(&["--add", "-g", &granularity, "-f", "qcow2", top, starts]).await?;
+    match &start.recording {
+        Some(before) => bitmap(&["--disable", "-f", "qcow2", &path, before]).await,
+        None => Ok(()),
+    }
+}
+
+/// Lets the bitmap that records go on in the image that is put on top. A copy is what nobody needs here: the one below
+/// stays as it is.
+async fn carry(start: &Start) -> Result<()> {
+    let (Some(top), Some(recording)) = (&start.top, &start.recording) else {
+        return Ok(());
+    };
+    let layers = layers_of(&needed(&start.disk)?).await?;
+    let found = layers.top(recording).ok_or_else(|| not_there(recording))?;
+    refuse_inconsistent(found)?;
+    let granularity = found.granularity.to_string();
+    bitmap(&["--add", "-g", &granularity, "-f", "qcow2", top, recording]).await
+}
+
+fn not_there(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("the disk has no bitmap '{name}'"))
+        .with("bitmap", name)
+        .hint("`disksnap checkpoint validate` tells which checkpoints can be trusted.")
+}
+
+fn refuse_inconsistent(bitmap: &InImage) -> Result<()> {
+    if !bitmap.is("in-use") {
+        return Ok(());
+    }
+    let message = format!(
+        "the bitmap '{}' is inconsistent: its image was not closed properly",
+        bitmap.name
+    );
+    Err(Error::new(ErrorKind::Broken, message)
+        .with("bitmap", &bitmap.name)
+        .hint("`disksnap checkpoint drop-broken` drops what cannot be trusted; the disk's next backup is a full one."))
+}
+
+pub(crate) async fn abort(starts: &[Start]) -> Result<()> {
+    for start in starts {
+        if let (Some(starts), Ok(path)) = (&start.starts, image_of(&start.disk)) {
+            undo(&path, starts, start.recording.as_deref())
+                .await
+                .map_err(|e| e.with("disk", &start.disk.target))?;
+        }
+    }
+    Ok(())
+}
+
+async fn undo(path: &str, starts: &str, before: Option<&str>) -> Result<()> {
+    let layers = layers_of(path).await?;
+    if let Some(before) = before.filter(|name| layers.top(name).is_some_and(|b| !b.is("in-use"))) {
+        if layers.top(starts).is_some() {
+            bitmap(&["--merge", starts, "-f", "qcow2", path, before]).await?;
+        }
+        bitmap(&["--enable", "-f", "qcow2", path, before]).await?;
+    }
+    for (image, _) in layers.having(starts) {
+        bitmap(&["--remove", "-f", "qcow2", image, starts]).await?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn end(endings: &[Ending]) -> Result<()> {
+    // All are looked at before any is touched.
+    let mut found = Vec::new();
+    for ending in endings {
+        // An image that keeps no bitmaps has none that could be ended.
+        let Ok(path) = image_of(&ending.disk) else {
+            continue;
+        };
+        let layers = layers_of(&path)
+            .await
+            .map_err(|e| e.with("disk", &ending.disk.target))?;
+        if ending.into.is_some() {
+            for (_, bitmap) in layers.having(&ending.bitmap) {
+                refuse_inconsistent(bitmap).map_err(|e| e.with("disk", &ending.disk.target))?;
+            }
+        }
+        found.push((ending, path, layers));
+    }
+    for (ending, path, layers) in found {
+        end_one(ending, &path, &layers)
+            .await
+            .map_err(|e| e.with("disk", &ending.disk.target))?;
+    }
+    Ok(())
+}
+
+/// The lower images are snapshots, and nothing in them is changed: what their bitmaps know goes to the top image's too.
+async fn end_one(ending: &Ending, path: &str, layers: &Layers) -> Result<()> {
+    if let Some(into) = &ending.into {
+        if layers.top(into).is_none() {
+            let granularity = GRANULARITY.to_string();
+            bitmap(&[
+                "--add",
+                "--disable",
+                "-g",
+                &granularity,
+                "-f",
+                "qcow2",
+                path,
+                into,
+            ])
+            .await?;
+        }
+        for (image, _) in layers.having(&ending.bitmap) {
+            let from = ["--merge", &ending.bitmap, "-b", image, "-F", "qcow2"];
+            let to = ["-f", "qcow2", path, into];
+            bitmap(&[&from[..], &to[..]].concat()).await?;
+        }
+        if ending.record {
+            bitmap(&["--enable", "-f", "qcow2", path, into]).await?;
+        }
+    }
+    if layers.top(&ending.bitmap).is_some() {
+        bitmap(&["--remove", "-f", "qcow2", path, &ending.bitmap]).await?;
+    }
+    Ok(())
+}
