@@ -2,8 +2,9 @@
 //! `qemu-storage-daemon`, one per domain, that outlives the command which started it.
 //!
 //! Here: what is asked of it. The process and its files are in `process`, what is remembered of it in `files`, how
-//! an image becomes nodes in `nodes`.
+//! an image becomes nodes in `nodes`, and what changed in it in `bitmaps`.
 
+mod bitmaps;
 mod files;
 mod nodes;
 mod process;
@@ -161,13 +162,12 @@ impl ImageServer for StorageDaemons {
         let session = session(&files);
         let control = NbdServerControl::new(&session, &self.run, PATIENCE);
         let add = nodes::of(&node.node, image)?;
-        let delete = || Command::new("blockdev-del", json!({ "node-name": node.node }));
         let added = session.execute(Command::new("blockdev-add", add.clone())).await;
         let added = match added {
             // Left by a start that was killed.
             Err(error) if error.message().contains("uplicate") => {
                 control.unserve(&node.id).await?;
-                session.execute(delete()).await?;
+                close(&session, &node.node).await?;
                 session.execute(Command::new("blockdev-add", add)).await
             }
             other => other,
@@ -177,10 +177,17 @@ impl ImageServer for StorageDaemons {
                 .with("image", &image.source)
                 .hint("The image cannot be opened by the record of its snapshot; `qemu-img info` tells more.")
         })?;
-        match control.serve(node).await {
+        let served = async {
+            let mut node = node.clone();
+            if let Some(bitmap) = &mut node.bitmap {
+                *bitmap = bitmaps::unite(&session, &node.node, &image.changed, &bitmap.name).await?;
+            }
+            control.serve(&node).await
+        };
+        match served.await {
             Ok(()) => Ok(()),
             Err(error) => {
-                let failed = session.execute(delete()).await.err();
+                let failed = close(&session, &node.node).await.err();
                 Err(error.rollback_failed(failed.into_iter().collect()))
             }
         }
@@ -194,11 +201,7 @@ impl ImageServer for StorageDaemons {
         let session = session(&files);
         let control = NbdServerControl::new(&session, &self.run, PATIENCE);
         control.unserve(&node.id).await?;
-        let delete = Command::new("blockdev-del", json!({ "node-name": node.node }));
-        match session.execute(delete).await {
-            Err(error) if !error.message().contains("Failed to find node") => Err(error),
-            _ => Ok(()),
-        }
+        close(&session, &node.node).await
     }
 
     async fn served(&self, domain: &DomainId) -> Result<Vec<String>> {
@@ -220,6 +223,18 @@ impl ImageServer for StorageDaemons {
     async fn domains(&self) -> Result<Vec<DomainId>> {
         files::domains(&self.run)
     }
+}
+
+/// Closes an image, and forgets what changed in it. Idempotent.
+async fn close(session: &Session, node: &str) -> Result<()> {
+    for name in [node.to_owned(), bitmaps::holder(node)] {
+        let delete = Command::new("blockdev-del", json!({ "node-name": name }));
+        match session.execute(delete).await {
+            Err(error) if !error.message().contains("Failed to find node") => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// The answer of a monitor that has ended as it was told to is none.

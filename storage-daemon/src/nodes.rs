@@ -35,13 +35,28 @@ pub(crate) fn of(name: &str, image: &Image) -> Result<Value> {
         }
     }
     let mut below = None;
-    for (source, format) in layers.iter().rev() {
-        let made = layer(source, *format, below.as_ref());
-        below = Some(made.map_err(|error| error.with("image", source))?);
+    for (n, (source, format)) in layers.iter().enumerate().rev() {
+        let mut made = layer(source, *format, below.as_ref()).map_err(|error| error.with("image", source))?;
+        made["node-name"] = layer_name(name, n).into();
+        below = Some(made);
     }
-    let mut top = below.unwrap_or_default();
-    top["node-name"] = name.into();
-    Ok(top)
+    Ok(below.unwrap_or_default())
+}
+
+/// The name of a layer's node; the top one's is the image's.
+fn layer_name(name: &str, n: usize) -> String {
+    if n == 0 {
+        name.to_owned()
+    } else {
+        format!("{name}-{n}")
+    }
+}
+
+/// Whether a node is a layer of this image.
+pub(crate) fn is_layer_of(node: &str, name: &str) -> bool {
+    let rest = node.strip_prefix(name);
+    let number = |rest: &str| rest.strip_prefix('-').is_some_and(|n| n.parse::<usize>().is_ok());
+    rest.is_some_and(|rest| rest.is_empty() || number(rest))
 }
 
 fn layer(source: &Source, format: Option<&str>, below: Option<&Value>) -> Result<Value> {

@@ -107,6 +107,7 @@ fn node(name: &str) -> ServeNode {
         id: format!("ds-{name}"),
         node: format!("ds-{name}"),
         name: name.to_owned(),
+        bitmap: None,
     }
 }
 
@@ -134,6 +135,7 @@ fn image(path: &Path, format: &str, backing: Option<BackingStore>) -> Image {
         source: file(path),
         format: format.to_owned(),
         backing: backing.map(Box::new),
+        changed: Vec::new(),
     }
 }
 

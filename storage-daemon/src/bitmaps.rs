@@ -1,0 +1,81 @@
+//! What changed in an image, from the dirty bitmaps that its layers keep.
+
+use disksnap_core::{Command, Error, ErrorKind, NodeBitmap, Result};
+use disksnap_hypervisor::Session;
+use serde_json::{Value, json};
+
+use crate::nodes::is_layer_of;
+
+/// The name of the node that holds the union: an image's own bitmap may have the name that is asked for.
+pub(crate) fn holder(node: &str) -> String {
+    format!("{node}-c")
+}
+
+/// Unites bitmaps of an image's layers in one on a node of its own, which is served beside the data.
+///
+/// # Errors
+/// `Broken` where one of them is in no layer, or must not be trusted.
+pub(crate) async fn unite(session: &Session, node: &str, of: &[String], name: &str) -> Result<NodeBitmap> {
+    let ask = Command::new("query-named-block-nodes", json!({ "flat": true }));
+    let nodes = session.execute(ask).await?;
+    let layers = nodes.as_array().into_iter().flatten();
+    let layers: Vec<&Value> = layers
+        .filter(|layer| {
+            layer["node-name"]
+                .as_str()
+                .is_some_and(|layer| is_layer_of(layer, node))
+        })
+        .collect();
+    let top = layers.iter().find(|layer| layer["node-name"] == node);
+    let size = top.map_or(&Value::Null, |top| &top["image"]["virtual-size"]);
+    let (sources, granularity) = sources(&layers, of)?;
+    let held = NodeBitmap {
+        node: holder(node),
+        name: name.to_owned(),
+    };
+    let null = json!({ "driver": "null-co", "node-name": held.node, "size": size, "read-only": true });
+    session.execute(Command::new("blockdev-add", null)).await?;
+    let actions = json!([
+        { "type": "block-dirty-bitmap-add", "data": {
+            "node": held.node, "name": name, "granularity": granularity, "persistent": false, "disabled": true } },
+        { "type": "block-dirty-bitmap-merge", "data": { "node": held.node, "target": name, "bitmaps": sources } },
+    ]);
+    session
+        .execute(Command::new("transaction", json!({ "actions": actions })))
+        .await?;
+    Ok(held)
+}
+
+/// The bitmaps of these names in all layers, and the finest granularity of them.
+fn sources(layers: &[&Value], of: &[String]) -> Result<(Vec<Value>, u64)> {
+    let (mut sources, mut granularity) = (Vec::new(), u64::MAX);
+    for wanted in of {
+        let before = sources.len();
+        for layer in layers {
+            let bitmaps = layer["dirty-bitmaps"].as_array().into_iter().flatten();
+            for bitmap in bitmaps.filter(|bitmap| bitmap["name"] == wanted.as_str()) {
+                if bitmap["inconsistent"] == true {
+                    return Err(lost(
+                        wanted,
+                        "is inconsistent: the image was open when the snapshot was taken",
+                    ));
+                }
+                granularity = granularity.min(bitmap["granularity"].as_u64().unwrap_or(u64::MAX));
+                sources.push(json!({ "node": layer["node-name"], "name": wanted }));
+            }
+        }
+        if sources.len() == before {
+            return Err(lost(wanted, "is in no layer of the snapshot's image"));
+        }
+    }
+    Ok((sources, granularity))
+}
+
+fn lost(bitmap: &str, why: &str) -> Error {
+    Error::new(
+        ErrorKind::Broken,
+        format!("what has changed is not known: the bitmap '{bitmap}' {why}"),
+    )
+    .with("bitmap", bitmap)
+    .hint("Take a full backup from this snapshot, or export it without the checkpoint.")
+}
