@@ -10,12 +10,14 @@
 //! A program calls [`run_if_asked`] first of all: while a guest stands still, a second process of the
 //! same program watches over it.
 
+mod changed;
 mod domain;
 mod open;
 mod reader;
 mod save;
 mod update;
 
+pub use changed::{ChangeStream, ChangedExtent};
 pub use disksnap_catalog::{SqliteCatalog, StateDir};
 pub use disksnap_checkpoint_set as checkpoint_set;
 pub use disksnap_core::*;

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use disksnap_catalog::{SqliteCatalog, StateDir};
-use disksnap_core::{Connector, Dispatcher, Domain, Registry, Result, SnapshotName};
+use disksnap_core::{CheckpointName, Connector, Dispatcher, Domain, Registry, Result, SnapshotName};
+use disksnap_dirty_bitmaps::DirtyBitmaps;
 use disksnap_hypervisor::{Paths, QemuConnector};
 use disksnap_storage_daemon::StorageDaemons;
 
@@ -52,7 +53,8 @@ impl Disksnap {
         let catalog = SqliteCatalog::open(state_dir.clone()).await?;
         let connector: Arc<dyn Connector> = Arc::new(connector);
         Ok(Self {
-            dispatcher: Dispatcher::new(registry, Arc::new(catalog), connector),
+            dispatcher: Dispatcher::new(registry, Arc::new(catalog), connector)
+                .tracked_by(Arc::new(DirtyBitmaps)),
             state_dir,
         })
     }
@@ -75,6 +77,21 @@ impl Disksnap {
     /// `NotFound` for an unknown snapshot or disk; `Broken` for a snapshot that must not be read;
     /// `Unsupported` for data in a place or format that cannot be read here; what the export meets.
     pub async fn read(&self, domain: &Domain, name: &SnapshotName, target: &str) -> Result<SnapshotReader> {
-        SnapshotReader::open(&self.dispatcher, domain, name, target).await
+        SnapshotReader::open(&self.dispatcher, domain, name, target, None).await
+    }
+
+    /// The same, for reading what has changed since a checkpoint: [`SnapshotReader::changes`] tells where.
+    ///
+    /// # Errors
+    /// Those of [`Disksnap::read`]; `NotFound` for an unknown checkpoint; `Invalid` when it does not cover the disk or
+    /// is not before the snapshot; `Broken` when what has changed is not known; `Unsupported` where the method cannot tell.
+    pub async fn read_since(
+        &self,
+        domain: &Domain,
+        name: &SnapshotName,
+        target: &str,
+        since: &CheckpointName,
+    ) -> Result<SnapshotReader> {
+        SnapshotReader::open(&self.dispatcher, domain, name, target, Some(since)).await
     }
 }

@@ -8,12 +8,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use disksnap_core::{
-    Dispatcher, Domain, Error, ErrorKind, Health, NetworkHost, Opened, Result, SnapshotName, Source, Tls,
+    CheckpointName, Dispatcher, Domain, Error, ErrorKind, Health, NetworkHost, Opened, Result, SnapshotName,
+    Source,
 };
 use disksnap_nbd::{
     BASE_ALLOCATION, BulkOptions, BulkReader, Chunk, Client, ConnectOptions, DEFAULT_PORT, TlsCredentials,
-    Uri,
+    Uri, dirty_bitmap_context,
 };
+
+use crate::changed::ChangeStream;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
 /// How much is read from a file at once, in bytes.
@@ -82,8 +85,12 @@ impl SnapshotReader {
         domain: &Domain,
         name: &SnapshotName,
         target: &str,
+        since: Option<&CheckpointName>,
     ) -> Result<Self> {
-        let opened = dispatcher.open(domain, name, target).await?;
+        let opened = match since {
+            None => dispatcher.open(domain, name, target).await?,
+            Some(since) => dispatcher.open_since(domain, name, target, since).await?,
+        };
         match connect(&opened).await {
             Ok((data, size)) => Ok(Self {
                 dispatcher: dispatcher.clone(),
@@ -117,6 +124,19 @@ impl SnapshotReader {
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.opened.warnings
+    }
+
+    /// The ranges that have changed since the checkpoint that the reader was opened with.
+    ///
+    /// # Errors
+    /// `Invalid` when it was opened without one; what the connection meets.
+    pub fn changes(&self) -> Result<ChangeStream> {
+        let (Data::Nbd(clients), Some(bitmap)) = (&self.data, &self.opened.bitmap) else {
+            let why = "the disk was not opened for what has changed since a checkpoint";
+            return Err(self.told(Error::new(ErrorKind::Invalid, why)));
+        };
+        let extents = clients[0].extents(&dirty_bitmap_context(bitmap), 0..self.size);
+        Ok(ChangeStream::new(extents.map_err(|e| self.told(of_nbd(e)))?))
     }
 
     /// Where the bytes come from.
@@ -313,7 +333,7 @@ async fn connect(opened: &Opened) -> Result<(Data, u64)> {
     match (&opened.source, opened.format.as_str()) {
         (source @ Source::Network { .. }, "raw") => {
             let uri = uri_of(source).ok_or_else(|| unreadable(opened))?;
-            connect_nbd(&uri, opened.tls.as_ref()).await
+            connect_nbd(&uri, opened).await
         }
         (Source::File { file: path } | Source::Block { dev: path }, "raw") => {
             let path = path.clone();
@@ -333,12 +353,14 @@ fn unreadable(opened: &Opened) -> Error {
     )
 }
 
-async fn connect_nbd(uri: &Uri, tls: Option<&Tls>) -> Result<(Data, u64)> {
+async fn connect_nbd(uri: &Uri, opened: &Opened) -> Result<(Data, u64)> {
     let mut options = ConnectOptions {
         meta_contexts: vec![BASE_ALLOCATION.to_owned()],
         ..ConnectOptions::default()
     };
-    if let Some(tls) = tls {
+    let context = opened.bitmap.as_deref().map(dirty_bitmap_context);
+    options.meta_contexts.extend(context);
+    if let Some(tls) = &opened.tls {
         options.tls = Some(TlsCredentials::from_directory(&tls.credentials).map_err(of_nbd)?);
     }
     let clients = Client::connect_many(uri, &options, CONNECTIONS)
@@ -439,7 +461,7 @@ pub(crate) async fn run_blocking<T: Send + 'static>(
 }
 
 /// The client's error as ours; what it says is kept as the cause.
-fn of_nbd(error: disksnap_nbd::Error) -> Error {
+pub(crate) fn of_nbd(error: disksnap_nbd::Error) -> Error {
     use disksnap_nbd::Error as Nbd;
     let (kind, hint) = match &error {
         Nbd::Credentials { .. } => (

@@ -4,10 +4,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
-use disksnap::{DiskChoice, Listen, MergeInto, Quiesce, SnapshotName};
+use disksnap::{CheckpointName, DiskChoice, Listen, MergeInto, NewCheckpoint, Quiesce, SnapshotName};
 
 use crate::checkpoint_args::CheckpointCommand;
-use crate::values::{parse_disk, parse_name, parse_option, parse_seconds, parse_size};
+use crate::values::{
+    parse_checkpoint, parse_disk, parse_name, parse_new_checkpoint, parse_option, parse_seconds, parse_size,
+};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -120,6 +122,8 @@ pub(crate) enum Command {
     Export(ExportCommand),
     /// Read a disk of a snapshot, or a part of it
     Read(Read),
+    /// List the ranges of a disk that have changed between a checkpoint and a snapshot
+    Changes(Changes),
     /// Give a disk of a snapshot to another domain's running guest, read-only, or print the <disk> for it
     Attach(Attach),
     /// Take a disk of a snapshot out of the guests that it was attached to
@@ -342,6 +346,10 @@ pub(crate) struct Create {
     /// How long the guest may stand still, at most; 8 if nothing is said
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     pub(crate) deadline: Option<Duration>,
+    /// Begin a checkpoint at the instant, called as the snapshot is or so: later backups can ask what has changed since
+    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    #[arg(value_parser = parse_new_checkpoint)]
+    pub(crate) checkpoint: Option<NewCheckpoint>,
     #[command(flatten)]
     pub(crate) document: Keep,
 }
@@ -399,6 +407,9 @@ pub(crate) struct ExportStart {
     /// A disk of the snapshot, by its target; may be given several times; all disks if none is given
     #[arg(long = "disk", value_name = "TARGET")]
     pub(crate) disks: Vec<String>,
+    /// Tell beside the data what has changed since this checkpoint, as the meta context qemu:dirty-bitmap:NAME
+    #[arg(long, value_name = "NAME", value_parser = parse_checkpoint, conflicts_with = "xml")]
+    pub(crate) checkpoint: Option<CheckpointName>,
     #[command(flatten)]
     pub(crate) place: Place,
 }
@@ -445,6 +456,19 @@ pub(crate) struct WhichServer {
     /// The server for snapshots that lie on this host (btrfs, reflink, …), not the hypervisor's; needs no running domain
     #[arg(long)]
     pub(crate) images: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Changes {
+    /// The checkpoint
+    #[arg(long, value_name = "CHECKPOINT", value_parser = parse_checkpoint)]
+    pub(crate) from: CheckpointName,
+    /// The snapshot; the latest if none is named
+    #[arg(long, value_name = "SNAPSHOT", value_parser = parse_name)]
+    pub(crate) to: Option<SnapshotName>,
+    /// A disk, by its target; may be given several times; all that both have if none is given
+    #[arg(long = "disk", value_name = "TARGET")]
+    pub(crate) disks: Vec<String>,
 }
 
 #[derive(Debug, Args)]

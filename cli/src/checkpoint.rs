@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::args::Form;
 use crate::checkpoint_args::{CheckpointCommand, Dump, Order, Redefine, SetFormat, WhichTable};
 use crate::checkpoint_files::read;
+use crate::checkpoint_marks;
 use crate::checkpoint_view::{List, RedefinedView};
 use crate::context::{Context, Target};
 use crate::failure::{Failure, Outcome};
@@ -21,6 +22,9 @@ pub(crate) async fn run(context: &Context, command: CheckpointCommand) -> Outcom
         CheckpointCommand::List { order } => list(context, order).await,
         CheckpointCommand::Dump(dump) => self::dump(context, dump).await,
         CheckpointCommand::Redefine(redefine) => self::redefine(context, redefine).await,
+        CheckpointCommand::Validate => checkpoint_marks::validate(context).await,
+        CheckpointCommand::DropBroken { unknown } => checkpoint_marks::drop_broken(context, unknown).await,
+        CheckpointCommand::Remove { names } => checkpoint_marks::remove(context, names).await,
         CheckpointCommand::Forget { all: _ } => forget(context).await,
     }
 }
@@ -42,11 +46,16 @@ async fn list(context: &Context, order: Order) -> Outcome {
 
 async fn dump(context: &Context, dump: Dump) -> Outcome {
     let target = context.target().await?;
-    let checkpoints = lineage(&target).await?.into_checkpoints();
+    let lineage = lineage(&target).await?;
     let format = dump.format.unwrap_or(match context.out.form {
         Form::Json => SetFormat::Json,
         Form::Text | Form::Xml => SetFormat::Xml,
     });
+    // Only the JSON has a place for gaps: elsewhere what is before one would be taken for whole.
+    let checkpoints = match format {
+        SetFormat::Json => lineage.into_checkpoints(),
+        _ => lineage.without_gaps(),
+    };
     let tables = |checkpoints: &[Checkpoint]| {
         let ids = DiskIds::new(&target.domain, &dump.disks.told)?;
         Tables::of(&target.domain.id, checkpoints, &ids)
@@ -68,6 +77,7 @@ async fn redefine(context: &Context, redefine: Redefine) -> Outcome {
     let target = context.target().await?;
     let how = disksnap::Redefine {
         replace: redefine.replace,
+        validate: redefine.validate,
         leave_out: redefine.leave_out_missing_disks,
     };
     let set = read(&target.domain, &redefine)?;

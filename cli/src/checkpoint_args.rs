@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum, ValueHint};
+use disksnap::CheckpointName;
 use disksnap::checkpoint_set::ovirt::Table;
 use uuid::Uuid;
 
-use crate::values::parse_disk_id;
+use crate::values::{parse_checkpoint, parse_disk_id};
 
 const LIST_EXAMPLES: &str = "\
 Examples:
@@ -32,6 +33,19 @@ const FORGET_EXAMPLES: &str = "\
 Examples:
   disksnap checkpoint forget -d web1 --all";
 
+const VALIDATE_EXAMPLES: &str = "\
+Examples:
+  disksnap checkpoint validate -d web1
+  disksnap checkpoint validate -d web1 --output json";
+
+const DROP_EXAMPLES: &str = "\
+Examples:
+  disksnap checkpoint drop-broken -d web1";
+
+const REMOVE_EXAMPLES: &str = "\
+Examples:
+  disksnap checkpoint remove -d web1 monday tuesday";
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum CheckpointCommand {
     /// List the domain's checkpoints, oldest first
@@ -52,6 +66,31 @@ pub(crate) enum CheckpointCommand {
     /// --replace is said; said again, the same set changes nothing.
     #[command(after_help = REDEFINE_EXAMPLES)]
     Redefine(Redefine),
+    /// Tell of each checkpoint and disk whether what has changed since can be told; changes nothing
+    ///
+    /// ok; missing, lost, inconsistent, not recording: what has changed since is not known; recording: more is told than has
+    /// changed, and nothing less. Where anything is wrong the exit code is that of broken.
+    #[command(after_help = VALIDATE_EXAMPLES)]
+    Validate,
+    /// Drop what cannot be trusted, and nothing else: only those disks need a full backup next
+    ///
+    /// On each disk the marks that are missing, lost, inconsistent or not recording, and those before them, which nothing can be
+    /// told since. Bitmaps that no checkpoint knows stay, unless --unknown is said.
+    #[command(after_help = DROP_EXAMPLES)]
+    DropBroken {
+        /// Remove the bitmaps that no checkpoint knows, too: another program may have made them
+        #[arg(long)]
+        unknown: bool,
+    },
+    /// Remove checkpoints; what has changed since any other can still be told
+    ///
+    /// On each disk the checkpoint before takes over what the removed one knows, and goes on recording where that was the last.
+    #[command(after_help = REMOVE_EXAMPLES)]
+    Remove {
+        /// Their names
+        #[arg(value_parser = parse_checkpoint, required = true)]
+        names: Vec<CheckpointName>,
+    },
     /// Forget the domain's checkpoints; the bitmaps in its disks stay
     ///
     /// For a domain that has gone to another host with its disks.
@@ -101,6 +140,9 @@ pub(crate) struct Redefine {
     /// Let the set take the place of what is known: what is not in it is forgotten
     #[arg(long)]
     pub(crate) replace: bool,
+    /// Fail where any mark is not as it should be on the disks; nothing is known then that was not before
+    #[arg(long)]
+    pub(crate) validate: bool,
     /// Leave out the disks that the domain does not have any more
     #[arg(long)]
     pub(crate) leave_out_missing_disks: bool,

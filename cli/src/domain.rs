@@ -2,7 +2,8 @@
 
 use disksnap::xml::Element;
 use disksnap::{
-    Definition, Disk, Domain, DomainDocument, DomainId, Inspected, Result, Serving, read_document,
+    Checkpoint, CheckpointName, Definition, Disk, Domain, DomainDocument, DomainId, Inspected, Result,
+    Serving, read_document,
 };
 use serde::Serialize;
 
@@ -76,7 +77,8 @@ async fn show(context: &Context) -> Outcome {
     let dispatcher = target.disksnap.dispatcher();
     let serving = dispatcher.serving(&target.domain).await?;
     let snapshots = dispatcher.list(&target.domain).await?;
-    let document = active_document(&target.document, &serving, &snapshots)?;
+    let checkpoints = dispatcher.catalog().checkpoints(&target.domain.id).await?;
+    let document = active_document(&target.document, &serving, &snapshots, &checkpoints)?;
     let names = names(&snapshots);
     let view = DomainView {
         name: target.domain.id.name.clone(),
@@ -106,8 +108,17 @@ fn active_document(
     document: &DomainDocument,
     serving: &Serving,
     snapshots: &[Inspected],
+    checkpoints: &[Checkpoint],
 ) -> Result<DomainDocument> {
-    document.with_serving(serving)?.with_snapshots(&views(snapshots))
+    let mut document = document
+        .with_serving(serving)?
+        .with_snapshots(&views(snapshots))?;
+    for disk in document.domain().disks.clone() {
+        let covering = checkpoints.iter().filter(|c| c.disk(&disk.target).is_some());
+        let names: Vec<CheckpointName> = covering.map(|c| c.name.clone()).collect();
+        document = document.with_checkpoints(&disk.target, &names)?;
+    }
+    Ok(document)
 }
 
 fn disks(domain: &Domain) -> Vec<DiskView> {

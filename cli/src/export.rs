@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use disksnap::xml::{self, Element};
 use disksnap::{
-    Alias, Error, ErrorKind, Export, ExportDisk, ExportRequest, Result, ServedBy, Serving, Snapshot,
-    StopExports, Tls, read_document,
+    Alias, CheckpointName, Error, ErrorKind, Export, ExportDisk, ExportRequest, Result, ServedBy, Serving,
+    Snapshot, StopExports, Tls, read_document,
 };
 use serde::Serialize;
 
@@ -56,17 +56,22 @@ async fn request(target: &Target, start: ExportStart) -> Result<ExportRequest> {
     let found = target.disksnap.dispatcher().show(&target.domain, &name).await?;
     let place = start.place;
     Ok(ExportRequest {
-        disks: disks(&found.snapshot, &start.disks)?,
+        disks: disks(&found.snapshot, &start.disks, start.checkpoint.as_ref())?,
         tls: tls(&place)?,
         listen: place.listen,
         allow_remote: place.allow_remote,
     })
 }
 
-fn disks(snapshot: &Snapshot, targets: &[String]) -> Result<Vec<ExportDisk>> {
+fn disks(
+    snapshot: &Snapshot,
+    targets: &[String],
+    checkpoint: Option<&CheckpointName>,
+) -> Result<Vec<ExportDisk>> {
     let wanted = |alias: &Alias| ExportDisk {
         alias: alias.clone(),
         name: None,
+        checkpoint: checkpoint.cloned(),
     };
     if targets.is_empty() {
         return Ok(snapshot.disks.iter().map(|disk| wanted(&disk.alias)).collect());

@@ -4,9 +4,11 @@ mod altered_view;
 mod args;
 mod attach;
 mod bring;
+mod changes;
 mod checkpoint;
 mod checkpoint_args;
 mod checkpoint_files;
+mod checkpoint_marks;
 mod checkpoint_view;
 mod conform;
 mod context;
@@ -76,6 +78,7 @@ async fn run(context: &Context, command: Command) -> Outcome {
         Command::Job(command) => job::run(context, command).await,
         Command::Export(command) => export::run(context, command).await,
         Command::Read(read) => read::run(context, read).await,
+        Command::Changes(changes) => changes::run(context, changes).await,
         Command::Attach(attach) => attach::attach(context, attach).await,
         Command::Detach(detach) => attach::detach(context, detach).await,
         Command::Recover => recover::run(context).await,

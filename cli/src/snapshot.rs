@@ -33,6 +33,7 @@ async fn create(context: &Context, create: Create) -> Outcome {
     if !create.mountpoints.is_empty() {
         request.mountpoints = create.mountpoints;
     }
+    request.checkpoint = create.checkpoint.or(request.checkpoint);
     request.deadline = create.deadline.unwrap_or(request.deadline);
     let target = context.target().await?;
     let stop = Stop::listen(true)?;

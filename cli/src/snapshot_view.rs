@@ -39,6 +39,9 @@ pub(crate) struct Brief {
     reason: Option<String>,
     consistency: ConsistencyView,
     targets: Vec<String>,
+    /// The checkpoint that began with it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checkpoint: Option<String>,
 }
 
 /// All snapshots of a domain.
@@ -140,6 +143,7 @@ impl Brief {
             reason,
             consistency: ConsistencyView::new(&snapshot.consistency),
             targets: snapshot.disks.iter().map(|disk| disk.target.clone()).collect(),
+            checkpoint: snapshot.checkpoint.as_ref().map(ToString::to_string),
         }
     }
 }
@@ -298,6 +302,7 @@ impl Text for Shown {
             ("consistency", brief.consistency.text()),
             ("window", self.window.text()),
         ];
+        rows.extend(brief.checkpoint.iter().map(|name| ("checkpoint", name.clone())));
         if brief.id != brief.name {
             rows.insert(1, ("id", brief.id.clone()));
         }

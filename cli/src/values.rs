@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use disksnap::{DiskChoice, Error, MethodChoice, Options, SnapshotName};
+use disksnap::{CheckpointName, DiskChoice, Error, MethodChoice, NewCheckpoint, Options, SnapshotName};
 use uuid::Uuid;
 
 /// The longest deadline that makes sense, in seconds.
@@ -40,6 +40,22 @@ pub(crate) fn parse_name(text: &str) -> Result<SnapshotName, String> {
         Some(hint) => format!("{}. {hint}", error.message()),
         None => error.message().to_owned(),
     })
+}
+
+/// The name of a checkpoint.
+pub(crate) fn parse_checkpoint(text: &str) -> Result<CheckpointName, String> {
+    text.parse().map_err(|error: Error| match error.next_step() {
+        Some(hint) => format!("{}. {hint}", error.message()),
+        None => error.message().to_owned(),
+    })
+}
+
+/// The same, where nothing means the snapshot's name.
+pub(crate) fn parse_new_checkpoint(text: &str) -> Result<NewCheckpoint, String> {
+    if text.is_empty() {
+        return Ok(NewCheckpoint::AsSnapshot);
+    }
+    parse_checkpoint(text).map(NewCheckpoint::Named)
 }
 
 /// `KEY=VALUE`.

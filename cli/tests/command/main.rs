@@ -4,6 +4,7 @@
 mod attach;
 mod bad_input;
 mod bring;
+mod changes;
 mod checkpoints;
 mod conform;
 mod daemons;
