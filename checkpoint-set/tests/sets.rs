@@ -217,7 +217,7 @@ fn json_that_is_no_set_is_told_by_line_and_column() {
     -
     "#);
     assert_snapshot!(refused(&one("\"disks\": [ { \"target\": \"vda\", \"bitmap\": \"b\", \"dirty\": 1 } ]")), @"
-    Invalid: unknown field `dirty`, expected one of `target`, `id`, `size`, `bitmap`, `snapshot`, `volatile` (line 2, column 87)
+    Invalid: unknown field `dirty`, expected one of `target`, `id`, `size`, `bitmap`, `snapshot`, `volatile`, `anew` (line 2, column 87)
     -
     ");
     assert_snapshot!(refused(&one("\"name\": \"b\"")), @"

@@ -117,8 +117,9 @@ fn disk(elem: Elem<'_, '_>, of: &CheckpointName) -> Result<Option<CheckpointDisk
 /// A `<domaincheckpoints>` document of these, in this order; each `<domaincheckpoint>` in it is valid against libvirt's
 /// schema, and none carries a `<domain>`.
 ///
-/// Four things have no place in libvirt's form: fractions of a second, the id of a disk, that a bitmap is in memory
-/// alone, and a mark that is a kept snapshot; a disk with such a mark is `checkpoint='no'`.
+/// Five things have no place in libvirt's form: fractions of a second, the id of a disk, that a bitmap is in memory
+/// alone, that a disk begins anew (give it [`Lineage::without_gaps`](disksnap_core::Lineage::without_gaps)), and a
+/// mark that is a kept snapshot; a disk with such a mark is `checkpoint='no'`.
 ///
 /// # Errors
 /// `Unsupported` for a description or a name that XML cannot hold.
