@@ -111,7 +111,7 @@ pub(crate) enum Command {
     /// Take, list, show, merge, revert and delete snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
-    /// List, dump and redefine checkpoints
+    /// List, move, check and remove checkpoints
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
     /// See and cancel merges that are under way

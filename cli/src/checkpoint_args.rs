@@ -140,7 +140,7 @@ pub(crate) struct Redefine {
     /// Let the set take the place of what is known: what is not in it is forgotten
     #[arg(long)]
     pub(crate) replace: bool,
-    /// Fail where any mark is not as it should be on the disks; nothing is known then that was not before
+    /// Fail where any mark is not as it should be on the disks; nothing is made known then
     #[arg(long)]
     pub(crate) validate: bool,
     /// Leave out the disks that the domain does not have any more

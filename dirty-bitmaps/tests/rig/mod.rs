@@ -14,6 +14,7 @@ use disksnap_hypervisor::{GuardianProgram, Paths, QemuConnector};
 use disksnap_nbd::{Client, ConnectOptions, Uri, dirty_bitmap_context};
 use disksnap_qemu_external_qcow2::QemuExternalQcow2;
 use disksnap_qemu_fleece::QemuFleece;
+use disksnap_reflink::Reflink;
 use disksnap_storage_daemon::StorageDaemons;
 use disksnap_test_support::tools;
 use disksnap_xml::DomainDocument;
@@ -48,6 +49,7 @@ impl Rig {
         let mut registry = Registry::empty();
         registry.add(Arc::new(QemuFleece)).unwrap();
         registry.add(Arc::new(QemuExternalQcow2)).unwrap();
+        registry.add(Arc::new(Reflink)).unwrap();
         let dispatcher = Dispatcher::new(registry, Arc::new(catalog), Arc::new(connector.clone()));
         Self {
             dispatcher: dispatcher.tracked_by(Arc::new(DirtyBitmaps)),
