@@ -126,7 +126,7 @@ fn metadata_is_ours_and_so_strict() {
 #[test]
 fn snapshots() {
     assert_snapshot!(snapshot("<snapshots disk='a'/>"), @"
-    unknown element <snapshots> in <domainblocksnapshot>: expected <name>, <snapshot> or <quiesce> (line 2, column 3, element snapshots)
+    unknown element <snapshots> in <domainblocksnapshot>: expected <name>, <snapshot>, <quiesce> or <checkpoint> (line 2, column 3, element snapshots)
     Did you mean <snapshot>?
     ");
     assert_snapshot!(snapshot("<snapshot/>"), @"<snapshot> lacks the attribute 'disk': expected disk='…', the disk's name in the guest, such as vda (line 2, column 3, element snapshot)");

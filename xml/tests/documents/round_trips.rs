@@ -238,12 +238,11 @@ proptest! {
         windows in any::<bool>(),
         server in server(),
         choice in method(),
-        names in prop::collection::vec("[a-z<&']{1,8}", 1..4),
+        names in prop::collection::vec(checkpoint(), 1..4),
     ) {
         let sample = if windows { sample.replace('\n', "\r\n") } else { sample.to_owned() };
         let document = DomainDocument::parse(sample).unwrap();
         let target = "vda";
-        let names: Vec<_> = names.iter().map(|n| n.parse().unwrap()).collect();
         let edits = [
             (document.with_exports(Some(&server), &[]), 0),
             (document.with_checkpoints(target, &names), 1),
