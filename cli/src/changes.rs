@@ -72,10 +72,16 @@ async fn targets(target: &Target, changes: &Changes, snapshot: &Snapshot) -> Res
     let lineage = Lineage::new(catalog.checkpoints(&target.domain.id).await?)?;
     let checkpoint = lineage.get(&changes.from).map_err(|e| e.during("changes"))?;
     let both = snapshot.disks.iter().map(|disk| &disk.target);
-    Ok(both
+    let both: Vec<String> = both
         .filter(|disk| checkpoint.disk(disk).is_some())
         .cloned()
-        .collect())
+        .collect();
+    if both.is_empty() {
+        let (from, to) = (&checkpoint.name, &snapshot.name);
+        let message = format!("the checkpoint '{from}' covers no disk of the snapshot '{to}'");
+        return Err(Error::new(ErrorKind::Invalid, message).during("changes").into());
+    }
+    Ok(both)
 }
 
 /// What is printed, extent by extent: a list may be longer than memory.

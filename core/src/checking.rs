@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde::{Deserialize, Serialize};
 
+use crate::removing::came_to_nothing;
 use crate::{
     Act, Change, Checkpoint, CheckpointName, Control, DirtyBitmap, Dispatcher, Domain, Ending, Health,
     Lineage, Mark, Result, SnapshotId, Tracked,
@@ -119,6 +120,10 @@ impl Dispatcher {
         lineage: &Lineage,
     ) -> Result<Validation> {
         let disks: Vec<_> = domain.disks.iter().filter(|disk| disk.source.is_some()).collect();
+        // An old document would have the wrong images looked at.
+        let state = control.state().await?;
+        let standing = self.standing(&domain.id).await?;
+        standing.refuse_stale(&state, disks.iter().copied())?;
         let looked = self.tracker()?.look(control, &disks).await?;
         let found: BTreeMap<&str, Found<'_>> = disks
             .iter()
@@ -210,6 +215,7 @@ impl Dispatcher {
         domain: &Domain,
         unknown: bool,
     ) -> Result<Dropped> {
+        self.refuse_while_merging(&domain.id).await?;
         let lineage = Lineage::new(self.catalog.checkpoints(&domain.id).await?)?;
         let validation = self.validate_held(control, domain, &lineage).await?;
         let marks = broken(&lineage, &validation)?;
@@ -236,11 +242,39 @@ impl Dispatcher {
                 .filter_map(|found| ending(domain, &found.target, &found.name)),
         );
         if !marks.is_empty() || !endings.is_empty() {
-            self.end_marks(control, domain, endings, vec![Change::SetCheckpoints(set)])
-                .await?;
+            let mut changes = self.moved_back(domain, &lineage, &marks, &kept).await?;
+            changes.push(Change::SetCheckpoints(set));
+            self.end_marks(control, domain, endings, changes).await?;
         }
         dropped.marks = marks;
         Ok(dropped)
+    }
+
+    /// The snapshots that came after a checkpoint which is no more, as they are from then on.
+    async fn moved_back(
+        &self,
+        domain: &Domain,
+        lineage: &Lineage,
+        marks: &[CheckedMark],
+        kept: &BTreeSet<&CheckpointName>,
+    ) -> Result<Vec<Change>> {
+        let mut changes = Vec::new();
+        for mut snapshot in self.catalog.snapshots(&domain.id).await? {
+            let Some(after) = snapshot.after.clone().filter(|name| lineage.get(name).is_ok()) else {
+                continue;
+            };
+            let before: BTreeSet<&CheckpointName> = lineage.back_from(&after)?.map(|c| &c.name).collect();
+            for disk in &mut snapshot.disks {
+                let lost =
+                    |mark: &CheckedMark| mark.target == disk.target && before.contains(&mark.checkpoint);
+                disk.untold |= marks.iter().any(lost);
+            }
+            let mut back = lineage.back_from(&after)?;
+            snapshot.after = back.find(|c| kept.contains(&c.name)).map(|c| c.name.clone());
+            snapshot.checkpoint = snapshot.checkpoint.filter(|name| kept.contains(name));
+            changes.push(Change::AddSnapshot(Box::new(snapshot)));
+        }
+        Ok(changes)
     }
 
     /// Ends bitmaps, and then writes down what that means. An intent before, so that whoever comes after a kill finishes it.
@@ -259,8 +293,9 @@ impl Dispatcher {
         if !endings.is_empty()
             && let Err(error) = self.tracker()?.end(control, &endings).await
         {
-            // All or nothing while the domain runs; while it is off, whoever comes next does it again.
-            if control.state().await?.is_active() {
+            // All or nothing while the domain runs; while it is off, whoever comes next does it again, unless nothing
+            // was done at all.
+            if came_to_nothing(&error) || control.state().await?.is_active() {
                 self.catalog.settle(intent.id, &domain.id, &[]).await?;
             }
             return Err(error);

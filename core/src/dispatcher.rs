@@ -16,8 +16,8 @@ use crate::resolve::resolve;
 use crate::standing::Standing;
 use crate::window::{self, Instantly, Take};
 use crate::{
-    Act, Altered, Catalog, Change, Connector, Consistency, Control, DiskRequest, DiskSnapshotRecord, Domain,
-    DomainLock, Effect, Error, ErrorKind, Fit, Health, Intent, JobUnit, MergeOptions, Part, Plan,
+    Access, Act, Altered, Catalog, Change, Connector, Consistency, Control, DiskRequest, DiskSnapshotRecord,
+    Domain, DomainLock, Effect, Error, ErrorKind, Fit, Health, Intent, JobUnit, MergeOptions, Part, Plan,
     PlannedDisk, Registry, Result, RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Tracker,
     Unit, UnitRecord,
 };
@@ -567,6 +567,7 @@ fn assemble(
             written: None,
             untold: false,
             inherited: Vec::new(),
+            shares: BTreeMap::new(),
         });
         warnings.extend(planned.probe.warnings.iter().map(|w| format!("{target}: {w}")));
     }
@@ -598,6 +599,9 @@ fn marked(mut snapshot: Snapshot, marking: Marking) -> Snapshot {
     for disk in &mut snapshot.disks {
         disk.written = marking.copy_of(&disk.target);
         disk.untold = marking.untold.contains(&disk.target);
+        if matches!(disk.access, Access::Source { .. }) {
+            disk.shares = marking.shares.get(&disk.target).cloned().unwrap_or_default();
+        }
     }
     snapshot.warnings.extend(marking.warnings);
     snapshot.checkpoint = marking.begins;

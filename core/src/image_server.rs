@@ -1,5 +1,6 @@
 //! What serves the snapshots that lie on this host, as images or devices, where no hypervisor has them open.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use async_trait::async_trait;
@@ -17,9 +18,10 @@ pub struct Image {
     /// The layers below, each with its format; `None` where the image stands alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<Box<BackingStore>>,
-    /// The dirty bitmaps in its layers that tell, between them, what is served as [`ServeNode::bitmap`].
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub changed: Vec<String>,
+    /// The dirty bitmaps in its layers that tell, between them, what is served as [`ServeNode::bitmap`]; and in how many
+    /// of the layers each must be, as far as there are so many.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub changed: BTreeMap<String, usize>,
 }
 
 /// Serves images over NBD, read-only: one server per domain, whether the domain runs or not, which

@@ -1,5 +1,6 @@
 //! A checkpoint that begins with a snapshot: which bitmaps start, stop and are copied at the instant.
 
+use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use crate::{
@@ -23,6 +24,8 @@ pub(crate) struct Marking {
     disks: Vec<CheckpointDisk>,
     /// The disks of which it is not known what was written since the checkpoint before.
     pub(crate) untold: Vec<String>,
+    /// By disk: in how many layers each bitmap is.
+    pub(crate) shares: BTreeMap<String, BTreeMap<String, usize>>,
 }
 
 impl Marking {
@@ -143,6 +146,11 @@ impl Dispatcher {
             .map_err(|e| e.during("checkpoint"))?;
         let active = control.state().await?.is_active();
         for (disk, tracked) in disks.iter().zip(&looked) {
+            let shares = marking.shares.entry(disk.target.clone()).or_default();
+            for bitmap in &tracked.bitmaps {
+                *shares.entry(bitmap.name.clone()).or_default() += 1;
+            }
+            refuse_taken(marking.begins.as_ref(), &disk.target, tracked)?;
             let before = lineage.newest_of(&disk.target).is_some();
             let recording = marking.recording(&lineage, &disk.target, tracked);
             let anew = before && recording.is_none();
@@ -179,6 +187,8 @@ impl Marking {
     /// The bitmap of the disk's last checkpoint, if it can be trusted to have recorded until now.
     fn recording(&mut self, lineage: &Lineage, target: &str, tracked: &Tracked) -> Option<String> {
         let last = lineage.newest_of(target)?;
+        let mut line = lineage.back_from(self.after.as_ref()?).ok()?;
+        let on_line = line.any(|checkpoint| checkpoint.name == last.name);
         let Some(Mark::Bitmap(name)) = last.disk(target).map(|disk| &disk.mark) else {
             return None;
         };
@@ -187,6 +197,7 @@ impl Marking {
             .iter()
             .find(|bitmap| bitmap.layer == 0 && bitmap.name == *name);
         let why = match found {
+            _ if !on_line => "it is on another line than the domain's last checkpoint",
             Some(bitmap) if bitmap.inconsistent => "its bitmap is inconsistent",
             Some(bitmap) if !bitmap.recording => "its bitmap has not been recording",
             Some(_) => return Some(name.clone()),
@@ -199,6 +210,18 @@ impl Marking {
         ));
         None
     }
+}
+
+/// A bitmap of that name that is there already is somebody else's, or a removed checkpoint's in a lower layer.
+fn refuse_taken(begins: Option<&CheckpointName>, target: &str, tracked: &Tracked) -> Result<()> {
+    let taken = begins.filter(|name| tracked.bitmaps.iter().any(|b| b.name == name.as_str()));
+    let Some(name) = taken else { return Ok(()) };
+    Err(Error::new(
+        ErrorKind::AlreadyExists,
+        format!("the disk has a bitmap '{name}' already"),
+    )
+    .with("disk", target)
+    .hint("Choose another name for the checkpoint; `disksnap checkpoint validate` tells of bitmaps that nobody knows."))
 }
 
 pub(crate) fn untracked() -> Error {

@@ -2,7 +2,7 @@
 
 use crate::{
     Access, Act, Altered, Change, CheckpointName, Control, Dispatcher, Domain, Ending, Error, ErrorKind,
-    Intent, Lineage, Mark, Removal, Result, Snapshot, SnapshotId, Unmark,
+    Intent, Lineage, Mark, MarkVerdict, Removal, Result, Snapshot, SnapshotId, Unmark, Validation,
 };
 
 impl Dispatcher {
@@ -29,10 +29,13 @@ impl Dispatcher {
         let lineage = Lineage::new(self.catalog.checkpoints(&domain.id).await?)?;
         let removal = lineage.removal(name)?;
         self.refuse_exported_since(domain, name).await?;
+        self.refuse_while_merging(&domain.id).await?;
+        let validation = self.validate_held(control, domain, &lineage).await?;
+        refuse_unusable(&lineage, &removal, &validation, name)?;
         let mut endings: Vec<Ending> = removal
             .marks
             .iter()
-            .filter_map(|mark| ending(domain, mark))
+            .filter_map(|mark| ending(domain, mark, begins_anew(&lineage, name, &mark.target)))
             .collect();
         let mut changes = vec![Change::RemoveCheckpoint(name.clone())];
         for mut snapshot in self.catalog.snapshots(&domain.id).await? {
@@ -51,10 +54,25 @@ impl Dispatcher {
         let Act::EndMarks { endings, changes } = &intent.act else {
             return Ok(());
         };
-        if !endings.is_empty() {
-            self.tracker()?.end(control, endings).await?;
+        let standing = self.standing(&intent.domain.id).await?;
+        let present = endings.iter().map(|ending| Ending {
+            disk: standing.present(&ending.disk),
+            ..ending.clone()
+        });
+        let present: Vec<Ending> = present.collect();
+        let ended = match present.as_slice() {
+            [] => Ok(()),
+            endings => self.tracker()?.end(control, endings).await,
+        };
+        match ended {
+            Ok(()) => self.catalog.settle(intent.id, &intent.domain.id, changes).await,
+            // What was there has been lost since: the records stay, and `validate` tells what cannot be trusted.
+            Err(error) if came_to_nothing(&error) => {
+                tracing::warn!("checkpoints that were being removed stay: {error}");
+                self.catalog.settle(intent.id, &intent.domain.id, &[]).await
+            }
+            Err(error) => Err(error),
         }
-        self.catalog.settle(intent.id, &intent.domain.id, changes).await
     }
 
     /// Removes what a snapshot that has been merged kept for checkpoints that are no more: it is in the layer that the guest
@@ -108,13 +126,69 @@ impl Dispatcher {
     }
 }
 
-/// What becomes of a mark that is a bitmap; a disk that the domain has no more took its bitmaps along.
-fn ending(domain: &Domain, mark: &Unmark) -> Option<Ending> {
+/// Whether nothing has been touched: a tracker looks at all bitmaps before it ends any.
+pub(crate) fn came_to_nothing(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::Broken | ErrorKind::Unsupported | ErrorKind::NotFound
+    )
+}
+
+fn begins_anew(lineage: &Lineage, name: &CheckpointName, target: &str) -> bool {
+    lineage
+        .get(name)
+        .ok()
+        .and_then(|checkpoint| checkpoint.disk(target))
+        .is_some_and(|disk| disk.anew)
+}
+
+/// What a mark knows can be handed over only where both it and its heir can be trusted.
+fn refuse_unusable(
+    lineage: &Lineage,
+    removal: &Removal,
+    validation: &Validation,
+    name: &CheckpointName,
+) -> Result<()> {
+    let verdict = |checkpoint: &CheckpointName, target: &str| {
+        let mut marks = validation.marks.iter();
+        let mark = marks.find(|mark| mark.checkpoint == *checkpoint && mark.target == target);
+        mark.map_or(MarkVerdict::Missing, |mark| mark.verdict)
+    };
+    for mark in &removal.marks {
+        let Some(before) = lineage.before(name, &mark.target)? else {
+            continue;
+        };
+        if begins_anew(lineage, name, &mark.target) {
+            continue;
+        }
+        for checkpoint in [name, &before.name] {
+            let verdict = verdict(checkpoint, &mark.target);
+            // The last one's heir is going to record, and does not yet.
+            if !verdict.is_usable() {
+                return Err(Error::new(
+                    ErrorKind::Broken,
+                    format!(
+                        "what the checkpoint knows of the disk cannot be handed to '{}': '{checkpoint}' is {}",
+                        before.name,
+                        verdict.as_str()
+                    ),
+                )
+                .with("disk", &mark.target)
+                .hint("`disksnap checkpoint drop-broken` drops what cannot be trusted, and nothing else."));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What becomes of a mark that is a bitmap; a disk that the domain has no more took its bitmaps along. Across a gap
+/// nothing is handed over.
+fn ending(domain: &Domain, mark: &Unmark, anew: bool) -> Option<Ending> {
     let Mark::Bitmap(bitmap) = &mark.mark else {
         return None;
     };
     let into = match &mark.into {
-        Some(Mark::Bitmap(into)) => Some(into.clone()),
+        Some(Mark::Bitmap(into)) if !anew => Some(into.clone()),
         _ => None,
     };
     Some(Ending {
@@ -166,7 +240,7 @@ fn forget(
         snapshot.checkpoint = None;
         changed = true;
     }
-    let Some(after) = snapshot.after.clone() else {
+    let Some(after) = snapshot.after.clone().filter(|after| lineage.get(after).is_ok()) else {
         return Ok(changed);
     };
     for disk in &mut snapshot.disks {
@@ -182,6 +256,10 @@ fn forget(
         {
             // The snapshot's own layers keep it, for nothing in them is changed.
             disk.inherited.push(bitmap.clone());
+            changed = true;
+        }
+        if is_last && begins_anew(lineage, name, &disk.target) {
+            disk.untold = true;
             changed = true;
         }
         // What it holds is in the mark before from now on, with what was written after the snapshot: more, never less.

@@ -81,6 +81,10 @@ pub struct DiskSnapshotRecord {
     /// checkpoint before.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub inherited: Vec<String>,
+    /// In how many layers each bitmap was at the instant, where the data is in images: those whose image keeps fewer were
+    /// never saved there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub shares: BTreeMap<String, usize>,
 }
 
 /// What one provider made for one unit.

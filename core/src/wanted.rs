@@ -1,5 +1,7 @@
 //! What is to be exported: the disks that a request names, found and checked, and the exports that come of them.
 
+use std::collections::BTreeMap;
+
 use uuid::Uuid;
 
 use crate::names::nearest;
@@ -113,7 +115,8 @@ impl Dispatcher {
             name: union.name.clone(),
         });
         if let Some(image) = &mut export.image {
-            image.changed.clone_from(&union.of);
+            let share = |name: &String| (name.clone(), disk.shares.get(name).copied().unwrap_or(1));
+            image.changed = union.of.iter().map(share).collect();
         }
         export.changes = Some(Box::new(Changes {
             since: since.clone(),
@@ -202,7 +205,7 @@ fn image_of(access: &Access) -> Option<Image> {
             source: source.clone(),
             format: format.clone(),
             backing: backing.clone(),
-            changed: Vec::new(),
+            changed: BTreeMap::new(),
         }),
         Access::Inside(inside) => Some(Image {
             source: Source::Block {
@@ -210,7 +213,7 @@ fn image_of(access: &Access) -> Option<Image> {
             },
             format: "raw".to_owned(),
             backing: None,
-            changed: Vec::new(),
+            changed: BTreeMap::new(),
         }),
     }
 }

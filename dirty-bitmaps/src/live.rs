@@ -181,6 +181,15 @@ fn not_there(name: &str) -> Error {
         .hint("`disksnap checkpoint validate` tells which checkpoints can be trusted.")
 }
 
+fn lost(name: &str) -> Error {
+    Error::new(
+        ErrorKind::Broken,
+        format!("the bitmap '{name}', which should take over, is not there"),
+    )
+    .with("bitmap", name)
+    .hint("`disksnap checkpoint drop-broken` drops what cannot be trusted.")
+}
+
 fn refuse_inconsistent(bitmap: &Bitmap) -> Result<()> {
     if !bitmap.inconsistent {
         return Ok(());
@@ -224,31 +233,24 @@ fn undone(chain: &Chain<'_>, start: &Start) -> Vec<Value> {
     let mut actions = Vec::new();
     let top = chain.top();
     if let Some(copy) = &start.copy {
-        actions.extend(
-            chain
-                .having(copy)
-                .map(|(node, _)| action("remove", on(&node.name, copy))),
-        );
+        let there = bitmap(top, copy).map(|_| action("remove", on(&top.name, copy)));
+        actions.extend(there);
     }
     let Some(starts) = &start.starts else {
         return actions;
     };
+    // Where the new one is not there nobody knows what was written since it stopped the other: that must not go on
+    // as if it knew. Lower layers are snapshots, and nothing in them is ours.
+    if bitmap(top, starts).is_none() {
+        return actions;
+    }
     if let Some(before) = &start.recording
         && bitmap(top, before).is_some_and(|b| !b.inconsistent)
     {
-        for (node, found) in chain.having(starts) {
-            if bitmap(node, before).is_none() {
-                actions.push(add(&node.name, before, found.granularity, found.persistent, true));
-            }
-            actions.push(merge(&node.name, before, &[on(&node.name, starts)]));
-        }
+        actions.push(merge(&top.name, before, &[on(&top.name, starts)]));
         actions.push(action("enable", on(&top.name, before)));
     }
-    actions.extend(
-        chain
-            .having(starts)
-            .map(|(node, _)| action("remove", on(&node.name, starts))),
-    );
+    actions.push(action("remove", on(&top.name, starts)));
     actions
 }
 
@@ -259,7 +261,7 @@ pub(crate) async fn end(host: &dyn Host, endings: &[Ending]) -> Result<()> {
         let its = match Chain::of(&graph, &ending.disk) {
             Ok(chain) => ended(&chain, ending),
             // A disk that is not there any more took its bitmaps along.
-            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(error) if error.kind() == ErrorKind::NotFound && !error.is_retryable() => continue,
             Err(error) => return Err(error),
         };
         actions.extend(its.map_err(|e| e.with("disk", &ending.disk.target))?);
@@ -272,7 +274,10 @@ pub(crate) async fn end(host: &dyn Host, endings: &[Ending]) -> Result<()> {
 fn ended(chain: &Chain<'_>, ending: &Ending) -> Result<Vec<Value>> {
     let mut actions = Vec::new();
     let top = chain.top();
-    if let Some(into) = &ending.into {
+    let is_there = bitmap(top, &ending.bitmap).is_some();
+    // One that recorded is in the top layer until this is done; where it is not, it is done already or was lost, and the
+    // heir must not go on as if it knew.
+    if let Some(into) = ending.into.as_ref().filter(|_| is_there || !ending.record) {
         let mut sources = Vec::new();
         for (node, found) in chain.having(&ending.bitmap) {
             refuse_inconsistent(found)?;
@@ -286,6 +291,7 @@ fn ended(chain: &Chain<'_>, ending: &Ending) -> Result<Vec<Value>> {
                 refuse_busy(heir)?;
                 refuse_inconsistent(heir)?;
             }
+            None if chain.having(into).next().is_none() => return Err(lost(into)),
             None => actions.push(add(&top.name, into, GRANULARITY, keeps(top), true)),
         }
         if !sources.is_empty() {

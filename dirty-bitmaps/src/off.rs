@@ -248,16 +248,16 @@ pub(crate) async fn abort(starts: &[Start]) -> Result<()> {
 
 async fn undo(path: &str, starts: &str, before: Option<&str>) -> Result<()> {
     let layers = layers_of(path).await?;
+    // Where the new one is not there nobody knows what was written since it stopped the other: that must not go on
+    // as if it knew. Lower images are snapshots, and nothing in them is ours.
+    if layers.top(starts).is_none() {
+        return Ok(());
+    }
     if let Some(before) = before.filter(|name| layers.top(name).is_some_and(|b| !b.is("in-use"))) {
-        if layers.top(starts).is_some() {
-            bitmap(&["--merge", starts, "-f", "qcow2", path, before]).await?;
-        }
+        bitmap(&["--merge", starts, "-f", "qcow2", path, before]).await?;
         bitmap(&["--enable", "-f", "qcow2", path, before]).await?;
     }
-    for (image, _) in layers.having(starts) {
-        bitmap(&["--remove", "-f", "qcow2", image, starts]).await?;
-    }
-    Ok(())
+    bitmap(&["--remove", "-f", "qcow2", path, starts]).await
 }
 
 pub(crate) async fn end(endings: &[Ending]) -> Result<()> {
@@ -271,11 +271,7 @@ pub(crate) async fn end(endings: &[Ending]) -> Result<()> {
         let layers = layers_of(&path)
             .await
             .map_err(|e| e.with("disk", &ending.disk.target))?;
-        if ending.into.is_some() {
-            for (_, bitmap) in layers.having(&ending.bitmap) {
-                refuse_inconsistent(bitmap).map_err(|e| e.with("disk", &ending.disk.target))?;
-            }
-        }
+        check(ending, &layers).map_err(|e| e.with("disk", &ending.disk.target))?;
         found.push((ending, path, layers));
     }
     for (ending, path, layers) in found {
@@ -286,9 +282,35 @@ pub(crate) async fn end(endings: &[Ending]) -> Result<()> {
     Ok(())
 }
 
+/// Whether an ending can be done; nothing has been touched yet.
+fn check(ending: &Ending, layers: &Layers) -> Result<()> {
+    let Some(into) = ending.into.as_ref().filter(|_| hands_over(ending, layers)) else {
+        return Ok(());
+    };
+    for (_, bitmap) in layers.having(&ending.bitmap) {
+        refuse_inconsistent(bitmap)?;
+    }
+    match layers.top(into) {
+        Some(heir) => refuse_inconsistent(heir),
+        None if layers.having(into).next().is_some() => Ok(()),
+        None => Err(Error::new(
+            ErrorKind::Broken,
+            format!("the bitmap '{into}', which should take over, is not there"),
+        )
+        .with("bitmap", into)
+        .hint("`disksnap checkpoint drop-broken` drops what cannot be trusted.")),
+    }
+}
+
+/// One that recorded is in the top image until this is done; where it is not, it is done already or was lost, and the
+/// heir must not go on as if it knew.
+fn hands_over(ending: &Ending, layers: &Layers) -> bool {
+    layers.top(&ending.bitmap).is_some() || !ending.record
+}
+
 /// The lower images are snapshots, and nothing in them is changed: what their bitmaps know goes to the top image's too.
 async fn end_one(ending: &Ending, path: &str, layers: &Layers) -> Result<()> {
-    if let Some(into) = &ending.into {
+    if let Some(into) = ending.into.as_ref().filter(|_| hands_over(ending, layers)) {
         if layers.top(into).is_none() {
             let granularity = GRANULARITY.to_string();
             bitmap(&[
@@ -304,9 +326,13 @@ async fn end_one(ending: &Ending, path: &str, layers: &Layers) -> Result<()> {
             .await?;
         }
         for (image, _) in layers.having(&ending.bitmap) {
-            let from = ["--merge", &ending.bitmap, "-b", image, "-F", "qcow2"];
-            let to = ["-f", "qcow2", path, into];
-            bitmap(&[&from[..], &to[..]].concat()).await?;
+            let mut merge = vec!["--merge", &ending.bitmap];
+            // `qemu-img` cannot open the image that it writes to a second time.
+            if image != path {
+                merge.extend(["-b", image, "-F", "qcow2"]);
+            }
+            merge.extend(["-f", "qcow2", path, into]);
+            bitmap(&merge).await?;
         }
         if ending.record {
             bitmap(&["--enable", "-f", "qcow2", path, into]).await?;

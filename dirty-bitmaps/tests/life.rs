@@ -203,3 +203,71 @@ async fn a_domain_that_is_off_has_checkpoints_too() {
     let ranges: Vec<_> = changed.iter().map(|(range, _)| range.clone()).collect();
     assert_eq!(ranges, [MIB..MIB + 64 * KIB, 2 * MIB..2 * MIB + 64 * KIB]);
 }
+
+/// Nothing is handed over by what is lost, and nobody goes on as if it knew.
+#[tokio::test]
+async fn what_is_lost_is_dropped_and_never_merged() {
+    let qemu = two_disks();
+    let rig = Rig::new(&qemu.domain_xml()).await;
+    made(&rig, &["a", "b"]).await;
+    qemu.quit();
+    qemu.restart();
+    let remove = async |name: &str| {
+        let name = rig::checkpoint(name);
+        rig.dispatcher.remove_checkpoint(&rig.domain, &name).await
+    };
+    let error = remove("b").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Broken, "{error}");
+    let lost = ["a:vda=ok", "a:vdb=lost", "b:vda=ok", "b:vdb=lost", "full:vdb"];
+    assert_eq!(verdicts(&rig).await, lost);
+    // A snapshot from before keeps what it can tell, and what it cannot is not told.
+    rig.create("kept", &TARGETS, false).await.unwrap();
+    rig.dispatcher.drop_broken(&rig.domain, false).await.unwrap();
+    assert!(rig.changed("kept", "vda", "a").await.is_ok());
+    rig.delete("kept").await;
+    remove("b").await.unwrap();
+    assert_eq!(verdicts(&rig).await, ["a:vda=ok"]);
+    // Killed, with the domain off: refused, and nothing is locked out by it.
+    made(&rig, &["c"]).await;
+    qemu.quit();
+    qemu.restart();
+    qemu.kill9();
+    let error = remove("c").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Broken, "{error}");
+    rig.dispatcher.drop_broken(&rig.domain, false).await.unwrap();
+    assert_eq!(verdicts(&rig).await, Vec::<String>::new());
+}
+
+/// A checkpoint after a gap takes the gap along when it is removed.
+#[tokio::test]
+async fn a_gap_stays_a_gap() {
+    let qemu = Qemu::builder().disk(DiskSpec::new("vda", SIZE).qcow2()).start();
+    let rig = Rig::new(&qemu.domain_xml()).await;
+    let one = async |name: &str| {
+        let created = rig.create(name, &["vda"], true).await;
+        created.unwrap();
+    };
+    one("a").await;
+    rig.delete("a").await;
+    let on = |name: &str| serde_json::json!({ "node": qemu.format_node("vda"), "name": name });
+    qemu.qmp("block-dirty-bitmap-disable", on("a"));
+    qemu.disk("vda").fill(0, 64 * KIB, 1);
+    one("b").await;
+    let name = rig::checkpoint("b");
+    let removed = rig.dispatcher.remove_checkpoint(&rig.domain, &name).await;
+    removed.unwrap();
+    assert_eq!(
+        rig.changed("b", "vda", "a").await.unwrap_err().kind(),
+        ErrorKind::Broken
+    );
+    one("c").await;
+    assert_eq!(
+        rig.changed("c", "vda", "a").await.unwrap_err().kind(),
+        ErrorKind::Broken
+    );
+    // Nor is a name taken that something else has.
+    qemu.qmp("block-dirty-bitmap-add", on("d"));
+    let error = rig.create("d", &["vda"], true).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{error}");
+    assert!(rig.bitmaps().await.iter().any(|name| name.ends_with(":d*")));
+}

@@ -1,16 +1,11 @@
 //! `qemu-img`, for what is done to images beside the hypervisor: found in fixed places, run with an argument vector.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use disksnap_core::{Error, ErrorKind, Result};
 
 /// Where `qemu-img` is looked for.
 const PLACES: [&str; 2] = ["/usr/bin/qemu-img", "/usr/local/bin/qemu-img"];
-/// How long an image that is locked is tried again.
-const LINGERS: Duration = Duration::from_secs(2);
-/// How often.
-const STEP: Duration = Duration::from_millis(50);
 /// Names another `qemu-img`, by absolute path.
 const ELSEWHERE: &str = "DISKSNAP_QEMU_IMG";
 
@@ -44,26 +39,13 @@ impl QemuImg {
     /// argument, which every user of the host could read.
     ///
     /// # Errors
-    /// `Busy` when an image is locked by whoever has it open, for longer than 2 s; `Io`, with what it said, when it fails otherwise.
+    /// `Busy` when an image is locked by whoever has it open; `Io`, with what it said, when it fails otherwise.
     pub async fn run<A: Into<String>>(
         &self,
         arguments: impl IntoIterator<Item = A>,
         input: &str,
     ) -> Result<String> {
         let arguments: Vec<String> = arguments.into_iter().map(Into::into).collect();
-        let begun = Instant::now();
-        loop {
-            match self.run_once(arguments.clone(), input).await {
-                // A hypervisor that has just ended may hold its lock for a moment longer.
-                Err(error) if error.kind() == ErrorKind::Busy && begun.elapsed() < LINGERS => {
-                    tokio::time::sleep(STEP).await;
-                }
-                ended => return ended,
-            }
-        }
-    }
-
-    async fn run_once(&self, arguments: Vec<String>, input: &str) -> Result<String> {
         let what = format!("qemu-img {}", arguments.first().map_or("", String::as_str));
         let command = duct::cmd(&self.program, arguments)
             .stdin_bytes(input)

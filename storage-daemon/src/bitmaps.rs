@@ -1,5 +1,7 @@
 //! What changed in an image, from the dirty bitmaps that its layers keep.
 
+use std::collections::BTreeMap;
+
 use disksnap_core::{Command, Error, ErrorKind, NodeBitmap, Result};
 use disksnap_hypervisor::Session;
 use serde_json::{Value, json};
@@ -15,7 +17,12 @@ pub(crate) fn holder(node: &str) -> String {
 ///
 /// # Errors
 /// `Broken` where one of them is in no layer, or must not be trusted.
-pub(crate) async fn unite(session: &Session, node: &str, of: &[String], name: &str) -> Result<NodeBitmap> {
+pub(crate) async fn unite(
+    session: &Session,
+    node: &str,
+    of: &BTreeMap<String, usize>,
+    name: &str,
+) -> Result<NodeBitmap> {
     let ask = Command::new("query-named-block-nodes", json!({ "flat": true }));
     let nodes = session.execute(ask).await?;
     let layers = nodes.as_array().into_iter().flatten();
@@ -47,9 +54,9 @@ pub(crate) async fn unite(session: &Session, node: &str, of: &[String], name: &s
 }
 
 /// The bitmaps of these names in all layers, and the finest granularity of them.
-fn sources(layers: &[&Value], of: &[String]) -> Result<(Vec<Value>, u64)> {
+fn sources(layers: &[&Value], of: &BTreeMap<String, usize>) -> Result<(Vec<Value>, u64)> {
     let (mut sources, mut granularity) = (Vec::new(), u64::MAX);
-    for wanted in of {
+    for (wanted, shares) in of {
         let before = sources.len();
         for layer in layers {
             let bitmaps = layer["dirty-bitmaps"].as_array().into_iter().flatten();
@@ -64,7 +71,14 @@ fn sources(layers: &[&Value], of: &[String]) -> Result<(Vec<Value>, u64)> {
                 sources.push(json!({ "node": layer["node-name"], "name": wanted }));
             }
         }
-        if sources.len() == before {
+        let found = sources.len() - before;
+        if found > 0 && found < (*shares).min(layers.len()) {
+            return Err(lost(
+                wanted,
+                "is not in all layers of the image that had it: it was never saved there",
+            ));
+        }
+        if found == 0 {
             return Err(lost(wanted, "is in no layer of the snapshot's image"));
         }
     }

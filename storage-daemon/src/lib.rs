@@ -227,7 +227,8 @@ impl ImageServer for StorageDaemons {
 
 /// Closes an image, and forgets what changed in it. Idempotent.
 async fn close(session: &Session, node: &str) -> Result<()> {
-    for name in [node.to_owned(), bitmaps::holder(node)] {
+    // The image last: it is what tells that anything is left.
+    for name in [bitmaps::holder(node), node.to_owned()] {
         let delete = Command::new("blockdev-del", json!({ "node-name": name }));
         match session.execute(delete).await {
             Err(error) if !error.message().contains("Failed to find node") => return Err(error),

@@ -135,7 +135,7 @@ fn image(path: &Path, format: &str, backing: Option<BackingStore>) -> Image {
         source: file(path),
         format: format.to_owned(),
         backing: backing.map(Box::new),
-        changed: Vec::new(),
+        changed: std::collections::BTreeMap::new(),
     }
 }
 

@@ -66,6 +66,7 @@ pub(crate) fn snapshot(domain: &DomainId, called: &str, at: u64) -> Snapshot {
             written: None,
             untold: false,
             inherited: Vec::new(),
+            shares: std::collections::BTreeMap::new(),
         }],
         units: vec![UnitRecord {
             method: "memory".to_owned(),
