@@ -1,11 +1,16 @@
 //! What a killed run left: finish it or undo it. Safe at any time, and twice.
 
+use std::time::Duration;
+
 use serde::Serialize;
 use uuid::Uuid;
 
 use crate::dispatcher::Held;
 use crate::ledger::chosen;
 use crate::{Act, Dispatcher, Domain, DomainId, Error, Intent, Result, SnapshotId};
+
+/// How long a hypervisor is left alone whose merge nobody drives any more.
+const REST: Duration = Duration::from_millis(500);
 
 /// What was done about one thing that a killed run left.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -102,6 +107,11 @@ impl Dispatcher {
                     if self.catalog.lease_lives(*lease).await? => {}
                 _ => left.push(intent),
             }
+        }
+        if left.iter().any(|intent| matches!(intent.act, Act::Merge { .. })) {
+            // The hypervisor may still be at what the dead process told it last: QEMU 10.0 ends in a segmentation fault
+            // when it is asked for its nodes (`query-named-block-nodes`) in the middle of a stream's end.
+            tokio::time::sleep(REST).await;
         }
         Ok(left)
     }
