@@ -31,7 +31,7 @@ fn record(target: &str, method: &str, access: Access) -> DiskSnapshotRecord {
         written: None,
         untold: false,
         inherited: Vec::new(),
-            shares: std::collections::BTreeMap::new(),
+        shares: std::collections::BTreeMap::new(),
     }
 }
 
