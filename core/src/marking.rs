@@ -5,12 +5,9 @@ use std::time::SystemTime;
 
 use crate::{
     Act, Checkpoint, CheckpointDisk, CheckpointName, Control, Dispatcher, Domain, Ending, Error, ErrorKind,
-    Intent, Lineage, Mark, NewCheckpoint, Part, Plan, Result, Snapshot, SnapshotId, SnapshotName,
-    SnapshotRequest, Start, Trackable, Tracked, Tracker,
+    Intent, Lineage, Mark, NewCheckpoint, Part, Plan, Result, SCRATCH_BITMAP, Snapshot, SnapshotId,
+    SnapshotName, SnapshotRequest, Start, Trackable, Tracked, Tracker,
 };
-
-/// What the names of bitmaps begin with that belong to a snapshot and to no checkpoint.
-const SCRATCH: &str = "disksnap.";
 
 /// What a create does about checkpoints; nothing where it is empty.
 #[derive(Debug, Default)]
@@ -253,5 +250,5 @@ fn volatile(target: &str, tracked: &Tracked, warnings: &mut Vec<String>) -> Resu
 
 /// The name of a bitmap that belongs to one snapshot of one disk.
 fn scratch(id: SnapshotId, target: &str) -> String {
-    format!("{SCRATCH}{}.{target}", id.short())
+    format!("{SCRATCH_BITMAP}{}.{target}", id.short())
 }

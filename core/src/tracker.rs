@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Batch, Disk, Host, Result};
 
+/// What the names of bitmaps begin with that belong to a snapshot and to no checkpoint.
+pub const SCRATCH_BITMAP: &str = "disksnap.";
+
 /// Whether a disk can have dirty bitmaps, and those it has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tracked {
@@ -17,7 +20,7 @@ pub struct Tracked {
     pub trackable: Trackable,
     /// The disk's size in bytes, where known.
     pub size: Option<u64>,
-    /// All that have a name and are nobody's scratch, in all layers of the disk, the top layer's first.
+    /// All that have a name which does not begin with [`SCRATCH_BITMAP`], in all layers of the disk, the top layer's first.
     pub bitmaps: Vec<DirtyBitmap>,
 }
 

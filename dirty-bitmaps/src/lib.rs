@@ -10,9 +10,6 @@ mod off;
 use async_trait::async_trait;
 use disksnap_core::{Batch, Disk, Ending, Host, Result, Start, Tracked, Tracker, Union};
 
-/// Every bitmap whose name begins so is disksnap's scratch, and no checkpoint's.
-pub const SCRATCH: &str = "disksnap.";
-
 /// Bytes per bit where nobody says otherwise: QEMU's own default for images with clusters of 64 KiB.
 pub const GRANULARITY: u64 = 64 << 10;
 

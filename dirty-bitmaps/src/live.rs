@@ -1,15 +1,15 @@
 //! The bitmaps of a domain that runs, by its monitor.
 
 use disksnap_core::{
-    Batch, Command, DirtyBitmap, Disk, Ending, Error, ErrorKind, Host, Result, Start, Trackable, Tracked,
-    Union,
+    Batch, Command, DirtyBitmap, Disk, Ending, Error, ErrorKind, Host, Result, SCRATCH_BITMAP, Start,
+    Trackable, Tracked, Union,
 };
 use disksnap_hypervisor::Graph;
 use disksnap_hypervisor::graph::{Bitmap, Node};
 use serde_json::{Value, json};
 
+use crate::GRANULARITY;
 use crate::chain::{Chain, bitmap};
-use crate::{GRANULARITY, SCRATCH};
 
 pub(crate) async fn look(host: &dyn Host, disks: &[&Disk]) -> Result<Vec<Tracked>> {
     let graph = Graph::read(host).await?;
@@ -43,7 +43,9 @@ fn look_at(graph: &Graph, disk: &Disk) -> Tracked {
     Tracked {
         trackable,
         size: Some(top.size),
-        bitmaps: told.filter(|bitmap| !bitmap.name.starts_with(SCRATCH)).collect(),
+        bitmaps: told
+            .filter(|bitmap| !bitmap.name.starts_with(SCRATCH_BITMAP))
+            .collect(),
     }
 }
 

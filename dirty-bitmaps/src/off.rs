@@ -2,11 +2,13 @@
 //!
 //! One step after another: nobody writes meanwhile, and each is such that the whole can be done again.
 
-use disksnap_core::{DirtyBitmap, Disk, Ending, Error, ErrorKind, Result, Source, Start, Trackable, Tracked};
+use disksnap_core::{
+    DirtyBitmap, Disk, Ending, Error, ErrorKind, Result, SCRATCH_BITMAP, Source, Start, Trackable, Tracked,
+};
 use disksnap_image_file::QemuImg;
 use serde::Deserialize;
 
-use crate::{GRANULARITY, SCRATCH};
+use crate::GRANULARITY;
 
 /// What `qemu-img info --output=json` says of one image.
 #[derive(Debug, Deserialize)]
@@ -149,7 +151,7 @@ fn tell(layers: &Layers) -> Tracked {
             });
         }
     }
-    bitmaps.retain(|bitmap| !bitmap.name.starts_with(SCRATCH));
+    bitmaps.retain(|bitmap| !bitmap.name.starts_with(SCRATCH_BITMAP));
     Tracked {
         trackable: Trackable::Durable,
         size: Some(layers.size),

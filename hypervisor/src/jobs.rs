@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use disksnap_core::{Command, Error, ErrorKind, Host, Result};
+use disksnap_core::{Command, Error, ErrorKind, Host, Progress, Result};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -33,6 +33,21 @@ impl Job {
     #[must_use]
     pub fn has_ended(&self) -> bool {
         matches!(self.status.as_str(), "concluded" | "null")
+    }
+
+    /// How far it is, where these are the states in which it waits to be told to end.
+    #[must_use]
+    pub fn progress(self, waits: &[&str]) -> Progress {
+        let ended = self.has_ended();
+        match self.error {
+            Some(error) if ended => Progress::Failed(error),
+            _ if ended => Progress::Finished,
+            _ if waits.contains(&self.status.as_str()) => Progress::Ready,
+            _ => Progress::Running {
+                done: self.current_progress,
+                total: self.total_progress.max(self.current_progress),
+            },
+        }
     }
 }
 

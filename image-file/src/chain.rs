@@ -117,8 +117,9 @@ pub fn named(top: &Path, name: &str) -> Option<PathBuf> {
     (!scheme).then(|| plain(&top.parent().unwrap_or(top).join(name)))
 }
 
-/// The path without `.` and `..`.
-fn plain(path: &Path) -> PathBuf {
+/// The path without `.` and `..`, by its text alone.
+#[must_use]
+pub fn plain(path: &Path) -> PathBuf {
     let mut plain = PathBuf::new();
     for part in path.components() {
         match part {

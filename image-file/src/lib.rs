@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use disksnap_core::{BackingStore, Disk, Error, ErrorKind, Probe, Source};
 
-pub use chain::{Layer, named};
+pub use chain::{Layer, named, plain};
 pub use empty_qcow2::{Backing, qcow2_holds_data, write_empty_qcow2};
 pub use live::Live;
 pub use made::{Called, MadeFile, remove_file};

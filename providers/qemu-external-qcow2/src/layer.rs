@@ -3,11 +3,11 @@
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use disksnap_core::{BackingStore, Disk, Error, ErrorKind, Result, Source};
-use disksnap_image_file::Qcow2;
+use disksnap_image_file::{Qcow2, plain};
 use disksnap_nbd::Uri;
 use serde::{Deserialize, Serialize};
 
@@ -319,21 +319,6 @@ pub(crate) fn same_data(layer: &Layer, open: &Path) -> std::result::Result<PathB
             )
         )),
     }
-}
-
-/// The path without `.` and `..`.
-fn plain(path: &Path) -> PathBuf {
-    let mut plain = PathBuf::new();
-    for part in path.components() {
-        match part {
-            Component::CurDir => {}
-            Component::ParentDir => {
-                plain.pop();
-            }
-            part => plain.push(part),
-        }
-    }
-    plain
 }
 
 /// What tells whether a file was written to.

@@ -80,19 +80,9 @@ pub(super) async fn start(host: &dyn Host, record: &Record, live: &Live) -> Resu
 
 /// How far the job is, if there is one.
 pub(super) async fn progress(host: &dyn Host, record: &Record) -> Result<Option<Progress>> {
-    let Some(job) = jobs::find(host, &record.names().merge()).await? else {
-        return Ok(None);
-    };
-    Ok(Some(match (job.status.as_str(), job.error) {
-        // An intermediate commit has no `ready`: it waits to be finalized. An active one does after `ready`.
-        ("ready" | "standby" | "pending", _) => Progress::Ready,
-        ("concluded" | "null", None) => Progress::Finished,
-        ("concluded" | "null", Some(error)) => Progress::Failed(error),
-        _ => Progress::Running {
-            done: job.current_progress,
-            total: job.total_progress.max(job.current_progress),
-        },
-    }))
+    let job = jobs::find(host, &record.names().merge()).await?;
+    // An intermediate commit has no `ready`: it waits to be finalized. An active one does after `ready`.
+    Ok(job.map(|job| job.progress(&["ready", "standby", "pending"])))
 }
 
 /// Ends a commit that is ready: from `job-complete` until it is finalized the guest's disk stands still.

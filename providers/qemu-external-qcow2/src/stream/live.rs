@@ -52,15 +52,7 @@ pub(super) async fn start(host: &dyn Host, record: &Record, live: &Live) -> Resu
 /// How far the job is, if there is one.
 pub(super) async fn progress(host: &dyn Host, id: &str) -> Result<Option<Progress>> {
     let job = jobs::find(host, id).await?;
-    Ok(job.map(|job| match (job.status.as_str(), job.error) {
-        ("pending", _) => Progress::Ready,
-        ("concluded" | "null", None) => Progress::Finished,
-        ("concluded" | "null", Some(error)) => Progress::Failed(error),
-        _ => Progress::Running {
-            done: job.current_progress,
-            total: job.total_progress.max(job.current_progress),
-        },
-    }))
+    Ok(job.map(|job| job.progress(&["pending"])))
 }
 
 /// Ends a stream that waits to be made final; the guest's disk does not stand still for it. [`conclude`] comes next.
