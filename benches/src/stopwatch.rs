@@ -132,6 +132,10 @@ impl Control for TimedControl {
         self.watch.time("monitor: cont", self.inner.resume()).await
     }
 
+    async fn come_to_rest(&self) -> Result<()> {
+        self.inner.come_to_rest().await
+    }
+
     async fn flush_nodes(&self, disks: &[&Disk]) -> Result<Vec<DiskNode>> {
         self.watch
             .time("monitor: flush nodes", self.inner.flush_nodes(disks))

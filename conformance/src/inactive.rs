@@ -100,6 +100,10 @@ impl Control for Inactive {
         self.off()
     }
 
+    async fn come_to_rest(&self) -> Result<()> {
+        Ok(())
+    }
+
     async fn flush_nodes(&self, _: &[&Disk]) -> Result<Vec<DiskNode>> {
         Ok(Vec::new())
     }

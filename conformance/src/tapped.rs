@@ -131,6 +131,10 @@ impl Control for TappedControl {
         self.tap("resume", self.inner.resume()).await
     }
 
+    async fn come_to_rest(&self) -> Result<()> {
+        self.inner.come_to_rest().await
+    }
+
     async fn flush_nodes(&self, disks: &[&Disk]) -> Result<Vec<DiskNode>> {
         self.tap("flush_nodes", self.inner.flush_nodes(disks)).await
     }

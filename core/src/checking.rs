@@ -4,10 +4,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde::{Deserialize, Serialize};
 
-use crate::removing::came_to_nothing;
 use crate::{
-    Act, Change, Checkpoint, CheckpointName, Control, DirtyBitmap, Dispatcher, Domain, Ending, Health,
-    Lineage, Mark, Result, SnapshotId, Tracked,
+    Change, Checkpoint, CheckpointName, Control, DirtyBitmap, Dispatcher, Domain, Ending, Health, Lineage,
+    Mark, Result, SnapshotId, Tracked,
 };
 
 /// What was found of one mark.
@@ -275,32 +274,6 @@ impl Dispatcher {
             changes.push(Change::AddSnapshot(Box::new(snapshot)));
         }
         Ok(changes)
-    }
-
-    /// Ends bitmaps, and then writes down what that means. An intent before, so that whoever comes after a kill finishes it.
-    pub(crate) async fn end_marks(
-        &self,
-        control: &dyn Control,
-        domain: &Domain,
-        endings: Vec<Ending>,
-        changes: Vec<Change>,
-    ) -> Result<()> {
-        let act = Act::EndMarks {
-            endings: endings.clone(),
-            changes: changes.clone(),
-        };
-        let intent = self.intend(domain, act).await?;
-        if !endings.is_empty()
-            && let Err(error) = self.tracker()?.end(control, &endings).await
-        {
-            // All or nothing while the domain runs; while it is off, whoever comes next does it again, unless nothing
-            // was done at all.
-            if came_to_nothing(&error) || control.state().await?.is_active() {
-                self.catalog.settle(intent.id, &domain.id, &[]).await?;
-            }
-            return Err(error);
-        }
-        self.catalog.settle(intent.id, &domain.id, &changes).await
     }
 }
 

@@ -212,6 +212,10 @@ pub trait Control: Host {
     /// Lets a paused guest run. Idempotent.
     async fn resume(&self) -> Result<()>;
 
+    /// Returns once the hypervisor is at nothing any more that a process which has died told it last. Called before
+    /// whoever takes up what that process drove asks anything else.
+    async fn come_to_rest(&self) -> Result<()>;
+
     /// What [`Control::flush`] is to be given for these disks; those that the guest cannot write to are left out.
     ///
     /// A question of its own, to be asked before the window: the answer takes longer than the flush.

@@ -18,6 +18,7 @@ mod checkpoints;
 mod disk;
 mod dispatcher;
 mod domain;
+mod ending;
 mod error;
 mod export;
 mod host;

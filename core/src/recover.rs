@@ -1,16 +1,11 @@
 //! What a killed run left: finish it or undo it. Safe at any time, and twice.
 
-use std::time::Duration;
-
 use serde::Serialize;
 use uuid::Uuid;
 
 use crate::dispatcher::Held;
 use crate::ledger::chosen;
-use crate::{Act, Dispatcher, Domain, DomainId, Error, Intent, Result, SnapshotId};
-
-/// How long a hypervisor is left alone whose merge nobody drives any more.
-const REST: Duration = Duration::from_millis(500);
+use crate::{Act, Control, Dispatcher, Domain, DomainId, Error, Intent, Result, SnapshotId};
 
 /// What was done about one thing that a killed run left.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -67,7 +62,7 @@ impl Dispatcher {
         let held = Held::new(control, lock);
         let mut all = Vec::new();
         // Asked again under the lock: what was under way a moment ago has perhaps ended by itself.
-        for intent in self.leftovers(&domain.id).await? {
+        for intent in self.leftovers(&*held.control, &domain.id).await? {
             all.push(self.settle_one(&held, &intent).await);
         }
         Ok(all)
@@ -85,7 +80,7 @@ impl Dispatcher {
         domain: &DomainId,
         but: Option<Uuid>,
     ) -> Result<()> {
-        for intent in self.leftovers(domain).await? {
+        for intent in self.leftovers(&*held.control, domain).await? {
             if but == Some(intent.id) {
                 continue;
             }
@@ -99,7 +94,7 @@ impl Dispatcher {
     }
 
     /// The intents of a locked domain but for those of readers that still read and merges that are driven.
-    async fn leftovers(&self, domain: &DomainId) -> Result<Vec<Intent>> {
+    async fn leftovers(&self, control: &dyn Control, domain: &DomainId) -> Result<Vec<Intent>> {
         let mut left = Vec::new();
         for intent in self.catalog.intents(Some(domain)).await? {
             match &intent.act {
@@ -109,9 +104,7 @@ impl Dispatcher {
             }
         }
         if left.iter().any(|intent| matches!(intent.act, Act::Merge { .. })) {
-            // The hypervisor may still be at what the dead process told it last: QEMU 10.0 ends in a segmentation fault
-            // when it is asked for its nodes (`query-named-block-nodes`) in the middle of a stream's end.
-            tokio::time::sleep(REST).await;
+            control.come_to_rest().await?;
         }
         Ok(left)
     }

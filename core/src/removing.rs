@@ -1,8 +1,8 @@
 //! Removing a checkpoint so that nothing is lost that the others can be asked.
 
 use crate::{
-    Access, Act, Altered, Change, CheckpointName, Control, Dispatcher, Domain, Ending, Error, ErrorKind,
-    Intent, Lineage, Mark, MarkVerdict, Removal, Result, Snapshot, SnapshotId, Unmark, Validation,
+    Access, Altered, Change, CheckpointName, Control, Dispatcher, Domain, Ending, Error, ErrorKind, Lineage,
+    Mark, MarkVerdict, Removal, Result, Snapshot, SnapshotId, Unmark, Validation,
 };
 
 impl Dispatcher {
@@ -47,32 +47,6 @@ impl Dispatcher {
             changes.push(Change::AddCheckpoint(Box::new(child)));
         }
         self.end_marks(control, domain, endings, changes).await
-    }
-
-    /// What was begun and not finished: the bitmaps, and then the records.
-    pub(crate) async fn redo_end_marks(&self, control: &dyn Control, intent: &Intent) -> Result<()> {
-        let Act::EndMarks { endings, changes } = &intent.act else {
-            return Ok(());
-        };
-        let standing = self.standing(&intent.domain.id).await?;
-        let present = endings.iter().map(|ending| Ending {
-            disk: standing.present(&ending.disk),
-            ..ending.clone()
-        });
-        let present: Vec<Ending> = present.collect();
-        let ended = match present.as_slice() {
-            [] => Ok(()),
-            endings => self.tracker()?.end(control, endings).await,
-        };
-        match ended {
-            Ok(()) => self.catalog.settle(intent.id, &intent.domain.id, changes).await,
-            // What was there has been lost since: the records stay, and `validate` tells what cannot be trusted.
-            Err(error) if came_to_nothing(&error) => {
-                tracing::warn!("checkpoints that were being removed stay: {error}");
-                self.catalog.settle(intent.id, &intent.domain.id, &[]).await
-            }
-            Err(error) => Err(error),
-        }
     }
 
     /// Removes what a snapshot that has been merged kept for checkpoints that are no more: it is in the layer that the guest
@@ -124,14 +98,6 @@ impl Dispatcher {
             .hint("Stop that export first: `disksnap export stop`.")),
         }
     }
-}
-
-/// Whether nothing has been touched: a tracker looks at all bitmaps before it ends any.
-pub(crate) fn came_to_nothing(error: &Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::Broken | ErrorKind::Unsupported | ErrorKind::NotFound
-    )
 }
 
 fn begins_anew(lineage: &Lineage, name: &CheckpointName, target: &str) -> bool {

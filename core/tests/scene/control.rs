@@ -171,6 +171,10 @@ impl Control for FakeControl {
         self.note("resume")
     }
 
+    async fn come_to_rest(&self) -> Result<()> {
+        Ok(())
+    }
+
     async fn flush_nodes(&self, disks: &[&Disk]) -> Result<Vec<DiskNode>> {
         let node = |disk: &&Disk| DiskNode {
             target: disk.target.clone(),
