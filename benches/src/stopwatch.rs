@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Catalog, Change, Checkpoint, Command, Connector, Control, Definition, Disk, DiskNode, DiskRequest,
-    DiskSnapshot, Domain, DomainId, DomainLock, Export, Freeze, Guard, Health, Host, Hotplug, ImageServer,
-    Intent, Merge, Method, Moved, NbdServer, Owner, Prepared, Probe, Result, Revert, RunState, ServeNode,
-    Snapshot, SnapshotId, SnapshotName, TakePlan, Taken, Unit, Verdict, Watch,
+    Catalog, Change, Checkpoint, Command, Compare, Connector, Control, Definition, Disk, DiskNode,
+    DiskRequest, DiskSnapshot, Domain, DomainId, DomainLock, Export, Freeze, Guard, Health, Host, Hotplug,
+    ImageServer, Intent, Merge, Method, Moved, NbdServer, Owner, Prepared, Probe, Result, Revert, RunState,
+    ServeNode, Snapshot, SnapshotId, SnapshotName, TakePlan, Taken, Unit, Verdict, Watch,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -258,6 +258,10 @@ impl DiskSnapshot for TimedProvider {
 
     fn merge(&self, unit: &Unit) -> Option<Arc<dyn Merge>> {
         self.inner.merge(unit)
+    }
+
+    fn compare(&self, unit: &Unit) -> Option<Arc<dyn Compare>> {
+        self.inner.compare(unit)
     }
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Affected, Command, DiskRequest, DiskSnapshot, Error, ErrorKind, Health, Host, Merge, Method, Peer,
-    Prepared, Probe, Progress, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
+    Affected, Command, Compare, DiskRequest, DiskSnapshot, Error, ErrorKind, Health, Host, Merge, Method,
+    Peer, Prepared, Probe, Progress, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -127,6 +127,10 @@ impl DiskSnapshot for Examined {
         let inner = self.provider().merge(unit)?;
         let points = Arc::clone(&self.points);
         Some(Arc::new(ExaminedMerge { inner, points }))
+    }
+
+    fn compare(&self, unit: &Unit) -> Option<Arc<dyn Compare>> {
+        self.provider().compare(unit)
     }
 }
 

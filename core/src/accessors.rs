@@ -1,12 +1,15 @@
-//! What only some snapshots allow: putting the instant back, and merging what stands on it.
+//! What only some snapshots allow: putting the instant back, merging what stands on it, and being compared with another.
 //!
-//! [`DiskSnapshot::revert`](crate::DiskSnapshot::revert) and [`DiskSnapshot::merge`](crate::DiskSnapshot::merge)
-//! answer with one of these traits where the unit at hand allows it, and with `None` where it does not.
+//! [`DiskSnapshot::revert`](crate::DiskSnapshot::revert), [`DiskSnapshot::merge`](crate::DiskSnapshot::merge) and
+//! [`DiskSnapshot::compare`](crate::DiskSnapshot::compare) answer with one of these traits where the unit at hand allows
+//! it, and with `None` where it does not.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use futures_util::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 
 use crate::{Command, Disk, Host, Result, SnapshotId, Unit};
@@ -137,4 +140,54 @@ pub trait Merge: fmt::Debug + Send + Sync {
         unit: &Unit,
         peers: &[Peer],
     ) -> Result<Affected>;
+}
+
+/// How the ranges that are told stand to what was really written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "precision", content = "why", rename_all = "kebab-case")]
+pub enum Precision {
+    /// What was written and nothing else, in whole blocks of so many bytes.
+    Exact(u64),
+    /// All that was written, and possibly more: why.
+    Superset(String),
+}
+
+/// Ranges of a disk in bytes, as the guest counts them: ascending, none touching another. Dropping it ends what feeds it.
+pub type Ranges = BoxStream<'static, Result<Range<u64>>>;
+
+/// What differs between one disk of two snapshots.
+pub struct Changed {
+    /// The later disk's size in bytes. Where it is larger than the earlier's, the rest is among the ranges.
+    pub size: u64,
+    /// How exact the ranges are.
+    pub precision: Precision,
+    /// Outside of these the two disks are equal, byte for byte.
+    pub ranges: Ranges,
+}
+
+impl fmt::Debug for Changed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("Changed");
+        shown
+            .field("size", &self.size)
+            .field("precision", &self.precision);
+        shown.finish_non_exhaustive()
+    }
+}
+
+/// Units that can be compared with each other without reading all of their data.
+///
+/// A checkpoint on a disk of such a unit is the snapshot itself: it is kept for as long as the checkpoint is there, and no
+/// bitmap is needed. So what a unit tells must hold for as long as both are there, whatever has become of the disk.
+#[async_trait]
+pub trait Compare: fmt::Debug + Send + Sync {
+    /// What differs between `earlier` and `later` on the disk with this target. Both are units of the method that are there
+    /// and good, in any order of time; changes neither. Costs what the differences cost, not what the disk's size does.
+    ///
+    /// A block that was written with what it held before may be told or not. One that was written and is zero now is told.
+    ///
+    /// # Errors
+    /// `Unsupported` where the two cannot be compared (the disk was on another volume); `Broken` where what must be
+    /// compared is not there. The same, and what goes wrong later, may come from the ranges: they then must not be used.
+    async fn changed(&self, host: &dyn Host, earlier: &Peer, later: &Peer, target: &str) -> Result<Changed>;
 }

@@ -6,7 +6,7 @@ use std::fmt;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::{BackingStore, DomainId, Listen, NbdServer, Result, ServeNode, Source};
+use crate::{BackingStore, Changed, DomainId, Listen, NbdServer, Result, ServeNode, Source};
 
 /// An image on this host, with all the layers that it stands on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,13 +50,20 @@ pub trait ImageServer: fmt::Debug + Send + Sync {
     /// Ends it with all its exports, and only it. Idempotent; also for one that was never wholly started.
     async fn stop(&self, domain: &DomainId) -> Result<()>;
 
-    /// Serves an image read-only on the running server.
+    /// Serves an image read-only on the running server. Where the node asks for a bitmap it is made of `changed`, whose
+    /// ranges are read to their end before anything is served, or else of what the image itself keeps ([`Image::changed`]).
     ///
     /// # Errors
     /// `NotFound` where a layer is missing; `Unsupported` for a layer that cannot be opened by the record
     /// alone; `Broken` where a layer needs another one that the record does not have, or where what changed is to be
     /// served and a bitmap is not there or must not be trusted.
-    async fn serve(&self, domain: &DomainId, node: &ServeNode, image: &Image) -> Result<()>;
+    async fn serve(
+        &self,
+        domain: &DomainId,
+        node: &ServeNode,
+        image: &Image,
+        changed: Option<Changed>,
+    ) -> Result<()>;
 
     /// Stops serving, disconnecting clients; returns once the image is closed. Idempotent.
     async fn unserve(&self, domain: &DomainId, node: &ServeNode) -> Result<()>;

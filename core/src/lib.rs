@@ -46,7 +46,9 @@ mod tracker;
 mod wanted;
 mod window;
 
-pub use accessors::{Affected, Merge, MergeInto, Peer, Progress, Revert};
+pub use accessors::{
+    Affected, Changed, Compare, Merge, MergeInto, Peer, Precision, Progress, Ranges, Revert,
+};
 pub use catalog::{Act, Catalog, Change, Definition, DomainLock, Intent, Moved, Part};
 pub use checking::{CheckedMark, Dropped, MarkVerdict, UnknownBitmap, Validation};
 pub use checkpoint::{Checkpoint, CheckpointDisk, CheckpointName, Mark};

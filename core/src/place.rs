@@ -63,7 +63,7 @@ impl<'a> Place<'a> {
         }
         match &export.image {
             None => self.control.serve(&export.node).await,
-            Some(image) => self.images()?.serve(self.domain, &export.node, image).await,
+            Some(image) => self.images()?.serve(self.domain, &export.node, image, None).await,
         }
     }
 

@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    Alias, BackingStore, Command, Disk, Error, ErrorKind, Host, Merge, Options, Result, Revert, SnapshotId,
-    Source,
+    Alias, BackingStore, Command, Compare, Disk, Error, ErrorKind, Host, Merge, Options, Result, Revert,
+    SnapshotId, Source,
 };
 
 /// A snapshot method.
@@ -94,6 +94,10 @@ pub trait DiskSnapshot: fmt::Debug + Send + Sync {
     /// What merges this unit, where the domain's disks stand on it; `None` where the domain keeps its disks, so that
     /// there is nothing to merge. Pure.
     fn merge(&self, unit: &Unit) -> Option<Arc<dyn Merge>>;
+
+    /// What tells how this unit's disks differ from those of another unit of the method; `None` where only reading both
+    /// would tell. Pure.
+    fn compare(&self, unit: &Unit) -> Option<Arc<dyn Compare>>;
 }
 
 /// What a method is: for lists, help and checking what it is told.
@@ -140,6 +144,8 @@ pub enum Capability {
     Revert,
     /// The disk stands on the snapshot, and giving the snapshot up merges the two.
     Merge,
+    /// What differs from another snapshot of the disk is told without reading both: a checkpoint needs no bitmap.
+    Compare,
 }
 
 impl fmt::Display for Capability {
@@ -152,6 +158,7 @@ impl fmt::Display for Capability {
             Self::GuestSafe => "guest-safe",
             Self::Revert => "revert",
             Self::Merge => "merge",
+            Self::Compare => "compare",
         })
     }
 }

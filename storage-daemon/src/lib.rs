@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Command, DomainId, Error, ErrorKind, Image, ImageServer, Listen, NbdServer, Result, ServeNode,
+    Changed, Command, DomainId, Error, ErrorKind, Image, ImageServer, Listen, NbdServer, Result, ServeNode,
 };
 use disksnap_hypervisor::{NbdServerControl, Session, Timeouts};
 use serde_json::{Value, json};
@@ -157,7 +157,16 @@ impl ImageServer for StorageDaemons {
         files.remove()
     }
 
-    async fn serve(&self, domain: &DomainId, node: &ServeNode, image: &Image) -> Result<()> {
+    async fn serve(
+        &self,
+        domain: &DomainId,
+        node: &ServeNode,
+        image: &Image,
+        changed: Option<Changed>,
+    ) -> Result<()> {
+        if changed.is_some() {
+            return Err(Error::new(ErrorKind::Unsupported, "ranges are not served yet"));
+        }
         let files = self.files(domain);
         let session = session(&files);
         let control = NbdServerControl::new(&session, &self.run, PATIENCE);

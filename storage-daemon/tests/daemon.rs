@@ -67,7 +67,7 @@ impl Site {
     }
 
     async fn serve(&self, name: &str, image: &Image) -> disksnap_core::Result<()> {
-        self.daemons.serve(&self.domain, &node(name), image).await
+        self.daemons.serve(&self.domain, &node(name), image, None).await
     }
 
     async fn served(&self) -> Vec<String> {

@@ -79,6 +79,7 @@ pub(super) async fn access_fits(fixture: &Arc<dyn Fixture>) -> Verdict {
         let offers = [
             (Capability::Revert, provider.revert(unit).is_some()),
             (Capability::Merge, provider.merge(unit).is_some()),
+            (Capability::Compare, provider.compare(unit).is_some()),
         ];
         for (capability, offered) in offers {
             ensure!(

@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Affected, Batch, Capability, DiskRequest, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
-    Method, Peer, Prepared, Probe, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
+    Affected, Batch, Capability, Compare, DiskRequest, DiskSnapshot, Error, ErrorKind, Fit, Health, Host,
+    Merge, Method, Peer, Prepared, Probe, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
 };
 use disksnap_memory::Memory;
 use serde_json::json;
@@ -248,6 +248,10 @@ impl DiskSnapshot for Broken {
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
+    }
+
+    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
         None
     }
 }

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Affected, Batch, Command, DiskRequest, DiskSnapshot, ErrorKind, Health, Host, Merge, Method, OptionDoc,
-    Peer, Prepared, Probe, Progress, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
+    Affected, Batch, Command, Compare, DiskRequest, DiskSnapshot, ErrorKind, Health, Host, Merge, Method,
+    OptionDoc, Peer, Prepared, Probe, Progress, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
 };
 use disksnap_memory::Memory;
 
@@ -312,6 +312,10 @@ impl DiskSnapshot for Subtle {
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
         self.is(Slip::OffersToMerge)
             .then(|| Arc::new(Merges) as Arc<dyn Merge>)
+    }
+
+    fn compare(&self, unit: &Unit) -> Option<Arc<dyn Compare>> {
+        Memory.compare(unit)
     }
 }
 

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
-use disksnap_core::{DomainId, Error, ErrorKind, Image, ImageServer, Listen, NbdServer, Result, ServeNode};
+use disksnap_core::{
+    Changed, DomainId, Error, ErrorKind, Image, ImageServer, Listen, NbdServer, Result, ServeNode,
+};
 
 use super::Log;
 
@@ -100,7 +102,7 @@ impl ImageServer for FakeImages {
         Ok(())
     }
 
-    async fn serve(&self, _: &DomainId, node: &ServeNode, image: &Image) -> Result<()> {
+    async fn serve(&self, _: &DomainId, node: &ServeNode, image: &Image, _: Option<Changed>) -> Result<()> {
         assert!(image.source.path().is_some(), "what lies on this host has a path");
         self.note(format!("images serve {}", node.name))?;
         self.living()?;

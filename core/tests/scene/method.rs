@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Batch, Capability, Command, DiskRequest, DiskResult, DiskSnapshot, ErrorKind, Fit, Health, Host,
-    Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, SnapshotId, Source, Step, TakePlan, Taken,
-    Unit,
+    Access, Batch, Capability, Command, Compare, DiskRequest, DiskResult, DiskSnapshot, ErrorKind, Fit,
+    Health, Host, Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, SnapshotId, Source, Step,
+    TakePlan, Taken, Unit,
 };
 use serde_json::{Value, json};
 
@@ -252,5 +252,9 @@ impl DiskSnapshot for FakeMethod {
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
         self.standing()
             .map(|standing| Arc::new(standing) as Arc<dyn Merge>)
+    }
+
+    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
+        None
     }
 }

@@ -20,10 +20,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use disksnap_core::{
-    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
-    Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
-};
+use disksnap_core::{Access, Capability, Compare, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, Taken, TakePlan, Unit};
 use serde::{Deserialize, Serialize};
 
 use crate::array::{Array, Copy};
@@ -146,6 +143,10 @@ impl DiskSnapshot for AcmeCopy {
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
+    }
+
+    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
         None
     }
 }

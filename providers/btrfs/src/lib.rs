@@ -16,9 +16,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, BackingStore, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health,
-    Host, Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan,
-    Taken, Unit,
+    Access, BackingStore, Capability, Compare, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit,
+    Health, Host, Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source,
+    TakePlan, Taken, Unit,
 };
 use disksnap_image_file::{ImageFile, Layer, Live, Unfit, forget, room};
 use serde::Serialize;
@@ -146,6 +146,10 @@ impl DiskSnapshot for Btrfs {
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
+    }
+
+    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
         None
     }
 }

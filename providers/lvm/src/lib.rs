@@ -23,9 +23,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, FileInside, Fit, Health,
-    Host, Inside, Merge, Method, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan,
-    Taken, Unit,
+    Access, Capability, Compare, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, FileInside, Fit,
+    Health, Host, Inside, Merge, Method, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source,
+    TakePlan, Taken, Unit,
 };
 use disksnap_image_file::{Live, Unfit};
 use serde::Serialize;
@@ -119,6 +119,10 @@ impl DiskSnapshot for LogicalVolume {
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
+    }
+
+    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
         None
     }
 }

@@ -13,9 +13,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Affected, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host,
-    Merge, Method, OptionDoc, Peer, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan,
-    Taken, Unit,
+    Access, Affected, Capability, Compare, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit,
+    Health, Host, Merge, Method, OptionDoc, Peer, Prepared, Probe, Result, Revert, RunState, SnapshotId,
+    Source, TakePlan, Taken, Unit,
 };
 use rustix::fs::{FallocateFlags, fallocate, statfs};
 use serde::{Deserialize, Serialize};
@@ -142,6 +142,10 @@ impl DiskSnapshot for Memory {
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
+    }
+
+    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
         None
     }
 }

@@ -37,8 +37,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Capability, DiskRequest, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge, Method, Prepared,
-    Probe, Result, Revert, SnapshotId, Source, TakePlan, Taken, Unit,
+    Capability, Compare, DiskRequest, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge, Method,
+    Prepared, Probe, Result, Revert, SnapshotId, Source, TakePlan, Taken, Unit,
 };
 
 use crate::create::Choice;
@@ -143,6 +143,10 @@ impl DiskSnapshot for QemuExternalQcow2 {
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
         Some(Arc::new(ExternalMerge))
+    }
+
+    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
+        None
     }
 }
 

@@ -28,8 +28,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
-    Method, Prepared, Probe, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
+    Access, Capability, Compare, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host,
+    Merge, Method, Prepared, Probe, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
 };
 use serde_json::{Value, json};
 
@@ -150,6 +150,10 @@ impl DiskSnapshot for QemuFleece {
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
+    }
+
+    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
         None
     }
 }

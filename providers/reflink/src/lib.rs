@@ -14,8 +14,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Capability, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge,
-    Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan, Taken, Unit,
+    Access, Capability, Compare, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host,
+    Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan, Taken,
+    Unit,
 };
 use disksnap_image_file::{ImageFile, Live, Unfit, forget, path_of};
 use serde::Serialize;
@@ -142,6 +143,10 @@ impl DiskSnapshot for Reflink {
     }
 
     fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
+    }
+
+    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
         None
     }
 }
