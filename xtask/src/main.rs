@@ -11,6 +11,7 @@ mod apt;
 mod bench;
 mod demo;
 mod demo_methods;
+mod demo_move;
 mod demo_stage;
 mod guest;
 mod initrd;
@@ -25,6 +26,7 @@ use anyhow::{Result, bail};
 const HELP: &str = "\
 ./x demo             a snapshot of a running machine's disks, step by step, on a real QEMU
 ./x demo methods     four disks on four layers, each by its own method, at one instant; needs root
+./x demo move        a machine with 50 checkpoints goes to another host, and its next backup is an incremental one
 ./x test [ARGS]      every test; ARGS go to cargo nextest (or cargo test), and only those tests run
 ./x lint             formatting, clippy, documentation, and cargo-deny where it is installed
 ./x bench [NAME…]    the benchmarks, or some: snapshot, take, writes, read, memory
@@ -64,6 +66,10 @@ fn run() -> Result<()> {
         ("demo", [which]) if which == "methods" => {
             tools::ensure()?;
             demo_methods::run()?;
+        }
+        ("demo", [which]) if which == "move" => {
+            tools::ensure()?;
+            demo_move::run()?;
         }
         ("test", rest) => {
             tools::ensure()?;
