@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BackingStore, Source};
+use crate::{BackingStore, DataStore, Source};
 
 /// A disk as the domain's document describes it (`<disk>` in libvirt's domain format).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +26,9 @@ pub struct Disk {
     /// Where its bytes are; `None` for an empty drive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
+    /// Where the top image keeps the data when not in itself, as far as the document says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_store: Option<DataStore>,
     /// The layers below the top image, as far as the document says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<BackingStore>,
@@ -56,6 +59,7 @@ impl Disk {
             alias: None,
             driver: Driver::default(),
             source: Some(source),
+            data_store: None,
             backing: None,
             serial: None,
             read_only: false,

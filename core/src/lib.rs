@@ -81,7 +81,7 @@ pub use request::{DEADLINE, DiskChoice, Disks, NewCheckpoint, Quiesce, SnapshotR
 pub use resolve::{Plan, PlannedDisk, Skipped, Why};
 pub use serve::{Serving, StopExports};
 pub use snapshot::{Consistency, DiskSnapshotRecord, Snapshot, UnitRecord, WindowReport};
-pub use source::{BackingStore, NetworkHost, Source};
+pub use source::{BackingStore, DataStore, NetworkHost, Source};
 pub use tracker::{DirtyBitmap, Ending, SCRATCH_BITMAP, Start, Trackable, Tracked, Tracker, Union};
 
 /// What a crate that registers a provider with [`register!`] needs to name.

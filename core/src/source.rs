@@ -102,6 +102,16 @@ impl std::fmt::Display for Source {
     }
 }
 
+/// Where a qcow2 image keeps the disk's data when not in itself: `<dataStore>` in `<source>`, of libvirt 10.10 and later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataStore {
+    /// The format of the data (`raw`), when the document says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<String>,
+    /// Where they are.
+    pub source: Source,
+}
+
 /// A server of a network disk (`<host …/>`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]

@@ -2,7 +2,7 @@
 
 use disksnap_core::{DeviceKind, Disk, Driver, Error, ErrorKind, MethodChoice, Result};
 
-use crate::source::{backing_store_element, read_backing, source_element};
+use crate::source::{backing_store_element, data_store_element, read_backing, source_element};
 use crate::tree::Elem;
 use crate::write::Element;
 use crate::{method, source};
@@ -27,6 +27,7 @@ pub(crate) fn read(elem: Elem<'_, '_>) -> Result<Disk> {
             format: attr_of(elem, "driver", "type")?,
         },
         source: source.map(|s| source::read(s, kind)).transpose()?.flatten(),
+        data_store: source.map(source::read_data_store).transpose()?.flatten(),
         backing,
         serial: elem.child("serial")?.map(Elem::text).filter(|s| !s.is_empty()),
         read_only: elem.child("readonly")?.is_some(),
@@ -100,7 +101,12 @@ pub fn new_disk_element(disk: &Disk) -> Result<Element> {
         .attr("device", disk.device)
         .children(driver_element(&disk.driver));
     if let Some(source) = &disk.source {
-        element = element.child(source_element(source)?);
+        let data = disk
+            .data_store
+            .as_ref()
+            .map(|data| data_store_element(data, &|_| None))
+            .transpose()?;
+        element = element.child(source_element(source)?.children(data));
     }
     if let Some(backing) = &disk.backing {
         element = element.children(backing_store_element(backing)?);

@@ -1,7 +1,8 @@
 //! New domain documents from old ones: each differs in one place, and all other bytes stay.
 
 use disksnap_core::{
-    CheckpointName, Disk, Error, ErrorKind, Export, MethodChoice, NbdServer, Result, Serving, Source,
+    CheckpointName, DataStore, Disk, Error, ErrorKind, Export, MethodChoice, NbdServer, Result, Serving,
+    Source,
 };
 
 use crate::block_export::{export_element, serving_elements};
@@ -9,7 +10,7 @@ use crate::block_snapshot::SnapshotView;
 use crate::disk::driver_element;
 use crate::domain::{DOMAIN_NAMESPACE, DomainDocument, disk_elements, metadata_disks, our_metadata};
 use crate::limits::{Scanner, tag_name};
-use crate::source::{Carried, backing_with, source_element};
+use crate::source::{Carried, backing_with, data_store_element, source_element};
 use crate::splice::Edit;
 use crate::tree::{Elem, Tree};
 use crate::write::{Element, reindent};
@@ -125,8 +126,12 @@ impl DomainDocument {
             }
         }
         let known = Known::of(&self.text, &edit, elem, disk)?;
-        if disk.source != old.source {
-            let new = disk.source.as_ref().map(|s| known.source(s)).transpose()?;
+        if disk.source != old.source || disk.data_store != old.data_store {
+            let new = disk
+                .source
+                .as_ref()
+                .map(|s| known.source(s, disk.data_store.as_ref()))
+                .transpose()?;
             put_child(&mut edit, elem.child("source")?, new, &mut missing)?;
         }
         // What a document says of the layers below one image is not true of another.
@@ -239,6 +244,11 @@ fn prefix_of<'t>(text: &'t str, elem: Elem<'_, '_>) -> &'t str {
     name.find(':').map_or("", |colon| &name[..=colon])
 }
 
+/// How an element's line is indented.
+fn indent_of(edit: &Edit<'_>, elem: Elem<'_, '_>) -> String {
+    edit.layout(elem).map_or_else(String::new, |layout| layout.indent)
+}
+
 /// The sources that a disk's element names now, with their text.
 struct Known {
     sources: Vec<(Source, Carried)>,
@@ -248,7 +258,7 @@ struct Known {
 
 impl Known {
     fn of(text: &str, edit: &Edit<'_>, disk: Elem<'_, '_>, new: &Disk) -> Result<Self> {
-        let indent = |elem| edit.layout(elem).map_or_else(String::new, |layout| layout.indent);
+        let indent = |elem: Elem<'_, '_>| indent_of(edit, elem);
         let mut sources = Vec::new();
         let mut layer = Some(disk);
         while let Some(elem) = layer {
@@ -259,9 +269,11 @@ impl Known {
                 let carried = Carried {
                     text: text[at.range()].to_owned(),
                     indent: indent(at),
+                    data: source::read_data_store(at)?,
                     last: below.is_some_and(|b| b.children().next().is_none()),
                 };
                 sources.push((source, carried));
+                sources.extend(Self::data_of(text, edit, at)?);
             }
             layer = below;
         }
@@ -273,6 +285,24 @@ impl Known {
         Ok(Self { sources, encryption })
     }
 
+    /// The source within the `<dataStore>` of another.
+    fn data_of(text: &str, edit: &Edit<'_>, source: Elem<'_, '_>) -> Result<Option<(Source, Carried)>> {
+        let Some(data) = source::read_data_store(source)? else {
+            return Ok(None);
+        };
+        let place = source.child("dataStore")?.map(|store| store.child("source"));
+        let Some(at) = place.transpose()?.flatten() else {
+            return Ok(None);
+        };
+        let carried = Carried {
+            text: text[at.range()].to_owned(),
+            indent: indent_of(edit, at),
+            data: None,
+            last: false,
+        };
+        Ok(Some((data.source, carried)))
+    }
+
     fn carry(&self, source: &Source) -> Option<Carried> {
         let mut found = self.sources.iter().filter(|(known, _)| known == source);
         let (_, first) = found.next()?;
@@ -282,11 +312,13 @@ impl Known {
     }
 
     /// The element for the top image.
-    fn source(&self, source: &Source) -> Result<Element> {
-        if let Some(Carried { text, indent, .. }) = self.carry(source) {
+    fn source(&self, source: &Source, data: Option<&DataStore>) -> Result<Element> {
+        if let Some(Carried { text, indent, .. }) = self.carry(source).filter(|c| c.data.as_ref() == data) {
             return Ok(Element::verbatim(text, indent));
         }
-        let element = source_element(source)?;
+        let carry = |source: &Source| self.carry(source);
+        let data = data.map(|data| data_store_element(data, &carry)).transpose()?;
+        let element = source_element(source)?.children(data);
         Ok(match &self.encryption {
             Some((text, indent)) => element.child(Element::verbatim(text, indent)),
             None => element,

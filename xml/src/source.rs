@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{BackingStore, Error, ErrorKind, NetworkHost, Result, Source};
+use disksnap_core::{BackingStore, DataStore, Error, ErrorKind, NetworkHost, Result, Source};
 
 use crate::tree::Elem;
 use crate::write::Element;
@@ -119,6 +119,41 @@ pub(crate) fn read_backing(elem: Elem<'_, '_>) -> Result<Option<BackingStore>> {
     }))
 }
 
+/// Reads the `<dataStore>` of a `<source>`, if it has one: libvirt's, since 10.10.
+pub(crate) fn read_data_store(source: Elem<'_, '_>) -> Result<Option<DataStore>> {
+    let Some(elem) = source.child("dataStore")? else {
+        return Ok(None);
+    };
+    let place = elem.required_child("source", "<source>, where the data is")?;
+    let format = elem.child("format")?;
+    let named = read(place, elem.attr("type").unwrap_or("file"))?;
+    Ok(Some(DataStore {
+        format: format
+            .map(|f| f.required("type", "an image format"))
+            .transpose()?
+            .map(str::to_owned),
+        source: named.ok_or_else(|| {
+            place.fault("<source> in <dataStore> names nothing: expected a place".to_owned())
+        })?,
+    }))
+}
+
+/// `<dataStore>` as libvirt's schema wants it.
+///
+/// # Errors
+/// As [`source_element`].
+pub(crate) fn data_store_element(data: &DataStore, carry: Carry<'_>) -> Result<Element> {
+    let format = data.format.as_ref();
+    let place = match carry(&data.source) {
+        Some(Carried { text, indent, .. }) => Element::verbatim(text, indent),
+        None => source_element(&data.source)?,
+    };
+    Ok(Element::new("dataStore")
+        .attr("type", data.source.kind())
+        .children(format.map(|format| Element::new("format").attr("type", format)))
+        .child(place))
+}
+
 /// Where a piece of a source stands in an existing document, for carrying it over.
 pub(crate) type Carry<'c> = &'c dyn Fn(&Source) -> Option<Carried>;
 
@@ -129,6 +164,8 @@ pub(crate) struct Carried {
     pub(crate) text: String,
     /// How its line is indented.
     pub(crate) indent: String,
+    /// Its `<dataStore>`.
+    pub(crate) data: Option<DataStore>,
     /// Whether the document says that nothing is below this layer.
     pub(crate) last: bool,
 }

@@ -1,8 +1,8 @@
 //! Edits in place: what they put where, and that every other byte stays.
 
 use disksnap_core::{
-    Alias, BackingStore, CheckpointName, Consistency, Export, Listen, MethodChoice, NbdServer, Options,
-    ServeNode, Snapshot, SnapshotId, Source, WindowReport,
+    Alias, BackingStore, CheckpointName, Consistency, DataStore, Export, Listen, MethodChoice, NbdServer,
+    Options, ServeNode, Snapshot, SnapshotId, Source, WindowReport,
 };
 use disksnap_xml::{DomainDocument, SnapshotView, disk_element};
 use insta::assert_snapshot;
@@ -426,4 +426,65 @@ fn snapshots_come_and_go_beside_exports() {
     let snapshots = both.with_exports(None, &[]).unwrap();
     assert_eq!(snapshots, document.with_snapshots(&view).unwrap());
     assert_eq!(snapshots.with_snapshots(&[]).unwrap(), document);
+}
+
+/// libvirt 10.10 and later: a qcow2 that keeps its data in another place.
+#[test]
+fn a_raw_disk_goes_through_a_qcow2_and_back() {
+    let text = "<domain type='kvm'>\n  <name>a</name>\n  <devices>\n    <disk type='block' device='disk'>\n      \
+                <driver name='qemu' type='raw' cache='none'/>\n      <source dev='/dev/vg/a'>\n        <seclabel \
+                model='dac' relabel='no'/>\n      </source>\n      <target dev='vda' bus='virtio'/>\n    </disk>\n  \
+                </devices>\n</domain>\n";
+    let document = DomainDocument::parse(text).unwrap();
+    let raw = document.domain().disk("vda").unwrap().clone();
+    let mut through = raw.clone();
+    through.data_store = raw.source.clone().map(|source| DataStore {
+        format: raw.driver.format.clone(),
+        source,
+    });
+    through.source = Some(Source::File {
+        file: "/srv/a.qcow2".into(),
+    });
+    through.driver.format = Some("qcow2".to_owned());
+    let after = document.with_disk("vda", &through).unwrap();
+    assert_snapshot!(after.text(), @"
+    <domain type='kvm'>
+      <name>a</name>
+      <devices>
+        <disk type='file' device='disk'>
+          <driver name='qemu' type='qcow2' cache='none'/>
+          <source file='/srv/a.qcow2'>
+            <dataStore type='block'>
+              <format type='raw'/>
+              <source dev='/dev/vg/a'>
+                <seclabel model='dac' relabel='no'/>
+              </source>
+            </dataStore>
+          </source>
+          <target dev='vda' bus='virtio'/>
+        </disk>
+      </devices>
+    </domain>
+    ");
+    assert_eq!(after.domain().disk("vda").unwrap(), &through);
+    let back = after.with_disk("vda", &raw).unwrap();
+    assert_eq!(back.text(), text);
+}
+
+#[test]
+fn a_place_for_data_that_names_nothing_is_a_fault() {
+    for (inside, said) in [
+        (
+            "<dataStore type='file'><format type='raw'/></dataStore>",
+            "<source>",
+        ),
+        ("<dataStore type='file'><source/></dataStore>", "names nothing"),
+    ] {
+        let text = format!(
+            "<domain type='kvm'><name>a</name><devices><disk type='file'><source file='/a.qcow2'>{inside}</source>\
+             <target dev='vda'/></disk></devices></domain>"
+        );
+        let error = DomainDocument::parse(text).unwrap_err();
+        assert!(error.to_string().contains(said), "{error}");
+    }
 }

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use disksnap_core::{
-    Alias, BackingStore, CheckpointName, DeviceKind, Disk, Domain, DomainId, Driver, Error, ExportDisk,
-    ExportRequest, Listen, MethodChoice, NbdServer, NetworkHost, Options, Result, Sockets, Source, Tls,
+    Alias, BackingStore, CheckpointName, DataStore, DeviceKind, Disk, Domain, DomainId, Driver, Error,
+    ExportDisk, ExportRequest, Listen, MethodChoice, NbdServer, NetworkHost, Options, Result, Sockets,
+    Source, Tls,
 };
 use disksnap_xml::{
     DOMAIN_NAMESPACE, DomainDocument, Element, disk_snapshot_element, export_request,
@@ -92,6 +93,10 @@ fn backing() -> impl Strategy<Value = Option<BackingStore>> {
     })
 }
 
+fn data_store() -> impl Strategy<Value = DataStore> {
+    (prop::option::of("[a-z0-9]{1,4}"), source()).prop_map(|(format, source)| DataStore { format, source })
+}
+
 fn key() -> impl Strategy<Value = String> {
     let part = prop_oneof![
         "[a-c]",
@@ -118,6 +123,7 @@ prop_compose! {
         alias in prop::option::of(text()),
         names in (prop::option::of(text()), prop::option::of(text())),
         source in prop::option::of(source()),
+        data in prop::option::of(data_store()),
         backing in backing(),
         serial in prop::option::of(trimmed()),
         flags in any::<[bool; 2]>(),
@@ -127,6 +133,7 @@ prop_compose! {
             target: target.clone(),
             bus, device, alias,
             driver: Driver { name: names.0, format: names.1 },
+            data_store: data.filter(|_| source.is_some()),
             source, backing, serial,
             read_only: flags[0],
             shareable: flags[1],
@@ -223,7 +230,7 @@ proptest! {
         let document = DomainDocument::parse(written(&domain).unwrap()).unwrap();
         // What an edit does not touch stays; what it does is the new disk's.
         let old = &domain.disks[0];
-        let disk = Disk { driver: new.driver, source: new.source, backing: new.backing, ..old.clone() };
+        let disk = Disk { driver: new.driver, source: new.source, data_store: new.data_store, backing: new.backing, ..old.clone() };
         let after = document.with_disk("vd0", &disk).unwrap();
         prop_assert_eq!(&after.domain().disks[0], &disk);
         prop_assert_eq!(&after.domain().disks[1..], &domain.disks[1..]);
