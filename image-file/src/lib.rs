@@ -4,7 +4,7 @@
 //! [`ImageFile::of`] looks at the file; [`ImageFile::stands_alone`] says whether the one file is all of
 //! the disk, [`ImageFile::below`] which others are, [`Live`] what the hypervisor that has it open says. [`file_system`], [`mount_options`] and [`room`] tell of
 //! the place it is in; [`put_back`] makes images again what a snapshot has of them. [`MadeFile`] and
-//! [`write_empty_qcow2`] make new ones, [`QemuImg`] works on those that no hypervisor has open.
+//! [`write_empty_qcow2`] make new ones, [`write_raw_data_qcow2`] one for a raw disk that is there already, [`QemuImg`] works on those that no hypervisor has open.
 
 mod chain;
 mod empty_qcow2;
@@ -14,6 +14,7 @@ mod place;
 mod put_back;
 mod qcow2;
 mod qemu_img;
+mod raw_data_qcow2;
 
 use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
@@ -29,6 +30,9 @@ pub use place::{file_system, mount_options, room};
 pub use put_back::{PutBack, can_put_back, forget, like_in_cow, put_back};
 pub use qcow2::Qcow2;
 pub use qemu_img::QemuImg;
+pub use raw_data_qcow2::{
+    can_tell_written_past, raw_data_of, raw_data_qcow2_size, renew_raw_data_qcow2, write_raw_data_qcow2, written_past,
+};
 
 /// What stands against a disk: what a probe answers with, and what a create fails with.
 #[derive(Debug, Clone, PartialEq, Eq)]
