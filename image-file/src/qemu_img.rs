@@ -1,6 +1,6 @@
 //! `qemu-img`, for what is done to images beside the hypervisor: found in fixed places, run with an argument vector.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use disksnap_core::{Error, ErrorKind, Result};
 
@@ -25,6 +25,16 @@ impl QemuImg {
         let mut all = named.into_iter().chain(PLACES.map(PathBuf::from));
         let program = all.find(|path| path.is_file())?;
         Some(Self { program })
+    }
+
+    /// The one at this absolute path.
+    #[must_use]
+    pub fn at(program: PathBuf) -> Self {
+        Self { program }
+    }
+
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
     }
 
     /// The error where there is none, and what it would have been needed for.
