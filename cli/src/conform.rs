@@ -295,6 +295,14 @@ const WHOLE: [Capability; 4] = [
     Capability::DirectRead,
     Capability::Revert,
 ];
+/// Of btrfs also what two snapshots differ in.
+const IN_SUBVOLUMES: [Capability; 5] = [
+    Capability::Active,
+    Capability::Inactive,
+    Capability::DirectRead,
+    Capability::Revert,
+    Capability::Compare,
+];
 
 /// A small file system of our own, mounted until the suite has ended.
 fn mount(kind: LoopFsKind, mounted: &mut Vec<LoopFs>) -> Result<PathBuf, String> {
@@ -308,19 +316,19 @@ fn mount(kind: LoopFsKind, mounted: &mut Vec<LoopFs>) -> Result<PathBuf, String>
 /// In bytes; the image file is sparse.
 const ROOM: u64 = 512 << 20;
 
-fn running(method: &'static str, images: &Path) -> QemuFixture {
-    QemuFixture::new(Process::Machine, WHOLE, linked(method)).raw_images_in(images)
+fn running<const N: usize>(method: &'static str, offered: [Capability; N], images: &Path) -> QemuFixture {
+    QemuFixture::new(Process::Machine, offered, linked(method)).raw_images_in(images)
 }
 
 fn btrfs(mounted: &mut Vec<LoopFs>) -> Vec<Run> {
     let fs = mount(LoopFsKind::Btrfs, mounted);
     let off = fs.clone().map(|fs| InSubvolumes {
         fs,
-        make: Box::new(|images: &Path| RawFiles::new(images, WHOLE, linked("btrfs"))),
+        make: Box::new(|images: &Path| RawFiles::new(images, IN_SUBVOLUMES, linked("btrfs"))),
     });
     let on = fs.map(|fs| InSubvolumes {
         fs,
-        make: Box::new(|images: &Path| running("btrfs", images)),
+        make: Box::new(|images: &Path| running("btrfs", IN_SUBVOLUMES, images)),
     });
     vec![
         Run {
@@ -345,7 +353,7 @@ fn reflink(mounted: &mut Vec<LoopFs>) -> Vec<Run> {
         });
         runs.push(Run {
             place: format!("{name}, the domain running"),
-            fixture: fs.and_then(|fs| in_machine(Arc::new(running("reflink", &fs)))),
+            fixture: fs.and_then(|fs| in_machine(Arc::new(running("reflink", WHOLE, &fs)))),
         });
     }
     runs

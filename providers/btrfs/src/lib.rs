@@ -2,9 +2,13 @@
 //!
 //! The subvolume is found from the image; disks whose images are in one subvolume share one snapshot. Here:
 //! the contract. Which subvolume and where its snapshot goes is in `place`, the layers of an image in
-//! `chain`, the snapshot itself in `snapshot`, putting it back in `revert`, btrfs's system calls in `subvolume`.
+//! `chain`, the snapshot itself in `snapshot`, putting it back in `revert`, what differs from another one in `compare`,
+//! `extents` and `differences`, btrfs's system calls in `subvolume`.
 
 mod chain;
+mod compare;
+mod differences;
+mod extents;
 mod place;
 mod revert;
 mod snapshot;
@@ -25,6 +29,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
 
+use crate::compare::CompareImages;
 use crate::place::{Group, SNAPSHOT_DIR, groups, root};
 use crate::revert::PutBackImages;
 use crate::snapshot::{Image, Made, MadeImage, Planned, remove};
@@ -149,8 +154,8 @@ impl DiskSnapshot for Btrfs {
         None
     }
 
-    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
-        None
+    fn compare(&self, unit: &Unit) -> Option<Arc<dyn Compare>> {
+        Some(Arc::new(CompareImages::of(unit)?))
     }
 }
 
@@ -161,6 +166,7 @@ fn capabilities() -> Vec<Capability> {
         Capability::Inactive,
         Capability::DirectRead,
         Capability::Revert,
+        Capability::Compare,
     ]
 }
 
@@ -185,6 +191,17 @@ fn probe_one(
     Ok(fitting(state, group, &image))
 }
 
+/// What can be done with a snapshot of these disks: they are compared as one, or not at all.
+fn capabilities_of(group: &Group<'_>) -> Vec<Capability> {
+    let possible = |request: &&DiskRequest| {
+        let image = ImageFile::of(&request.disk);
+        image.is_ok_and(|image| compare::is_possible(&image.path, image.format()))
+    };
+    let mut all = capabilities();
+    all.retain(|one| *one != Capability::Compare || group.requests.iter().all(possible));
+    all
+}
+
 fn fitting(state: &RunState, group: &Group<'_>, image: &ImageFile) -> Probe {
     let root = group.root.display();
     let mut warnings: Vec<String> = short_of_room(image).into_iter().collect();
@@ -192,7 +209,7 @@ fn fitting(state: &RunState, group: &Group<'_>, image: &ImageFile) -> Probe {
     Probe {
         fit: Fit::Possible,
         unit: group.unit(),
-        capabilities: capabilities(),
+        capabilities: capabilities_of(group),
         effect: format!(
             "The subvolume {root} is snapshotted, with all that is in it; the domain keeps its disk. What the guest \
              overwrites from then on takes new room."

@@ -11,6 +11,7 @@ use disksnap_image_file::{Qcow2, room};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::compare;
 use crate::place::Place;
 use crate::subvolume::{self, Info};
 
@@ -58,6 +59,9 @@ pub(crate) struct Made {
     /// The transaction of its last change: its making.
     changed: u64,
     pub(crate) images: Vec<MadeImage>,
+    /// Whether another snapshot can be compared with it; tried, since that takes more than making one.
+    #[serde(default)]
+    pub(crate) comparable: bool,
 }
 
 /// A disk's image in the snapshot.
@@ -165,13 +169,17 @@ impl Planned {
         let info = subvolume::info(&snapshot).map_err(failed)?;
         let at = self.dir.join(&self.name);
         let images = self.images.iter().map(|image| image.in_snapshot(&at));
+        let images = images.collect::<Result<Vec<_>>>()?;
         Ok(Made {
             root: self.root.clone(),
             dir: self.dir.clone(),
             name: self.name.clone(),
             uuid: info.uuid,
             changed: info.changed,
-            images: images.collect::<Result<_>>()?,
+            comparable: images
+                .iter()
+                .all(|image| compare::is_possible(&image.file, &image.format)),
+            images,
         })
     }
 }

@@ -14,11 +14,12 @@ use disksnap_test_support::need;
 use support::btrfs;
 
 /// Not `GuestSafe`: a guest that overwrites shared extents can run out of room.
-const CAPABILITIES: [Capability; 4] = [
+const CAPABILITIES: [Capability; 5] = [
     Capability::Active,
     Capability::Inactive,
     Capability::DirectRead,
     Capability::Revert,
+    Capability::Compare,
 ];
 
 #[test]
