@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
-    Alias, Attached, Checkpoint, CheckpointName, Disk, DiskRequest, Domain, DomainId, Ending, Export,
-    MergeInto, NbdServer, Prepared, Result, Snapshot, SnapshotId, SnapshotName, Source, Start,
+    Alias, Attached, Checkpoint, CheckpointName, Crossing, Disk, DiskRequest, Domain, DomainId, Ending,
+    Export, MergeInto, NbdServer, Prepared, Result, Snapshot, SnapshotId, SnapshotName, Source, Start,
 };
 
 /// The durable catalog. Every method is one atomic, durable step: after a kill it has happened or not.
@@ -178,6 +178,13 @@ pub enum Act {
         /// The bitmaps.
         endings: Vec<Ending>,
         /// What is written down afterwards.
+        changes: Vec<Change>,
+    },
+    /// A raw disk gets a qcow2 that keeps its bitmaps, or gives it up.
+    Cross {
+        /// The disk as it was and as it is to be.
+        crossing: Box<Crossing>,
+        /// What is written down when it has crossed.
         changes: Vec<Change>,
     },
     /// Exports are being stopped, and the server with them if none is left.

@@ -119,6 +119,9 @@ impl Dispatcher {
         lineage: &Lineage,
     ) -> Result<Validation> {
         let disks: Vec<_> = domain.disks.iter().filter(|disk| disk.source.is_some()).collect();
+        for warning in self.renew_past(control, domain).await? {
+            tracing::warn!("{warning}");
+        }
         // An old document would have the wrong images looked at.
         let state = control.state().await?;
         let standing = self.standing(&domain.id).await?;
@@ -247,6 +250,20 @@ impl Dispatcher {
         }
         dropped.marks = marks;
         Ok(dropped)
+    }
+
+    /// What is to be written down when these marks are given up.
+    pub(crate) async fn given_up(
+        &self,
+        domain: &Domain,
+        lineage: &Lineage,
+        marks: &[CheckedMark],
+    ) -> Result<Vec<Change>> {
+        let set = without(lineage, marks);
+        let kept: BTreeSet<&CheckpointName> = set.iter().map(|checkpoint| &checkpoint.name).collect();
+        let mut changes = self.moved_back(domain, lineage, marks, &kept).await?;
+        changes.push(Change::SetCheckpoints(set));
+        Ok(changes)
     }
 
     /// The snapshots that came after a checkpoint which is no more, as they are from then on.

@@ -43,6 +43,7 @@ mod snapshot;
 mod source;
 mod standing;
 mod tracker;
+mod tracking;
 mod wanted;
 mod window;
 
@@ -83,6 +84,7 @@ pub use serve::{Serving, StopExports};
 pub use snapshot::{Consistency, DiskSnapshotRecord, Snapshot, UnitRecord, WindowReport};
 pub use source::{BackingStore, DataStore, NetworkHost, Source};
 pub use tracker::{DirtyBitmap, Ending, SCRATCH_BITMAP, Start, Trackable, Tracked, Tracker, Union};
+pub use tracking::{Crossed, Crossing, RawDisks};
 
 /// What a crate that registers a provider with [`register!`] needs to name.
 #[doc(hidden)]

@@ -135,6 +135,7 @@ impl Dispatcher {
             )
             .hint("Choose another name, or remove that checkpoint first; it is never replaced."));
         }
+        marking.warnings.extend(self.renew_past(control, domain).await?);
         let disks: Vec<_> = plan.disks.iter().map(|planned| &planned.request.disk).collect();
         let looked = self
             .tracker()?

@@ -134,6 +134,9 @@ impl Dispatcher {
                 self.redo_end_marks(control, intent).await?;
                 Ok(RecoveredHow::Finished)
             }
+            Act::Cross { crossing, changes } => {
+                self.settle_crossing(control, intent, crossing, changes).await
+            }
             Act::Serve { starts, exports, .. } => {
                 self.undo_serve(control, intent, *starts, exports).await?;
                 Ok(RecoveredHow::Undone)
@@ -206,6 +209,10 @@ fn describe(act: &Act) -> String {
     match act {
         Act::Create { name, .. } => format!("create of snapshot '{name}'"),
         Act::EndMarks { .. } => "removal of checkpoints".to_owned(),
+        Act::Cross { crossing, .. } if crossing.tracks() => {
+            format!("tracking of the disk {}", crossing.to.target)
+        }
+        Act::Cross { crossing, .. } => format!("end of the tracking of the disk {}", crossing.to.target),
         Act::Delete { snapshot } => format!("delete of snapshot {snapshot}"),
         Act::Serve { exports, .. } => format!("start of {} exports", exports.len()),
         Act::Merge { name, .. } => format!("merge of snapshot '{name}'"),

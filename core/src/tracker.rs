@@ -8,7 +8,7 @@ use std::fmt;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::{Batch, Disk, Host, Result};
+use crate::{Batch, Disk, Host, RawDisks, Result};
 
 /// What the names of bitmaps begin with that belong to a snapshot and to no checkpoint.
 pub const SCRATCH_BITMAP: &str = "disksnap.";
@@ -136,4 +136,7 @@ pub trait Tracker: fmt::Debug + Send + Sync {
 
     /// Removes such a bitmap.
     async fn part(&self, host: &dyn Host, node: &str, name: &str) -> Result<()>;
+
+    /// What makes the bitmaps of raw disks durable; `None` where nothing does.
+    fn raw_disks(&self) -> Option<&dyn RawDisks>;
 }

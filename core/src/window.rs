@@ -86,6 +86,62 @@ pub(crate) async fn open(
     }
 }
 
+/// Takes a few steps that are all there is to be done, while the guest stands still; an error takes back those that
+/// were taken. For how long it stood still, where it ran.
+pub(crate) async fn steps_alone(
+    control: &dyn Control,
+    state: &RunState,
+    deadline: Duration,
+    steps: &[Step],
+) -> Result<Option<Duration>> {
+    if *state != RunState::Running {
+        return in_order(control, deadline, steps).await.map(|()| None);
+    }
+    let watch = Watch {
+        release: Vec::new(),
+        resume: true,
+        thaw: false,
+        deadline,
+    };
+    let guard = control.guard(watch).await.map_err(|e| e.during("guard"))?;
+    let since = Instant::now();
+    let result = match control.pause().await {
+        Ok(()) => in_order(control, deadline, steps).await,
+        Err(error) => Err(error.during("pause")),
+    };
+    if let Err(failure) = resume(control).await {
+        // We could not let the guest go: the guardian does, if we leave it armed.
+        drop(guard);
+        return Err(still(result, failure));
+    }
+    let paused = since.elapsed();
+    // Whether it fired or not: what was done is done, and needs no one instant.
+    let_go(guard).await?;
+    result.map(|()| Some(paused))
+}
+
+/// One step after another; on an error takes back what was taken, newest first.
+async fn in_order(control: &dyn Control, left: Duration, steps: &[Step]) -> Result<()> {
+    let mut undo = Vec::new();
+    let all = async {
+        for step in steps {
+            control.monitor(step.command.clone()).await?;
+            undo.extend(step.undo.clone());
+        }
+        Ok(())
+    };
+    let error = match tokio::time::timeout(left, all).await {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => error,
+        Err(_) => Error::new(ErrorKind::Timeout, "it was not done before the deadline"),
+    };
+    let mut failures = Vec::new();
+    for command in undo.into_iter().rev() {
+        failures.extend(control.monitor(command).await.err());
+    }
+    Err(error.rollback_failed(failures))
+}
+
 async fn let_go(guard: Box<dyn Guard>) -> Result<Verdict> {
     guard.disarm().await.map_err(|e| e.during("guard"))
 }

@@ -8,7 +8,7 @@ mod live;
 mod off;
 
 use async_trait::async_trait;
-use disksnap_core::{Batch, Disk, Ending, Host, Result, Start, Tracked, Tracker, Union};
+use disksnap_core::{Batch, Disk, Ending, Host, RawDisks, Result, Start, Tracked, Tracker, Union};
 
 /// Bytes per bit where nobody says otherwise: QEMU's own default for images with clusters of 64 KiB.
 pub const GRANULARITY: u64 = 64 << 10;
@@ -61,5 +61,9 @@ impl Tracker for DirtyBitmaps {
         } else {
             Ok(())
         }
+    }
+
+    fn raw_disks(&self) -> Option<&dyn RawDisks> {
+        None
     }
 }
