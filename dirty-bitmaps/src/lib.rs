@@ -6,6 +6,7 @@
 mod chain;
 mod live;
 mod off;
+mod raw;
 
 use async_trait::async_trait;
 use disksnap_core::{Batch, Disk, Ending, Host, RawDisks, Result, Start, Tracked, Tracker, Union};
@@ -64,6 +65,6 @@ impl Tracker for DirtyBitmaps {
     }
 
     fn raw_disks(&self) -> Option<&dyn RawDisks> {
-        None
+        Some(self)
     }
 }

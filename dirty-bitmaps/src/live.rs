@@ -66,31 +66,31 @@ fn keeps(node: &Node) -> bool {
 }
 
 /// One action of a `transaction` on the bitmaps of a node.
-fn action(kind: &str, data: Value) -> Value {
+pub(crate) fn action(kind: &str, data: Value) -> Value {
     let mut action = json!({ "type": format!("block-dirty-bitmap-{kind}") });
     action["data"] = data;
     action
 }
 
-fn on(node: &str, name: &str) -> Value {
+pub(crate) fn on(node: &str, name: &str) -> Value {
     json!({ "node": node, "name": name })
 }
 
-fn merge(node: &str, target: &str, sources: &[Value]) -> Value {
+pub(crate) fn merge(node: &str, target: &str, sources: &[Value]) -> Value {
     action(
         "merge",
         json!({ "node": node, "target": target, "bitmaps": sources }),
     )
 }
 
-fn add(node: &str, name: &str, granularity: u64, persistent: bool, disabled: bool) -> Value {
+pub(crate) fn add(node: &str, name: &str, granularity: u64, persistent: bool, disabled: bool) -> Value {
     let data = json!({
         "node": node, "name": name, "granularity": granularity, "persistent": persistent, "disabled": disabled,
     });
     action("add", data)
 }
 
-async fn transact(host: &dyn Host, actions: Vec<Value>) -> Result<()> {
+pub(crate) async fn transact(host: &dyn Host, actions: Vec<Value>) -> Result<()> {
     if actions.is_empty() {
         return Ok(());
     }
@@ -204,7 +204,7 @@ fn refuse_inconsistent(bitmap: &Bitmap) -> Result<()> {
     .hint("`disksnap checkpoint drop-broken` drops what cannot be trusted; the disk's next backup is a full one."))
 }
 
-fn refuse_busy(bitmap: &Bitmap) -> Result<()> {
+pub(crate) fn refuse_busy(bitmap: &Bitmap) -> Result<()> {
     if !bitmap.busy {
         return Ok(());
     }

@@ -212,6 +212,39 @@ pub fn can_tell_written_past(directory: &Path, data: &Path) -> bool {
     }
 }
 
+/// Whether such an image is as it was made: without bitmaps, and with all of the raw disk mapped.
+///
+/// # Errors
+/// The operating system's.
+pub fn raw_data_qcow2_is_new(image: &Path) -> io::Result<bool> {
+    let file = File::open(image)?;
+    let header = Qcow2::read(&file)?;
+    let Some(layout) = Layout::of(header.size) else {
+        return Ok(false);
+    };
+    let length = layout.clusters() * CLUSTER;
+    if autoclear(&file)? != RAW || file.metadata()?.len() != length {
+        return Ok(false);
+    }
+    let mut next = 0;
+    while next < layout.data {
+        let until = layout.data.min(next + PIECE * ENTRIES);
+        let expected: Vec<u8> = (next..until).flat_map(|n| mapped(n).to_be_bytes()).collect();
+        let mut found = vec![0; expected.len()];
+        file.read_exact_at(&mut found, layout.first_table() + next * 8)?;
+        if found != expected {
+            return Ok(false);
+        }
+        next = until;
+    }
+    Ok(true)
+}
+
+/// The entry of a cluster that is where it is in the raw disk.
+fn mapped(cluster: u64) -> u64 {
+    COPIED | (cluster * CLUSTER)
+}
+
 /// Makes such an image anew in its place, for the raw disk as it is now: without bitmaps, and without what it says
 /// reads as zeroes. As a whole or not at all; owner and mode stay.
 ///
@@ -380,7 +413,9 @@ mod tests {
         past.set_modified(later).unwrap();
         assert!(written_past(&image, &raw).unwrap(), "past it");
         // It would have hidden what was written where it had been discarded.
+        assert!(!raw_data_qcow2_is_new(&image).unwrap());
         renew_raw_data_qcow2(&image).unwrap();
+        assert!(raw_data_qcow2_is_new(&image).unwrap());
         let compare = ["compare", "-f", "qcow2", "-F", "raw", text, raw.to_str().unwrap()];
         run(QemuVersion::V10_0, "qemu-img", &compare);
         let info = run(QemuVersion::V10_0, "qemu-img", &["info", text]);

@@ -142,6 +142,9 @@ impl Graph {
         if protocols.is_empty() {
             return Err(self.unknown(disk, "the hypervisor has no disk with this alias or file"));
         }
+        if let Some(image) = protocols.iter().find_map(|p| self.holder_of(&p.name)) {
+            return Err(data_of_another(path, image));
+        }
         let mut found: Vec<DiskNodes> = self
             .devices
             .iter()
@@ -167,6 +170,25 @@ impl Graph {
         found
             .pop()
             .ok_or_else(|| self.unknown(disk, "no node serves the disk's file"))
+    }
+
+    /// The qcow2 that keeps its data in this node or in one above it.
+    fn holder_of<'a>(&'a self, name: &'a str) -> Option<&'a Node> {
+        let (mut seen, mut todo) = (BTreeSet::new(), vec![name]);
+        while let Some(name) = todo.pop() {
+            if !seen.insert(name) {
+                continue;
+            }
+            for (parent, role) in self.parents(name) {
+                if role == "data-file" {
+                    return Some(parent);
+                }
+                if parent.primary() == Some(name) {
+                    todo.push(&parent.name);
+                }
+            }
+        }
+        None
     }
 
     /// The topmost nodes that show the data of this one.
@@ -257,6 +279,18 @@ fn another_file(device: &Device, wanted: &Path, actual: &str) -> Error {
             "the device '{}' uses {actual}, and not {} as the document says",
             device.label(),
             wanted.display()
+        ),
+    )
+    .hint("Use the domain's present document: this one is of another time or of another domain.")
+}
+
+fn data_of_another(path: &Path, image: &Node) -> Error {
+    Error::new(
+        ErrorKind::Invalid,
+        format!(
+            "the hypervisor reaches {} through the qcow2 image {}, and not by itself as the document says",
+            path.display(),
+            image.filename
         ),
     )
     .hint("Use the domain's present document: this one is of another time or of another domain.")
