@@ -126,6 +126,12 @@ impl SnapshotReader {
         &self.opened.warnings
     }
 
+    /// Why more is told as changed than was written, where it is; never less.
+    #[must_use]
+    pub fn excess(&self) -> Option<&str> {
+        self.opened.excess.as_deref()
+    }
+
     /// The ranges that have changed since the checkpoint that the reader was opened with.
     ///
     /// # Errors

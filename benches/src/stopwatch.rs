@@ -312,6 +312,10 @@ impl Catalog for TimedCatalog {
         self.time(self.inner.snapshots(domain)).await
     }
 
+    async fn pinned(&self, domain: &DomainId) -> Result<Vec<Snapshot>> {
+        self.time(self.inner.pinned(domain)).await
+    }
+
     async fn deleted(&self, domain: &DomainId, name: &SnapshotName) -> Result<Option<SnapshotId>> {
         self.time(self.inner.deleted(domain, name)).await
     }

@@ -61,6 +61,7 @@ fn records(domain: &DomainId, n: u32) -> (Intent, Snapshot) {
         warnings: vec!["x".repeat(1500), n.to_string()],
         checkpoint: None,
         after: None,
+        pinned: false,
     };
     (intent, snapshot)
 }

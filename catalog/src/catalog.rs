@@ -282,6 +282,16 @@ impl Catalog for SqliteCatalog {
             .await
     }
 
+    async fn pinned(&self, domain: &DomainId) -> Result<Vec<Snapshot>> {
+        let domain = domain.uuid.to_string();
+        let query = "SELECT version, record FROM pinned WHERE domain = ?1 ORDER BY created, seq";
+        self.database
+            .read("cannot list the kept snapshots", move |c| {
+                records("snapshot", c, query, [domain])
+            })
+            .await
+    }
+
     async fn deleted(&self, domain: &DomainId, name: &SnapshotName) -> Result<Option<SnapshotId>> {
         let (domain, name) = (domain.uuid.to_string(), name.to_string());
         let query = "SELECT id FROM tombstones WHERE domain = ?1 AND name = ?2 ORDER BY seq DESC LIMIT 1";

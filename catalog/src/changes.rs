@@ -40,6 +40,9 @@ fn add_snapshot(to: &Transaction<'_>, domain: &DomainId, snapshot: &Snapshot) ->
             .with("domain", domain)
             .into());
     }
+    if snapshot.pinned {
+        return pin_snapshot(to, domain, snapshot);
+    }
     let (uuid, id) = (domain.uuid.to_string(), snapshot.id.to_string());
     let mut holder = to.prepare_cached("SELECT id FROM snapshots WHERE domain = ?1 AND name = ?2")?;
     let holder: Option<String> = holder
@@ -72,6 +75,24 @@ fn add_snapshot(to: &Transaction<'_>, domain: &DomainId, snapshot: &Snapshot) ->
     Ok(())
 }
 
+/// A snapshot that is deleted for its users, and kept.
+fn pin_snapshot(to: &Transaction<'_>, domain: &DomainId, snapshot: &Snapshot) -> Outcome<()> {
+    bury(to, domain, snapshot.id)?;
+    to.prepare_cached(
+        "INSERT INTO pinned (domain, id, created, version, record) VALUES (?1, ?2, ?3, ?4, ?5)
+         ON CONFLICT (domain, id) DO UPDATE SET
+         created = excluded.created, version = excluded.version, record = excluded.record",
+    )?
+    .execute(params![
+        domain.uuid.to_string(),
+        snapshot.id.to_string(),
+        nanoseconds(snapshot.created),
+        record::VERSION,
+        record::write("snapshot", snapshot)?
+    ])?;
+    Ok(())
+}
+
 /// Since 1970, clipped to what the column holds (the years 1677 to 2262).
 fn nanoseconds(at: SystemTime) -> i64 {
     match at.duration_since(SystemTime::UNIX_EPOCH) {
@@ -81,6 +102,14 @@ fn nanoseconds(at: SystemTime) -> i64 {
 }
 
 fn remove_snapshot(from: &Transaction<'_>, domain: &DomainId, id: SnapshotId) -> Outcome<()> {
+    bury(from, domain, id)?;
+    from.prepare_cached("DELETE FROM pinned WHERE domain = ?1 AND id = ?2")?
+        .execute(params![domain.uuid.to_string(), id.to_string()])?;
+    Ok(())
+}
+
+/// Takes a snapshot out of those that have a name, and remembers the name.
+fn bury(from: &Transaction<'_>, domain: &DomainId, id: SnapshotId) -> Outcome<()> {
     let (uuid, id) = (domain.uuid.to_string(), id.to_string());
     let buried = from
         .prepare_cached(

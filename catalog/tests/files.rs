@@ -178,7 +178,7 @@ async fn a_newer_catalog_is_refused_and_left() {
     let error = refused(&dir).await;
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(error.message().contains("version 99"), "{error}");
-    edit(&dir, "PRAGMA user_version = 3");
+    edit(&dir, "PRAGMA user_version = 4");
     let catalog = SqliteCatalog::open(dir).await.unwrap();
     assert_eq!(catalog.snapshots(&domain("vm")).await.unwrap().len(), 100);
 }
@@ -187,7 +187,10 @@ async fn a_newer_catalog_is_refused_and_left() {
 async fn a_catalog_from_before_checkpoints_is_upgraded() {
     let temp = tempfile::tempdir().unwrap();
     let dir = closed(temp.path()).await;
-    edit(&dir, "DROP TABLE checkpoints; PRAGMA user_version = 2");
+    edit(
+        &dir,
+        "DROP TABLE checkpoints; DROP TABLE pinned; PRAGMA user_version = 2",
+    );
     let catalog = SqliteCatalog::open(dir.clone()).await.unwrap();
     let vm = domain("vm");
     assert_eq!(catalog.snapshots(&vm).await.unwrap().len(), 100);

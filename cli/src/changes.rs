@@ -28,6 +28,9 @@ pub(crate) async fn run(context: &Context, changes: Changes) -> Outcome {
         for warning in reader.warnings() {
             context.out.warn(warning);
         }
+        listed
+            .superset
+            .extend(reader.excess().map(|why| (disk.clone(), why.to_owned())));
         let outcome = tokio::select! {
             outcome = list(&mut listed, disk, &reader) => outcome,
             signal = stop.wait() => Err(Failure::Stopped(signal)),
@@ -35,6 +38,11 @@ pub(crate) async fn run(context: &Context, changes: Changes) -> Outcome {
         let closed = reader.close().await;
         outcome?;
         closed?;
+    }
+    for (disk, why) in &listed.superset {
+        context.out.warn(&format!(
+            "{disk}: all that was written is told, and possibly more: {why}"
+        ));
     }
     listed.end()
 }
@@ -89,6 +97,8 @@ struct Listing {
     form: Form,
     buffer: Vec<u8>,
     count: u64,
+    /// The disks of which more may be told than was written, and why.
+    superset: Vec<(String, String)>,
 }
 
 impl Listing {
@@ -103,6 +113,7 @@ impl Listing {
             form,
             buffer,
             count: 0,
+            superset: Vec::new(),
         }
     }
 
@@ -130,10 +141,22 @@ impl Listing {
     }
 
     fn end(mut self) -> Outcome {
+        let superset = self.superset.iter();
         let tail = match self.form {
-            Form::Text => "",
-            Form::Json => "\n]}\n",
-            Form::Xml => "</changes>\n",
+            Form::Text => String::new(),
+            Form::Json => {
+                let each: Vec<_> = superset
+                    .map(|(disk, why)| json!({ "disk": disk, "why": why }))
+                    .collect();
+                format!("\n], \"superset\": {}}}\n", json!(each))
+            }
+            Form::Xml => {
+                let each = superset.map(|(disk, why)| {
+                    let element = Element::new("superset").attr("disk", disk).attr("why", why);
+                    element.to_document().map(|line| format!("  {line}"))
+                });
+                each.collect::<disksnap::Result<String>>()? + "</changes>\n"
+            }
         };
         self.buffer.extend_from_slice(tail.as_bytes());
         self.print()

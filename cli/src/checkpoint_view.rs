@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use disksnap::checkpoint_set::json;
 use disksnap::xml::Element;
-use disksnap::{Checkpoint, CheckpointName, Redefined, Result};
+use disksnap::{Checkpoint, CheckpointDisk, CheckpointName, Mark, Redefined, Result};
 use serde::{Serialize, Serializer};
 
 use crate::output::{Text, table};
@@ -58,12 +58,16 @@ impl Text for List<'_> {
 
 fn row(indent: &str, checkpoint: &Checkpoint) -> Vec<String> {
     let parent = checkpoint.parent.as_ref().map_or("-", CheckpointName::as_str);
-    let targets: Vec<&str> = checkpoint.disks.iter().map(|disk| disk.target.as_str()).collect();
+    let told = |disk: &CheckpointDisk| match disk.mark {
+        Mark::Bitmap(_) => disk.target.clone(),
+        Mark::Pinned(_) => format!("{} (kept snapshot)", disk.target),
+    };
+    let targets: Vec<String> = checkpoint.disks.iter().map(told).collect();
     vec![
         format!("{indent}{}", checkpoint.name),
         parent.to_owned(),
         time(checkpoint.created),
-        targets.join(","),
+        targets.join(", "),
     ]
 }
 

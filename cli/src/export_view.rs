@@ -63,6 +63,12 @@ pub(crate) struct ExportView {
     /// The domain whose guest has it as a disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     attached_to: Option<String>,
+    /// The checkpoint since which the changed blocks are told beside the data.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checkpoint: Option<String>,
+    /// Why more blocks may be told than were written; left out where it is exactly those.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    superset: Option<String>,
 }
 
 impl ServingView {
@@ -119,7 +125,10 @@ impl Text for ServerView {
 
 impl ExportView {
     fn new(export: &Export, server: Option<&NbdServer>, names: &Names) -> Self {
+        let changes = export.changes.as_ref();
         Self {
+            checkpoint: changes.map(|changes| changes.since.to_string()),
+            superset: changes.and_then(|changes| changes.excess.clone()),
             alias: export.alias.to_string(),
             snapshot: names
                 .get(&export.snapshot)

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use disksnap::xml::{self, Element, SnapshotView};
-use disksnap::{Deleted, Deletion, Disk, Error, Health, Inspected, Result, Snapshot, SnapshotName, Source};
+use disksnap::{
+    CheckpointName, Deleted, Deletion, Disk, Error, Health, Inspected, Result, Snapshot, SnapshotName, Source,
+};
 use serde::Serialize;
 
 use crate::args::{Create, Keep, SnapshotCommand};
@@ -117,8 +119,9 @@ async fn delete(context: &Context, names: Vec<SnapshotName>, all: bool, document
             Ok(Deletion {
                 deleted: how,
                 altered,
+                kept_for,
             }) => {
-                deleted.push(DeletedView::new(&name, how));
+                deleted.push(DeletedView::new(&name, how, kept_for));
                 altered.warnings.iter().for_each(|w| context.out.warn(w));
                 for disk in altered.disks {
                     domain.replace_disk(disk.clone());
@@ -144,6 +147,11 @@ fn delete_document(deleted: &[DeletedView]) -> Result<String> {
         Element::new("snapshot")
             .attr("name", &d.name)
             .attr("deleted", d.when)
+            .children(
+                d.kept_for
+                    .iter()
+                    .map(|name| Element::new("keptFor").attr("checkpoint", name)),
+            )
     });
     Element::new("deleted").children(each).to_document()
 }
@@ -157,10 +165,13 @@ struct DeletedList<'a> {
 struct DeletedView {
     name: String,
     when: &'static str,
+    /// The checkpoints that its data is kept for; without its name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    kept_for: Vec<CheckpointName>,
 }
 
 impl DeletedView {
-    fn new(name: &SnapshotName, how: Deleted) -> Self {
+    fn new(name: &SnapshotName, how: Deleted, kept_for: Vec<CheckpointName>) -> Self {
         let when = match how {
             Deleted::Now => "now",
             Deleted::Before => "before",
@@ -168,14 +179,23 @@ impl DeletedView {
         Self {
             name: name.to_string(),
             when,
+            kept_for,
         }
     }
 }
 
 impl Text for DeletedList<'_> {
     fn text(&self) -> String {
-        let line = |d: &DeletedView| match d.when {
-            "now" => format!("deleted {}\n", d.name),
+        let line = |d: &DeletedView| match (d.when, d.kept_for.as_slice()) {
+            ("now", []) => format!("deleted {}\n", d.name),
+            ("now", kept_for) => {
+                let names: Vec<&str> = kept_for.iter().map(CheckpointName::as_str).collect();
+                format!(
+                    "deleted {}; its data is kept for the checkpoint {}\n",
+                    d.name,
+                    names.join(", ")
+                )
+            }
             _ => format!("{} had been deleted before\n", d.name),
         };
         self.deleted.iter().map(line).collect()

@@ -36,6 +36,7 @@ struct Records {
 struct OfDomain {
     moves: Vec<Moved>,
     snapshots: Vec<Snapshot>,
+    pinned: Vec<Snapshot>,
     deleted: Vec<(SnapshotName, SnapshotId)>,
     checkpoints: Vec<Checkpoint>,
     server: Option<NbdServer>,
@@ -173,6 +174,10 @@ impl Catalog for MemoryCatalog {
         Ok(self.of(domain, |d| d.snapshots.clone()))
     }
 
+    async fn pinned(&self, domain: &DomainId) -> Result<Vec<Snapshot>> {
+        Ok(self.of(domain, |d| d.pinned.clone()))
+    }
+
     async fn deleted(&self, domain: &DomainId, name: &SnapshotName) -> Result<Option<SnapshotId>> {
         Ok(self.of(domain, |d| {
             d.deleted.iter().rfind(|(n, _)| n == name).map(|(_, id)| *id)
@@ -210,8 +215,20 @@ impl Catalog for MemoryCatalog {
 }
 
 impl OfDomain {
+    /// Takes a snapshot out of those that have a name, and remembers the name.
+    fn bury(&mut self, id: SnapshotId) {
+        let gone = self.snapshots.extract_if(.., |s| s.id == id);
+        self.deleted.extend(gone.map(|s| (s.name, s.id)));
+    }
+
     fn apply(&mut self, change: &Change) -> Result<()> {
         match change {
+            Change::AddSnapshot(snapshot) if snapshot.pinned => {
+                self.bury(snapshot.id);
+                self.pinned.retain(|s| s.id != snapshot.id);
+                self.pinned.push((**snapshot).clone());
+                self.pinned.sort_by_key(|s| s.created);
+            }
             Change::AddSnapshot(snapshot) => {
                 if let Some(known) = self.snapshots.iter_mut().find(|s| s.id == snapshot.id) {
                     known.clone_from(snapshot);
@@ -226,8 +243,8 @@ impl OfDomain {
                 self.snapshots.push((**snapshot).clone());
             }
             Change::RemoveSnapshot(id) => {
-                let gone = self.snapshots.extract_if(.., |s| s.id == *id);
-                self.deleted.extend(gone.map(|s| (s.name, s.id)));
+                self.bury(*id);
+                self.pinned.retain(|s| s.id != *id);
             }
             Change::SetCheckpoints(set) => self.checkpoints.clone_from(set),
             Change::AddCheckpoint(new) => {

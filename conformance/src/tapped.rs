@@ -246,6 +246,10 @@ impl<C: Catalog> Catalog for TappedCatalog<C> {
         self.inner.snapshots(domain).await
     }
 
+    async fn pinned(&self, domain: &DomainId) -> Result<Vec<Snapshot>> {
+        self.inner.pinned(domain).await
+    }
+
     async fn deleted(&self, domain: &DomainId, name: &SnapshotName) -> Result<Option<SnapshotId>> {
         self.inner.deleted(domain, name).await
     }

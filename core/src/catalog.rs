@@ -42,6 +42,9 @@ pub trait Catalog: fmt::Debug + Send + Sync {
     /// A domain's snapshots, oldest first.
     async fn snapshots(&self, domain: &DomainId) -> Result<Vec<Snapshot>>;
 
+    /// The snapshots that were deleted and are kept because a checkpoint is them ([`Snapshot::pinned`]), oldest first.
+    async fn pinned(&self, domain: &DomainId) -> Result<Vec<Snapshot>>;
+
     /// The snapshot of this name that was deleted last, if the catalog still remembers one.
     async fn deleted(&self, domain: &DomainId, name: &SnapshotName) -> Result<Option<SnapshotId>>;
 
@@ -209,7 +212,8 @@ pub struct Part {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Change {
-    /// A snapshot has come to be, or replaces the record of the same id. `AlreadyExists` when its name is another's.
+    /// A snapshot has come to be, or replaces the record of the same id. `AlreadyExists` when its name is another's. One
+    /// that is [`Snapshot::pinned`] has no name that counts: it is deleted for its users.
     AddSnapshot(Box<Snapshot>),
     /// A snapshot is gone, or never was.
     RemoveSnapshot(SnapshotId),

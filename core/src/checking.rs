@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde::{Deserialize, Serialize};
 
+use crate::dispatcher::Held;
 use crate::{
-    Change, Checkpoint, CheckpointName, Control, DirtyBitmap, Dispatcher, Domain, Ending, Health, Lineage,
-    Mark, Result, SnapshotId, Tracked,
+    Change, Checkpoint, CheckpointName, Control, DirtyBitmap, Dispatcher, Domain, Ending, Health, Inspected,
+    Lineage, Mark, Result, SnapshotId, Tracked,
 };
 
 /// What was found of one mark.
@@ -23,6 +24,8 @@ pub enum MarkVerdict {
     Inconsistent,
     /// It should note what is written now, and does not.
     NotRecording,
+    /// It is as it should be, and of no use for what comes: a later one was lost, so that nobody knows what was written since.
+    CutOff,
     /// It notes what is written although a later one does: it tells more than has changed, and nothing less.
     Recording,
 }
@@ -43,6 +46,7 @@ impl MarkVerdict {
             Self::Lost => "lost",
             Self::Inconsistent => "inconsistent",
             Self::NotRecording => "not recording",
+            Self::CutOff => "cut off",
             Self::Recording => "recording",
         }
     }
@@ -135,19 +139,28 @@ impl Dispatcher {
         let pinned = self.pinned_health(control, domain, lineage).await?;
         let mut validation = Validation::default();
         let targets: BTreeSet<&str> = lineage.checkpoints().iter().flat_map(targets_of).collect();
-        let newest: HashMap<&str, &CheckpointName> = targets
-            .iter()
-            .filter_map(|target| Some((*target, &lineage.newest_of(target)?.name)))
-            .collect();
-        for checkpoint in lineage.checkpoints() {
+        let (mut newest, mut recording) = (HashMap::new(), HashMap::new());
+        for target in targets {
+            newest.extend(lineage.newest_of(target).map(|c| (target, &c.name)));
+            recording.extend(lineage.recording_of(target).map(|c| (target, &c.name)));
+        }
+        for (checkpoint, cut_off) in lineage.checkpoints().iter().zip(lineage.cut_off()) {
             for disk in &checkpoint.disks {
-                let last = newest.get(disk.target.as_str()) == Some(&&checkpoint.name);
+                let target = disk.target.as_str();
+                let last = recording.get(target) == Some(&&checkpoint.name);
                 let verdict = match &disk.mark {
-                    Mark::Bitmap(name) => match found.get(disk.target.as_str()) {
+                    Mark::Bitmap(name) => match found.get(target) {
                         Some(found) => found.verdict(name, last, disk.volatile),
                         None => MarkVerdict::Missing,
                     },
-                    Mark::Pinned(id) => pinned.get(id).copied().unwrap_or(MarkVerdict::Missing),
+                    Mark::Pinned(id) => {
+                        let pinned = pinned.get(&(*id, target.to_owned()));
+                        pinned.copied().unwrap_or(MarkVerdict::Missing)
+                    }
+                };
+                let verdict = match (verdict, &disk.mark) {
+                    (MarkVerdict::Ok, Mark::Bitmap(_)) if cut_off.contains(target) => MarkVerdict::CutOff,
+                    _ => verdict,
                 };
                 validation.marks.push(CheckedMark {
                     checkpoint: checkpoint.name.clone(),
@@ -161,13 +174,13 @@ impl Dispatcher {
         Ok(validation)
     }
 
-    /// The snapshots that are checkpoints' marks, looked at.
+    /// The snapshots that are checkpoints' marks, looked at disk by disk.
     async fn pinned_health(
         &self,
         control: &dyn Control,
         domain: &Domain,
         lineage: &Lineage,
-    ) -> Result<HashMap<SnapshotId, MarkVerdict>> {
+    ) -> Result<HashMap<(SnapshotId, String), MarkVerdict>> {
         let marks = lineage
             .checkpoints()
             .iter()
@@ -183,23 +196,25 @@ impl Dispatcher {
         if pinned.is_empty() {
             return Ok(found);
         }
-        for snapshot in self.catalog.snapshots(&domain.id).await? {
-            let id = snapshot.id;
-            if pinned.contains(&id) {
-                let inspected = self.look(control, snapshot).await?;
-                let verdict = match inspected.overall() {
+        for snapshot in self.all_snapshots(&domain.id).await? {
+            if !pinned.contains(&snapshot.id) {
+                continue;
+            }
+            let Inspected { snapshot, health } = self.look(control, snapshot).await?;
+            for (disk, health) in snapshot.disks.iter().zip(health) {
+                let verdict = match health {
                     Health::Active | Health::Endangered(_) => MarkVerdict::Ok,
                     Health::Broken(_) => MarkVerdict::Inconsistent,
                     Health::Gone(_) => MarkVerdict::Missing,
                 };
-                found.insert(id, verdict);
+                found.insert((snapshot.id, disk.target.clone()), verdict);
             }
         }
         Ok(found)
     }
 
-    /// Gives up every mark that cannot be trusted, and those before it on the same disk, which nothing can be told since;
-    /// nothing else. The bitmaps go first, then the records.
+    /// Gives up every mark that cannot be trusted, and the bitmaps before a bitmap like that on the same disk, which nothing
+    /// can be told since; nothing else. The bitmaps go first, then the records, then snapshots that were kept for them.
     ///
     /// With `unknown`, bitmaps that no checkpoint knows are removed too. Safe to be called again.
     ///
@@ -207,19 +222,25 @@ impl Dispatcher {
     /// `Busy` where a bitmap is being exported. The records are as they were then.
     pub async fn drop_broken(&self, domain: &Domain, unknown: bool) -> Result<Dropped> {
         let held = self.hold(domain).await.map_err(|e| e.during("drop-broken"))?;
-        let dropped = self.drop_broken_held(&*held.control, domain, unknown).await;
+        let dropped = self.drop_broken_held(&held, domain, &[], unknown).await;
         dropped.map_err(|e| e.during("drop-broken").with("domain", &domain.id))
     }
 
-    async fn drop_broken_held(
+    /// Of these disks; of all when none is named.
+    pub(crate) async fn drop_broken_held(
         &self,
-        control: &dyn Control,
+        held: &Held,
         domain: &Domain,
+        targets: &[String],
         unknown: bool,
     ) -> Result<Dropped> {
+        let control = &*held.control;
         self.refuse_while_merging(&domain.id).await?;
         let lineage = Lineage::new(self.catalog.checkpoints(&domain.id).await?)?;
-        let validation = self.validate_held(control, domain, &lineage).await?;
+        let mut validation = self.validate_held(control, domain, &lineage).await?;
+        let meant = |target: &String| targets.is_empty() || targets.contains(target);
+        validation.marks.retain(|mark| meant(&mark.target));
+        validation.full.retain(meant);
         let marks = broken(&lineage, &validation)?;
         let mut dropped = Dropped {
             full: validation.full,
@@ -247,6 +268,7 @@ impl Dispatcher {
             let mut changes = self.moved_back(domain, &lineage, &marks, &kept).await?;
             changes.push(Change::SetCheckpoints(set));
             self.end_marks(control, domain, endings, changes).await?;
+            self.free_unpinned(held, domain).await?;
         }
         dropped.marks = marks;
         Ok(dropped)
@@ -281,8 +303,14 @@ impl Dispatcher {
             };
             let before: BTreeSet<&CheckpointName> = lineage.back_from(&after)?.map(|c| &c.name).collect();
             for disk in &mut snapshot.disks {
-                let lost =
-                    |mark: &CheckedMark| mark.target == disk.target && before.contains(&mark.checkpoint);
+                // A kept snapshot knows nothing that a later one would need.
+                let is_bitmap = |mark: &CheckedMark| {
+                    let checkpoint = lineage.get(&mark.checkpoint).ok();
+                    checkpoint.is_some_and(|c| c.bitmap(&mark.target).is_some())
+                };
+                let lost = |mark: &CheckedMark| {
+                    mark.target == disk.target && before.contains(&mark.checkpoint) && is_bitmap(mark)
+                };
                 disk.untold |= marks.iter().any(lost);
             }
             let mut back = lineage.back_from(&after)?;
@@ -377,7 +405,7 @@ fn full(marks: &[CheckedMark], newest: &HashMap<&str, &CheckpointName>) -> Vec<S
     full
 }
 
-/// The marks that are of no use: those that cannot be trusted, and all before them on the same disk.
+/// The marks that are of no use: those that cannot be trusted, and the bitmaps before such a bitmap on the same disk.
 fn broken(lineage: &Lineage, validation: &Validation) -> Result<Vec<CheckedMark>> {
     let key = |mark: &CheckedMark| (mark.checkpoint.clone(), mark.target.clone());
     let mut useless: BTreeSet<(CheckpointName, String)> = BTreeSet::new();
@@ -387,9 +415,13 @@ fn broken(lineage: &Lineage, validation: &Validation) -> Result<Vec<CheckedMark>
         .rev()
         .filter(|mark| !mark.verdict.is_usable())
     {
+        useless.insert(key(mark));
+        if lineage.get(&mark.checkpoint)?.bitmap(&mark.target).is_none() {
+            continue;
+        }
         for before in lineage.back_from(&mark.checkpoint)? {
-            // What comes before something useless is known to be so already.
-            if before.disk(&mark.target).is_some()
+            // What comes before something useless is known to be so already. A kept snapshot needs no other.
+            if before.bitmap(&mark.target).is_some()
                 && !useless.insert((before.name.clone(), mark.target.clone()))
                 && before.name != mark.checkpoint
             {

@@ -113,6 +113,12 @@ impl Checkpoint {
     pub fn disk(&self, target: &str) -> Option<&CheckpointDisk> {
         self.disks.iter().find(|disk| disk.target == target)
     }
+
+    /// The bitmap that keeps the instant of this disk, if one does.
+    #[must_use]
+    pub fn bitmap(&self, target: &str) -> Option<&str> {
+        self.disk(target)?.mark.bitmap()
+    }
 }
 
 /// One disk at a checkpoint.
@@ -144,6 +150,17 @@ pub enum Mark {
     Bitmap(String),
     /// This snapshot, which is kept: its content and a later one's are compared.
     Pinned(SnapshotId),
+}
+
+impl Mark {
+    /// The bitmap, where it is one.
+    #[must_use]
+    pub fn bitmap(&self) -> Option<&str> {
+        match self {
+            Self::Bitmap(name) => Some(name),
+            Self::Pinned(_) => None,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -10,8 +10,8 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
-    Change, Checkpoint, CheckpointDisk, CheckpointName, Dispatcher, Domain, Error, ErrorKind, Lineage,
-    MarkVerdict, Result, Validation,
+    Change, CheckedMark, Checkpoint, CheckpointDisk, CheckpointName, Dispatcher, Domain, Error, ErrorKind,
+    Lineage, MarkVerdict, Result, Validation,
 };
 
 /// How many names an error tells of those that stand against something.
@@ -61,8 +61,8 @@ impl Dispatcher {
     /// bitmaps are touched, or looked at.
     ///
     /// The set comes in any order. It has all that is known already, unless [`Redefine::replace`] is said. Where it says
-    /// less of a checkpoint than is known (no id of a disk, no size, no fraction of the second, no description) what is
-    /// known stays. Idempotent.
+    /// less of a checkpoint than is known (no id of a disk, no size, no fraction of the second, no description, nothing of a
+    /// disk whose checkpoint is a kept snapshot) what is known stays. Idempotent.
     ///
     /// # Errors
     /// `Invalid` for a set that is not sound ([`Lineage::new`]); `NotFound` for a disk that the domain does not have;
@@ -123,12 +123,13 @@ impl Dispatcher {
             drop(known);
             let change = [Change::SetCheckpoints(set)];
             self.catalog.settle(Uuid::nil(), &domain.id, &change).await?;
+            self.free_unpinned(&held, domain).await?;
         }
         Ok(done)
     }
 
     /// Forgets all checkpoints of a domain, and tells which. The disks keep their bitmaps: this is for a domain that has
-    /// gone to another host with them. Idempotent.
+    /// gone to another host with them. Snapshots that were deleted and kept for the checkpoints end. Idempotent.
     ///
     /// # Errors
     /// Those of the catalog.
@@ -250,6 +251,10 @@ fn complete(given: &mut Checkpoint, known: &Checkpoint) -> Result<()> {
             None => wrong = Some(format!("the disk {} besides", disk.target)),
         }
     }
+    // Most forms have no words for a kept snapshot.
+    let untold = |disk: &&CheckpointDisk| disk.mark.bitmap().is_none() && given.disk(&disk.target).is_none();
+    let untold: Vec<CheckpointDisk> = known.disks.iter().filter(untold).cloned().collect();
+    given.disks.extend(untold);
     if let Some(gone) = known.disks.iter().find(|disk| given.disk(&disk.target).is_none()) {
         wrong = Some(format!("nothing of the disk {}", gone.target));
     }
@@ -271,10 +276,9 @@ fn complete(given: &mut Checkpoint, known: &Checkpoint) -> Result<()> {
 
 /// Refuses a set whose marks are not on the disks as they should be, or where there are others.
 fn refuse_unsound(found: &Validation) -> Result<()> {
-    if found.is_sound() {
-        return Ok(());
-    }
-    let wrong = found.marks.iter().filter(|mark| mark.verdict != MarkVerdict::Ok);
+    // What a gap in the set cuts off is so by the set itself.
+    let as_said = |mark: &CheckedMark| matches!(mark.verdict, MarkVerdict::Ok | MarkVerdict::CutOff);
+    let wrong = found.marks.iter().filter(|mark| !as_said(mark));
     let wrong = wrong.map(|mark| {
         format!(
             "{} of {}: {}",
@@ -286,6 +290,9 @@ fn refuse_unsound(found: &Validation) -> Result<()> {
     let unknown = found.unknown.iter();
     let unknown = unknown.map(|bitmap| format!("{}: unknown bitmap '{}'", bitmap.target, bitmap.name));
     let all: Vec<String> = wrong.chain(unknown).collect();
+    if all.is_empty() {
+        return Ok(());
+    }
     let more = all.len().saturating_sub(TOLD);
     let told: Vec<&str> = all.iter().take(TOLD).map(String::as_str).collect();
     let more = if more == 0 {

@@ -16,10 +16,10 @@ use crate::resolve::resolve;
 use crate::standing::Standing;
 use crate::window::{self, Instantly, Take};
 use crate::{
-    Access, Act, Altered, Catalog, Change, Connector, Consistency, Control, DiskRequest, DiskSnapshotRecord,
-    Domain, DomainLock, Effect, Error, ErrorKind, Fit, Health, Intent, JobUnit, MergeOptions, Part, Plan,
-    PlannedDisk, Registry, Result, RunState, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Tracker,
-    Unit, UnitRecord,
+    Access, Act, Altered, Catalog, Change, CheckpointName, Connector, Consistency, Control, DiskRequest,
+    DiskSnapshotRecord, Domain, DomainLock, Effect, Error, ErrorKind, Fit, Health, Intent, JobUnit,
+    MergeOptions, Part, Plan, PlannedDisk, Registry, Result, RunState, Snapshot, SnapshotId, SnapshotName,
+    SnapshotRequest, Tracker, Unit, UnitRecord,
 };
 
 /// Finds each disk's provider and drives it. Cheap to clone; every method may be called at any time,
@@ -62,6 +62,8 @@ pub struct Deletion {
     pub deleted: Deleted,
     /// What merging the disks that stood on the snapshot has changed.
     pub altered: Altered,
+    /// The checkpoints that the snapshot is on some of its disks: its data there is kept until they are removed.
+    pub kept_for: Vec<CheckpointName>,
 }
 
 /// What a delete found.
@@ -157,7 +159,8 @@ impl Dispatcher {
     }
 
     /// Deletes a snapshot and all that was made for it: exports, jobs, nodes, images. The disks keep their content:
-    /// where they stand on the snapshot, it is merged first. Idempotent: a name deleted before answers
+    /// where they stand on the snapshot, it is merged first. What a checkpoint is, is kept without its name until the
+    /// checkpoint is removed ([`Deletion::kept_for`]). Idempotent: a name deleted before answers
     /// [`Deleted::Before`]; a name that never was is `NotFound`.
     pub async fn delete(&self, domain: &Domain, name: &SnapshotName) -> Result<Deletion> {
         let deleted = self.delete_inner(domain, name).await;
@@ -172,6 +175,7 @@ impl Dispatcher {
         let mut deletion = Deletion {
             deleted: Deleted::Now,
             altered: Altered::default(),
+            kept_for: Vec::new(),
         };
         let held = self.hold(domain).await?;
         let snapshot = match self.find(domain, name).await {
@@ -184,6 +188,7 @@ impl Dispatcher {
             Err(error) => return Err(error),
         };
         self.refuse_while_merging(&domain.id).await?;
+        deletion.kept_for = self.pins(&domain.id).await?.on_any(&snapshot);
         let stood_on = self.stood_on(&snapshot);
         if stood_on.is_empty() {
             self.delete_held(&held, domain, &snapshot).await?;
@@ -217,6 +222,10 @@ impl Dispatcher {
         let control = self.connector.control(domain).await?;
         let held = Held::new(control, lock);
         self.settle_leftovers(&held, &domain.id).await?;
+        // A kill between the end of a checkpoint and that of what was kept for it. Nobody waits for that.
+        if let Err(error) = self.free_unpinned(&held, domain).await {
+            tracing::warn!("what was kept for a checkpoint that is no more stays: {error}");
+        }
         Ok(held)
     }
 
@@ -447,15 +456,12 @@ impl Dispatcher {
         let mut changes = self
             .unserve_snapshot(control, &intent.domain.id, snapshot.id)
             .await?;
-        for UnitRecord { method, unit } in snapshot.units.iter().rev() {
-            let provider = self.registry.get(method)?;
-            provider
-                .delete(control, snapshot.id, unit)
-                .await
-                .map_err(|e| e.by(method))?;
-        }
+        let rest = self.delete_units(held, snapshot).await?;
         self.drop_written(control, &intent.domain, snapshot).await?;
-        changes.push(Change::RemoveSnapshot(snapshot.id));
+        changes.push(match rest.units.as_slice() {
+            [] => Change::RemoveSnapshot(snapshot.id),
+            _ => Change::AddSnapshot(Box::new(rest)),
+        });
         self.catalog.settle(intent.id, &intent.domain.id, &changes).await
     }
 
@@ -591,6 +597,7 @@ fn assemble(
         warnings,
         checkpoint: None,
         after: None,
+        pinned: false,
     })
 }
 

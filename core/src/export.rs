@@ -175,7 +175,20 @@ pub struct Changes {
     /// The checkpoint.
     pub since: CheckpointName,
     /// Where it is known from.
-    pub union: Union,
+    pub told: Told,
+    /// Why more is told than was written, where it is; never less.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub excess: Option<String>,
+}
+
+/// What knows what changed since a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Told {
+    /// Bitmaps.
+    Bitmaps(Box<Union>),
+    /// The method, by comparing the snapshot with this one, which the checkpoint is.
+    Compared(SnapshotId),
 }
 
 impl Export {

@@ -229,7 +229,8 @@ fn replace(snapshot: &mut Snapshot, n: usize, unit: Unit) {
     snapshot.units[n].unit = unit;
 }
 
-fn remove(snapshot: &mut Snapshot, n: usize) {
+/// Takes a unit and its disks out of a snapshot's record.
+pub(crate) fn remove(snapshot: &mut Snapshot, n: usize) {
     snapshot.units.remove(n);
     snapshot.disks.retain(|disk| disk.unit != n);
     for disk in snapshot.disks.iter_mut().filter(|disk| disk.unit > n) {

@@ -29,6 +29,7 @@ mod lineage;
 mod marking;
 mod merging;
 mod names;
+mod pinning;
 mod place;
 mod provider;
 mod reading;
@@ -59,7 +60,7 @@ pub use disk::{DeviceKind, Disk, Driver, MethodChoice, Options};
 pub use dispatcher::{Deleted, Deletion, Dispatcher, Inspected};
 pub use domain::{Domain, DomainId, Sockets};
 pub use error::{Effect, Error, ErrorKind, Result};
-pub use export::{Changes, Export, ExportDisk, ExportRequest, Listen, NbdServer, ServedBy, Tls};
+pub use export::{Changes, Export, ExportDisk, ExportRequest, Listen, NbdServer, ServedBy, Tls, Told};
 pub use host::{
     Command, Connector, Control, DiskNode, Freeze, Guard, Host, NodeBitmap, Owner, RunState, ServeNode,
     Verdict, Watch,
@@ -81,7 +82,7 @@ pub use registry::{Registration, Registry};
 pub use request::{DEADLINE, DiskChoice, Disks, NewCheckpoint, Quiesce, SnapshotRequest};
 pub use resolve::{Plan, PlannedDisk, Skipped, Why};
 pub use serve::{Serving, StopExports};
-pub use snapshot::{Consistency, DiskSnapshotRecord, Snapshot, UnitRecord, WindowReport};
+pub use snapshot::{Consistency, DiskSnapshotRecord, Inherited, Snapshot, UnitRecord, WindowReport};
 pub use source::{BackingStore, DataStore, NetworkHost, Source};
 pub use tracker::{DirtyBitmap, Ending, SCRATCH_BITMAP, Start, Trackable, Tracked, Tracker, Union};
 pub use tracking::{Crossed, Crossing, RawDisks};

@@ -37,9 +37,10 @@ pub struct Unmark {
     pub target: String,
     /// The mark.
     pub mark: Mark,
-    /// The mark before it on this disk, which takes over what this one knows; `None` where nobody asks before it.
+    /// The bitmap before it on this disk, which takes over what this one knows; `None` where nobody asks before it, and for
+    /// a kept snapshot.
     pub into: Option<Mark>,
-    /// Whether it is the disk's last, so that the one before it goes on.
+    /// Whether it is the disk's last bitmap, so that the one before it goes on.
     pub last: bool,
 }
 
@@ -56,6 +57,7 @@ impl Lineage {
             }
             check_disks(checkpoint)?;
         }
+        check_bitmaps(&checkpoints)?;
         let order = order(&checkpoints, &names)?;
         let mut slots: Vec<Option<Checkpoint>> = checkpoints.into_iter().map(Some).collect();
         let sorted: Vec<Checkpoint> = order.into_iter().filter_map(|n| slots[n].take()).collect();
@@ -116,10 +118,16 @@ impl Lineage {
         self.youngest_leaf(|_| true)
     }
 
-    /// The disk's last checkpoint: its mark is the one that records.
+    /// The disk's last checkpoint.
     #[must_use]
     pub fn newest_of(&self, target: &str) -> Option<&Checkpoint> {
         self.youngest_leaf(|checkpoint| checkpoint.disk(target).is_some())
+    }
+
+    /// The disk's last checkpoint that is a bitmap: the one that records.
+    #[must_use]
+    pub fn recording_of(&self, target: &str) -> Option<&Checkpoint> {
+        self.youngest_leaf(|checkpoint| checkpoint.bitmap(target).is_some())
     }
 
     /// Of those that `counts`, the youngest that no other of them comes from.
@@ -150,12 +158,13 @@ impl Lineage {
         Ok(places.map(|n| &self.checkpoints[n]))
     }
 
-    /// The checkpoint before this one that covers the disk.
+    /// The checkpoint before this one whose bitmap knows what was written to the disk from then on.
     ///
     /// # Errors
     /// `NotFound` when there is no such checkpoint.
-    pub fn before(&self, name: &CheckpointName, target: &str) -> Result<Option<&Checkpoint>> {
-        Ok(self.back_from(name)?.skip(1).find(|c| c.disk(target).is_some()))
+    pub fn bitmap_before(&self, name: &CheckpointName, target: &str) -> Result<Option<&Checkpoint>> {
+        let mut before = self.back_from(name)?.skip(1);
+        Ok(before.find(|c| c.bitmap(target).is_some()))
     }
 
     /// What knows, between them, all changes of a disk from one checkpoint on: its own mark there first, and then those
@@ -203,8 +212,9 @@ impl Lineage {
         let gone = &self.checkpoints[place];
         let mut marks = Vec::with_capacity(gone.disks.len());
         for disk in &gone.disks {
-            let before = self.before(name, &disk.target)?;
-            let last = self.newest_of(&disk.target).is_some_and(|c| c.name == *name);
+            let before = self.bitmap_before(name, &disk.target)?;
+            let before = before.filter(|_| disk.mark.bitmap().is_some());
+            let last = self.recording_of(&disk.target).is_some_and(|c| c.name == *name);
             marks.push(Unmark {
                 target: disk.target.clone(),
                 mark: disk.mark.clone(),
@@ -224,11 +234,10 @@ impl Lineage {
         })
     }
 
-    /// The set for a form that has no place for gaps ([`CheckpointDisk::anew`]): a disk is left out of the checkpoints
-    /// before one, which nothing can be told since.
+    /// By checkpoint, in the order of [`Lineage::checkpoints`]: the disks that have a gap after it
+    /// ([`CheckpointDisk::anew`]), so that its bitmaps there tell nothing of what came later.
     #[must_use]
-    pub fn without_gaps(&self) -> Vec<Checkpoint> {
-        // By checkpoint, the disks that have a gap after it.
+    pub fn cut_off(&self) -> Vec<HashSet<&str>> {
         let mut after: Vec<HashSet<&str>> = vec![HashSet::new(); self.checkpoints.len()];
         for (n, checkpoint) in self.checkpoints.iter().enumerate().rev() {
             if let Some(parent) = self.parents[n] {
@@ -243,15 +252,24 @@ impl Lineage {
                 after[parent].extend(gaps);
             }
         }
+        after
+    }
+
+    /// The set for a form that has no place for gaps: a disk is left out of the checkpoints before one whose bitmaps tell
+    /// nothing since.
+    #[must_use]
+    pub fn without_gaps(&self) -> Vec<Checkpoint> {
         let left = |(checkpoint, gaps): (&Checkpoint, HashSet<&str>)| {
             let mut left = checkpoint.clone();
-            left.disks.retain(|disk| !gaps.contains(disk.target.as_str()));
+            let useless =
+                |disk: &CheckpointDisk| disk.mark.bitmap().is_some() && gaps.contains(disk.target.as_str());
+            left.disks.retain(|disk| !useless(disk));
             for disk in &mut left.disks {
                 disk.anew = false;
             }
             left
         };
-        self.checkpoints.iter().zip(after).map(left).collect()
+        self.checkpoints.iter().zip(self.cut_off()).map(left).collect()
     }
 
     /// A disk's second first checkpoint would leave changes that none of its marks knows.
@@ -301,6 +319,26 @@ fn check_disks(checkpoint: &Checkpoint) -> Result<()> {
         )),
         None => Ok(()),
     }
+}
+
+/// Removing one of two that share a bitmap would end the other's.
+fn check_bitmaps(checkpoints: &[Checkpoint]) -> Result<()> {
+    let mut owners: HashMap<(&str, &str), &CheckpointName> = HashMap::new();
+    for checkpoint in checkpoints {
+        for disk in &checkpoint.disks {
+            let Some(bitmap) = disk.mark.bitmap() else {
+                continue;
+            };
+            if let Some(other) = owners.insert((&disk.target, bitmap), &checkpoint.name) {
+                let why = format!(
+                    "the bitmap '{bitmap}' of the disk {} is that of '{other}' too",
+                    disk.target
+                );
+                return Err(fault(&checkpoint.name, why));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The places of the checkpoints, parents first, else the older first.

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use crate::{
-    Act, Checkpoint, CheckpointDisk, CheckpointName, Control, Dispatcher, Domain, Ending, Error, ErrorKind,
-    Intent, Lineage, Mark, NewCheckpoint, Part, Plan, Result, SCRATCH_BITMAP, Snapshot, SnapshotId,
-    SnapshotName, SnapshotRequest, Start, Trackable, Tracked, Tracker,
+    Act, Capability, Checkpoint, CheckpointDisk, CheckpointName, Control, Dispatcher, Domain, Ending, Error,
+    ErrorKind, Intent, Lineage, Mark, NewCheckpoint, Part, Plan, Result, SCRATCH_BITMAP, Snapshot,
+    SnapshotId, SnapshotName, SnapshotRequest, Start, Trackable, Tracked, Tracker,
 };
 
 /// What a create does about checkpoints; nothing where it is empty.
@@ -143,30 +143,42 @@ impl Dispatcher {
             .await
             .map_err(|e| e.during("checkpoint"))?;
         let active = control.state().await?.is_active();
-        for (disk, tracked) in disks.iter().zip(&looked) {
+        for ((planned, disk), tracked) in plan.disks.iter().zip(&disks).zip(&looked) {
             let shares = marking.shares.entry(disk.target.clone()).or_default();
             for bitmap in &tracked.bitmaps {
                 *shares.entry(bitmap.name.clone()).or_default() += 1;
             }
             refuse_taken(marking.begins.as_ref(), &disk.target, tracked)?;
-            let before = lineage.newest_of(&disk.target).is_some();
+            let before = lineage.recording_of(&disk.target).is_some();
             let recording = marking.recording(&lineage, &disk.target, tracked);
             let anew = before && recording.is_none();
             if anew {
                 marking.untold.push(disk.target.clone());
             }
-            if let Some(begins) = marking.begins.clone() {
-                let volatile = volatile(&disk.target, tracked, &mut marking.warnings)?;
+            // A snapshot that can be compared with later ones is the checkpoint itself: it costs the guest no bitmap.
+            let pinned = planned.probe.capabilities.contains(&Capability::Compare);
+            let starts = marking
+                .begins
+                .as_ref()
+                .filter(|_| !pinned)
+                .map(ToString::to_string);
+            if marking.begins.is_some() {
+                let (mark, volatile) = match &starts {
+                    Some(bitmap) => {
+                        let volatile = volatile(&disk.target, tracked, &mut marking.warnings)?;
+                        (Mark::Bitmap(bitmap.clone()), volatile)
+                    }
+                    None => (Mark::Pinned(request.id), false),
+                };
                 marking.disks.push(CheckpointDisk {
                     target: disk.target.clone(),
                     id: None,
                     size: tracked.size,
-                    mark: Mark::Bitmap(begins.to_string()),
+                    mark,
                     volatile,
-                    anew,
+                    anew: anew && !pinned,
                 });
             }
-            let starts = marking.begins.as_ref().map(ToString::to_string);
             // A bitmap that stops at the instant needs no copy, nor one that nobody changes meanwhile.
             let copied = active && starts.is_none() && recording.is_some();
             marking.starts.push(Start {
@@ -184,21 +196,19 @@ impl Dispatcher {
 impl Marking {
     /// The bitmap of the disk's last checkpoint, if it can be trusted to have recorded until now.
     fn recording(&mut self, lineage: &Lineage, target: &str, tracked: &Tracked) -> Option<String> {
-        let last = lineage.newest_of(target)?;
+        let last = lineage.recording_of(target)?;
         let mut line = lineage.back_from(self.after.as_ref()?).ok()?;
         let on_line = line.any(|checkpoint| checkpoint.name == last.name);
-        let Some(Mark::Bitmap(name)) = last.disk(target).map(|disk| &disk.mark) else {
-            return None;
-        };
+        let name = last.bitmap(target)?;
         let found = tracked
             .bitmaps
             .iter()
-            .find(|bitmap| bitmap.layer == 0 && bitmap.name == *name);
+            .find(|bitmap| bitmap.layer == 0 && bitmap.name == name);
         let why = match found {
             _ if !on_line => "it is on another line than the domain's last checkpoint",
             Some(bitmap) if bitmap.inconsistent => "its bitmap is inconsistent",
             Some(bitmap) if !bitmap.recording => "its bitmap has not been recording",
-            Some(_) => return Some(name.clone()),
+            Some(_) => return Some(name.to_owned()),
             None => "its bitmap is not there",
         };
         self.warnings.push(format!(

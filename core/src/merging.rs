@@ -246,6 +246,10 @@ impl Dispatcher {
         standing.refuse_stale(&control.state().await?, own)?;
         let snapshots = standing.snapshots;
         let parts = self.merging(chosen(&snapshot, targets)?, *into)?;
+        if *into == MergeInto::Base {
+            let units: Vec<_> = parts.iter().map(|part| part.entry.unit.clone()).collect();
+            self.refuse_pinned(&domain.id, snapshot.id, &units).await?;
+        }
         let (lease, guard) = self.catalog.lease().await?;
         let act = Act::Merge {
             snapshot: snapshot.id,
@@ -384,7 +388,7 @@ impl Dispatcher {
         parts: Vec<Part>,
     ) -> Result<Settled> {
         let (control, domain) = (&*held.control, &intent.domain.id);
-        let snapshots = self.catalog.snapshots(domain).await?;
+        let snapshots = self.all_snapshots(domain).await?;
         let inherited = inherited(&snapshots, id);
         let mut ledger = Ledger::new(snapshots, id, &intent.domain);
         let mut left = Vec::new();

@@ -2,8 +2,8 @@
 
 use crate::marking::untracked;
 use crate::{
-    Control, Dispatcher, DomainId, Error, ErrorKind, Export, ExportRequest, ImageServer, Listen, NbdServer,
-    Result, ServedBy, Tls, Tracker, Union,
+    Changed, Control, Dispatcher, DomainId, Error, ErrorKind, Export, ExportRequest, ImageServer, Listen,
+    NbdServer, Result, ServedBy, Tls, Told, Tracker, Union,
 };
 
 /// One of the two servers of one domain.
@@ -56,14 +56,19 @@ impl<'a> Place<'a> {
         }
     }
 
-    pub(crate) async fn serve(&self, export: &Export) -> Result<()> {
-        if let (Some(changes), ServedBy::Hypervisor) = (&export.changes, self.by) {
+    /// `changed` is what a comparing method has told of it.
+    pub(crate) async fn serve(&self, export: &Export, changed: Option<Changed>) -> Result<()> {
+        if let (Some(union), ServedBy::Hypervisor) = (union_of(export), self.by) {
             let tracker = self.tracker.ok_or_else(untracked)?;
-            tracker.unite(self.control, &changes.union).await?;
+            tracker.unite(self.control, union).await?;
         }
         match &export.image {
             None => self.control.serve(&export.node).await,
-            Some(image) => self.images()?.serve(self.domain, &export.node, image, None).await,
+            Some(image) => {
+                self.images()?
+                    .serve(self.domain, &export.node, image, changed)
+                    .await
+            }
         }
     }
 
@@ -73,9 +78,8 @@ impl<'a> Place<'a> {
             ServedBy::Hypervisor => self.control.unserve(&export.node.id).await?,
             ServedBy::ImageServer => self.images()?.unserve(self.domain, &export.node).await?,
         }
-        match (&export.changes, self.tracker, self.by) {
-            (Some(changes), Some(tracker), ServedBy::Hypervisor) => {
-                let Union { node, name, .. } = &changes.union;
+        match (union_of(export), self.tracker, self.by) {
+            (Some(Union { node, name, .. }), Some(tracker), ServedBy::Hypervisor) => {
                 tracker.part(self.control, node, name).await
             }
             _ => Ok(()),
@@ -137,6 +141,14 @@ impl<'a> Place<'a> {
         let message = format!("{what}, and this one's listens on {}{tls}", server.listen);
         Err(Error::new(ErrorKind::Busy, message)
             .hint("Export there (leave the address out), or stop its exports first."))
+    }
+}
+
+/// The bitmaps that an export tells what changed by.
+fn union_of(export: &Export) -> Option<&Union> {
+    match &export.changes.as_ref()?.told {
+        Told::Bitmaps(union) => Some(union),
+        Told::Compared(_) => None,
     }
 }
 

@@ -22,6 +22,8 @@ pub struct Opened {
     /// The dirty bitmap that tells what changed since a checkpoint, where that was asked for: NBD clients ask for it as the
     /// meta context `qemu:dirty-bitmap:NAME`.
     pub bitmap: Option<String>,
+    /// Why more is told as changed than was written, where it is; never less.
+    pub excess: Option<String>,
     reading: Option<Reading>,
 }
 
@@ -90,6 +92,7 @@ impl Dispatcher {
                     tls: None,
                     warnings: Vec::new(),
                     bitmap: None,
+                    excess: None,
                     reading: None,
                 })
             }
@@ -160,6 +163,7 @@ impl Dispatcher {
             format: "raw".to_owned(),
             tls: server.tls,
             bitmap: export.node.bitmap.as_ref().map(|bitmap| bitmap.name.clone()),
+            excess: export.changes.as_ref().and_then(|changes| changes.excess.clone()),
             warnings: Vec::new(),
             reading: Some(reading),
         })

@@ -132,6 +132,7 @@ impl Dispatcher {
             }
             Act::EndMarks { .. } => {
                 self.redo_end_marks(control, intent).await?;
+                self.free_unpinned(held, &intent.domain).await?;
                 Ok(RecoveredHow::Finished)
             }
             Act::Cross { crossing, changes } => {
@@ -173,7 +174,7 @@ impl Dispatcher {
     }
 
     async fn redo_delete(&self, held: &Held, intent: &Intent, snapshot: SnapshotId) -> Result<()> {
-        let snapshots = self.catalog.snapshots(&intent.domain.id).await?;
+        let snapshots = self.all_snapshots(&intent.domain.id).await?;
         match snapshots.iter().find(|s| s.id == snapshot) {
             Some(snapshot) => self.finish_delete(held, intent, snapshot).await,
             None => self.catalog.settle(intent.id, &intent.domain.id, &[]).await,
@@ -187,7 +188,7 @@ impl Dispatcher {
         snapshot: SnapshotId,
         targets: &[String],
     ) -> Result<()> {
-        let snapshots = self.catalog.snapshots(&intent.domain.id).await?;
+        let snapshots = self.all_snapshots(&intent.domain.id).await?;
         match snapshots.iter().find(|s| s.id == snapshot) {
             Some(snapshot) => {
                 let entries = chosen(snapshot, targets)?;

@@ -1,13 +1,15 @@
 //! Removing a checkpoint so that nothing is lost that the others can be asked.
 
+use crate::dispatcher::Held;
 use crate::{
-    Access, Altered, Change, CheckpointName, Control, Dispatcher, Domain, Ending, Error, ErrorKind, Lineage,
-    Mark, MarkVerdict, Removal, Result, Snapshot, SnapshotId, Unmark, Validation,
+    Access, Altered, Change, CheckpointName, Control, Dispatcher, Domain, Ending, Error, ErrorKind,
+    Inherited, Lineage, Mark, MarkVerdict, Removal, Result, Snapshot, SnapshotId, Unmark, Validation,
 };
 
 impl Dispatcher {
-    /// Removes a checkpoint. On each disk the mark before it takes over what its own knows, and goes on recording where
-    /// that was the last: increments since any other checkpoint lose no block.
+    /// Removes a checkpoint. On each disk the bitmap before it takes over what its own knows, and goes on recording where
+    /// that was the last: increments since any other checkpoint lose no block. A kept snapshot that only this checkpoint
+    /// still needs is deleted.
     ///
     /// # Errors
     /// `NotFound` when there is no such checkpoint; `Busy` while what changed since it is being exported; `Broken` where
@@ -17,7 +19,7 @@ impl Dispatcher {
             .hold(domain)
             .await
             .map_err(|e| e.during("checkpoint remove"))?;
-        let removed = self.remove_held(&*held.control, domain, name).await;
+        let removed = self.remove_held(&held, domain, name).await;
         removed.map_err(|e| {
             e.during("checkpoint remove")
                 .with("domain", &domain.id)
@@ -25,7 +27,8 @@ impl Dispatcher {
         })
     }
 
-    async fn remove_held(&self, control: &dyn Control, domain: &Domain, name: &CheckpointName) -> Result<()> {
+    async fn remove_held(&self, held: &Held, domain: &Domain, name: &CheckpointName) -> Result<()> {
+        let control = &*held.control;
         let lineage = Lineage::new(self.catalog.checkpoints(&domain.id).await?)?;
         let removal = lineage.removal(name)?;
         self.refuse_exported_since(domain, name).await?;
@@ -46,7 +49,8 @@ impl Dispatcher {
         for child in reparented(&lineage, &removal, name)? {
             changes.push(Change::AddCheckpoint(Box::new(child)));
         }
-        self.end_marks(control, domain, endings, changes).await
+        self.end_marks(control, domain, endings, changes).await?;
+        self.free_unpinned(held, domain).await
     }
 
     /// Removes what a snapshot that has been merged kept for checkpoints that are no more: it is in the layer that the guest
@@ -121,16 +125,16 @@ fn refuse_unusable(
         mark.map_or(MarkVerdict::Missing, |mark| mark.verdict)
     };
     for mark in &removal.marks {
-        let Some(before) = lineage.before(name, &mark.target)? else {
+        let Some(before) = lineage.bitmap_before(name, &mark.target)? else {
             continue;
         };
-        if begins_anew(lineage, name, &mark.target) {
+        if mark.into.is_none() || begins_anew(lineage, name, &mark.target) {
             continue;
         }
         for checkpoint in [name, &before.name] {
             let verdict = verdict(checkpoint, &mark.target);
             // The last one's heir is going to record, and does not yet.
-            if !verdict.is_usable() {
+            if !verdict.is_usable() && verdict != MarkVerdict::CutOff {
                 return Err(Error::new(
                     ErrorKind::Broken,
                     format!(
@@ -177,8 +181,8 @@ fn reparented(lineage: &Lineage, removal: &Removal, name: &CheckpointName) -> Re
     let mut changed = removal.children.clone();
     for target in anew {
         for checkpoint in lineage.checkpoints() {
-            let before = lineage.before(&checkpoint.name, target)?;
-            if checkpoint.disk(target).is_none() || before.is_none_or(|before| before.name != *name) {
+            let before = lineage.bitmap_before(&checkpoint.name, target)?;
+            if checkpoint.bitmap(target).is_none() || before.is_none_or(|before| before.name != *name) {
                 continue;
             }
             if !changed.iter().any(|known| known.name == checkpoint.name) {
@@ -210,18 +214,28 @@ fn forget(
         return Ok(changed);
     };
     for disk in &mut snapshot.disks {
+        for inherited in disk
+            .inherited
+            .iter_mut()
+            .filter(|i| i.heir.as_ref() == Some(name))
+        {
+            inherited.heir = heir(lineage, name, &disk.target)?;
+            changed = true;
+        }
         let mut covering = lineage
             .back_from(&after)?
-            .filter(|c| c.disk(&disk.target).is_some());
+            .filter(|c| c.bitmap(&disk.target).is_some());
         let is_last = covering.next().is_some_and(|last| last.name == *name);
         if !is_last && covering.all(|before| before.name != *name) {
             continue;
         }
-        if let (Access::Source { .. }, Some(Mark::Bitmap(bitmap))) =
-            (&disk.access, mark_of(lineage, name, &disk.target))
+        if let (Access::Source { .. }, Some(bitmap)) = (&disk.access, lineage.get(name)?.bitmap(&disk.target))
         {
             // The snapshot's own layers keep it, for nothing in them is changed.
-            disk.inherited.push(bitmap.clone());
+            disk.inherited.push(Inherited {
+                bitmap: bitmap.to_owned(),
+                heir: heir(lineage, name, &disk.target)?,
+            });
             changed = true;
         }
         if is_last && begins_anew(lineage, name, &disk.target) {
@@ -252,11 +266,16 @@ pub(crate) fn inherited(snapshots: &[Snapshot], of: SnapshotId) -> Vec<(String, 
     let kept = disks.flat_map(|disk| {
         disk.inherited
             .iter()
-            .map(|name| (disk.target.clone(), name.clone()))
+            .map(|kept| (disk.target.clone(), kept.bitmap.clone()))
     });
     kept.collect()
 }
 
-fn mark_of<'a>(lineage: &'a Lineage, name: &CheckpointName, target: &str) -> Option<&'a Mark> {
-    lineage.get(name).ok()?.disk(target).map(|disk| &disk.mark)
+/// The checkpoint that what a removed one knew counts to: across a gap there is none.
+fn heir(lineage: &Lineage, name: &CheckpointName, target: &str) -> Result<Option<CheckpointName>> {
+    if begins_anew(lineage, name, target) {
+        return Ok(None);
+    }
+    let before = lineage.bitmap_before(name, target)?;
+    Ok(before.map(|before| before.name.clone()))
 }

@@ -63,6 +63,42 @@ impl Dispatcher {
         self.finish_revert(held, &intent, &snapshot, &entries).await
     }
 
+    /// What the disks' bitmaps tell is of a content that is no more: the checkpoints that cannot be trusted after a revert are
+    /// dropped, and told.
+    async fn cut_off_by_revert(
+        &self,
+        held: &Held,
+        domain: &Domain,
+        targets: &[String],
+        altered: &mut Altered,
+    ) {
+        match self.catalog.checkpoints(&domain.id).await {
+            Ok(known) if known.is_empty() => return,
+            _ => {}
+        }
+        let mut now = domain.clone();
+        for disk in &altered.disks {
+            now.replace_disk(disk.clone());
+        }
+        let dropped = match self.tracker {
+            Some(_) if altered.deferred.is_empty() => self.drop_broken_held(held, &now, targets, false).await,
+            _ => return,
+        };
+        match dropped {
+            Ok(dropped) => altered.warnings.extend(dropped.marks.iter().map(|mark| {
+                format!(
+                    "{}: the revert ended the checkpoint '{}' of this disk ({})",
+                    mark.target,
+                    mark.checkpoint,
+                    mark.verdict.as_str()
+                )
+            })),
+            Err(error) => altered.warnings.push(format!(
+                "whether the checkpoints outlived the revert is not known ({error}): see `disksnap checkpoint validate`"
+            )),
+        }
+    }
+
     /// Everything that a revert does after its intent; also what finishes one that was killed.
     ///
     /// A unit that is refused ends it: those before it are put back and recorded so, and the error says which.
@@ -74,7 +110,7 @@ impl Dispatcher {
         entries: &[Entry],
     ) -> Result<Altered> {
         let domain = &intent.domain.id;
-        let mut ledger = Ledger::new(self.catalog.snapshots(domain).await?, snapshot.id, &intent.domain);
+        let mut ledger = Ledger::new(self.all_snapshots(domain).await?, snapshot.id, &intent.domain);
         let mut done = Vec::new();
         for entry in entries {
             let peers = ledger.peers(entry);
@@ -96,8 +132,10 @@ impl Dispatcher {
             }
             done.extend(entry.targets());
         }
-        let (changes, altered) = ledger.close();
+        let (changes, mut altered) = ledger.close();
         self.catalog.settle(intent.id, domain, &changes).await?;
+        self.cut_off_by_revert(held, &intent.domain, &done, &mut altered)
+            .await;
         Ok(altered)
     }
 

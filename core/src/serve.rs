@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use uuid::Uuid;
 
+use crate::changes::excess;
 use crate::dispatcher::Held;
 use crate::place::Place;
 pub(crate) use crate::wanted::disk_of;
@@ -263,8 +264,8 @@ impl Dispatcher {
         purpose: &Purpose,
     ) -> Result<Vec<Export>> {
         let control = &*held.control;
-        let sides = self.sides(control, domain, request, purpose).await?;
-        let exports: Vec<Export> = sides.iter().flat_map(|side| side.exports.clone()).collect();
+        let mut sides = self.sides(control, domain, request, purpose).await?;
+        let exports = all_of(&sides);
         let Some(first) = sides.first() else {
             return Err(Error::new(ErrorKind::Internal, "nobody is to serve the exports"));
         };
@@ -277,18 +278,39 @@ impl Dispatcher {
         };
         let starts = starts(ServedBy::Hypervisor);
         let intent = self.intend(domain, act).await?;
-        if let Err(error) = serve_all(&sides).await {
+        if let Err(error) = self.serve_all(control, domain, &mut sides).await {
             return Err(match self.undo_serve(control, &intent, starts, &exports).await {
                 Ok(()) => error.leaving(Effect::RolledBack),
                 Err(failure) => error.rollback_failed(vec![failure]),
             });
         }
+        let exports = all_of(&sides);
         let hypervisors = sides.iter().find(|side| side.place.by == ServedBy::Hypervisor);
         let mut changes: Vec<Change> = Vec::new();
         changes.extend(hypervisors.map(|side| Change::SetServer(side.server.clone())));
         changes.extend(exports.iter().cloned().map(Change::AddExport));
         self.catalog.settle(intent.id, &domain.id, &changes).await?;
         Ok(exports)
+    }
+
+    async fn serve_all(&self, control: &dyn Control, domain: &Domain, sides: &mut [Side<'_>]) -> Result<()> {
+        for side in sides {
+            if side.starts {
+                side.place.start(&side.server).await?;
+            }
+            for export in &mut side.exports {
+                let served = async {
+                    let changed = self.compared(control, &domain.id, export).await?;
+                    if let (Some(changed), Some(changes)) = (&changed, &mut export.changes) {
+                        changes.excess = excess(&changed.precision);
+                    }
+                    side.place.serve(export, changed).await
+                };
+                let served = served.await;
+                served.map_err(|e: Error| e.with("export", &export.alias))?;
+            }
+        }
+        Ok(())
     }
 
     /// What each server has to do for a request; those that have nothing to do are left out.
@@ -487,17 +509,8 @@ impl Dispatcher {
     }
 }
 
-async fn serve_all(sides: &[Side<'_>]) -> Result<()> {
-    for side in sides {
-        if side.starts {
-            side.place.start(&side.server).await?;
-        }
-        for export in &side.exports {
-            let served = side.place.serve(export).await;
-            served.map_err(|e| e.with("export", &export.alias))?;
-        }
-    }
-    Ok(())
+fn all_of(sides: &[Side<'_>]) -> Vec<Export> {
+    sides.iter().flat_map(|side| side.exports.clone()).collect()
 }
 
 fn default_server(control: &dyn Control) -> NbdServer {

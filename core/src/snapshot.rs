@@ -36,6 +36,10 @@ pub struct Snapshot {
     /// The domain's last checkpoint before the instant.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<CheckpointName>,
+    /// It was deleted, and what is left of it is kept because a checkpoint is it ([`Mark::Pinned`](crate::Mark::Pinned)):
+    /// its name is free, and it ends with the last such checkpoint.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pinned: bool,
 }
 
 impl Snapshot {
@@ -77,14 +81,24 @@ pub struct DiskSnapshotRecord {
     /// What was written to the disk between the last checkpoint before the instant and the instant is not known.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub untold: bool,
-    /// The bitmaps of checkpoints that have been removed since, in the layers of the snapshot's image: they count to the
-    /// checkpoint before.
+    /// The bitmaps of checkpoints that have been removed since, in the layers of the snapshot's image.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub inherited: Vec<String>,
+    pub inherited: Vec<Inherited>,
     /// In how many layers each bitmap was at the instant, where the data is in images: those whose image keeps fewer were
     /// never saved there.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub shares: BTreeMap<String, usize>,
+}
+
+/// A bitmap of a checkpoint that has been removed, where it could not be merged into the one before: in the image of a
+/// snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inherited {
+    /// The bitmap.
+    pub bitmap: String,
+    /// The checkpoint that it counts to; `None` where none is left before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heir: Option<CheckpointName>,
 }
 
 /// What one provider made for one unit.

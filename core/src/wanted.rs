@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use uuid::Uuid;
 
+use crate::changes::Known;
 use crate::names::nearest;
 use crate::{
     Access, Alias, Attached, Changes, CheckpointName, Control, DiskSnapshotRecord, Dispatcher, Domain, Error,
     ErrorKind, Export, ExportDisk, ExportRequest, Health, Image, NodeBitmap, Result, ServeNode, ServedBy,
-    Snapshot, Source, Union,
+    Snapshot, Source, Told, Union,
 };
 
 /// Who an export is made for.
@@ -103,24 +104,31 @@ impl Dispatcher {
         disk: &DiskSnapshotRecord,
         since: &CheckpointName,
     ) -> Result<()> {
-        let of = self.bitmaps_since(domain, snapshot, disk, since).await?;
-        let union = Union {
-            disk: domain.disk(&disk.target)?.clone(),
-            of,
+        let known = self.known_since(domain, snapshot, disk, since).await?;
+        export.node.bitmap = Some(NodeBitmap {
             node: export.node.node.clone(),
             name: since.to_string(),
-        };
-        export.node.bitmap = Some(NodeBitmap {
-            node: union.node.clone(),
-            name: union.name.clone(),
         });
-        if let Some(image) = &mut export.image {
-            let share = |name: &String| (name.clone(), disk.shares.get(name).copied().unwrap_or(1));
-            image.changed = union.of.iter().map(share).collect();
-        }
+        let (told, excess) = match known {
+            Known::ByComparing(earlier) => (Told::Compared(earlier), None),
+            Known::Bitmaps(of, excess) => {
+                if let Some(image) = &mut export.image {
+                    let share = |name: &String| (name.clone(), disk.shares.get(name).copied().unwrap_or(1));
+                    image.changed = of.iter().map(share).collect();
+                }
+                let union = Union {
+                    disk: domain.disk(&disk.target)?.clone(),
+                    of,
+                    node: export.node.node.clone(),
+                    name: since.to_string(),
+                };
+                (Told::Bitmaps(Box::new(union)), excess)
+            }
+        };
         export.changes = Some(Box::new(Changes {
             since: since.clone(),
-            union,
+            told,
+            excess,
         }));
         Ok(())
     }

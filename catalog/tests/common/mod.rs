@@ -80,6 +80,7 @@ pub(crate) fn snapshot(domain: &DomainId, called: &str, at: u64) -> Snapshot {
         warnings: vec!["a \"quoted\" warning\n".to_owned()],
         checkpoint: None,
         after: None,
+        pinned: false,
     }
 }
 

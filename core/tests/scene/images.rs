@@ -102,9 +102,16 @@ impl ImageServer for FakeImages {
         Ok(())
     }
 
-    async fn serve(&self, _: &DomainId, node: &ServeNode, image: &Image, _: Option<Changed>) -> Result<()> {
+    async fn serve(
+        &self,
+        _: &DomainId,
+        node: &ServeNode,
+        image: &Image,
+        changed: Option<Changed>,
+    ) -> Result<()> {
         assert!(image.source.path().is_some(), "what lies on this host has a path");
-        self.note(format!("images serve {}", node.name))?;
+        let told = changed.map_or_else(String::new, |changed| format!(" with {:?}", changed.precision));
+        self.note(format!("images serve {}{told}", node.name))?;
         self.living()?;
         self.state().served.insert(node.id.clone(), node.name.clone());
         Ok(())

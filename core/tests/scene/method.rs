@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Access, Batch, Capability, Command, Compare, DiskRequest, DiskResult, DiskSnapshot, ErrorKind, Fit,
-    Health, Host, Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, SnapshotId, Source, Step,
-    TakePlan, Taken, Unit,
+    Access, Batch, Capability, Changed, Command, Compare, DiskRequest, DiskResult, DiskSnapshot, ErrorKind,
+    Fit, Health, Host, Merge, Method, OptionDoc, Peer, Precision, Prepared, Probe, Result, Revert,
+    SnapshotId, Source, Step, TakePlan, Taken, Unit,
 };
 use serde_json::{Value, json};
 
@@ -32,6 +32,7 @@ pub(crate) struct FakeMethod {
     hangs: bool,
     merges: Option<Merges>,
     on_this_host: bool,
+    compares: bool,
     health: Arc<Mutex<Health>>,
     log: Arc<Log>,
 }
@@ -46,6 +47,7 @@ impl FakeMethod {
             hangs: false,
             merges: None,
             on_this_host: false,
+            compares: false,
             health: Arc::new(Mutex::new(Health::Active)),
             log: Arc::default(),
         }
@@ -74,6 +76,12 @@ impl FakeMethod {
     pub(crate) fn on_this_host(mut self) -> Self {
         self.on_this_host = true;
         self
+    }
+
+    /// Its snapshots are images on this host, and can be compared with each other.
+    pub(crate) fn comparing(mut self) -> Self {
+        self.compares = true;
+        self.on_this_host()
     }
 
     /// The disks stand on its snapshots.
@@ -129,7 +137,10 @@ impl DiskSnapshot for FakeMethod {
             aliases: Vec::new(),
             summary: "for tests".to_owned(),
             options: vec![option("size"), option("colour")],
-            capabilities: vec![Capability::Active, Capability::Inactive, Capability::Export],
+            capabilities: [Capability::Active, Capability::Inactive, Capability::Export]
+                .into_iter()
+                .chain(self.compares.then_some(Capability::Compare))
+                .collect(),
         }
     }
 
@@ -240,7 +251,11 @@ impl DiskSnapshot for FakeMethod {
         Ok(self.health.lock().unwrap().clone())
     }
 
-    async fn delete(&self, _: &dyn Host, _: SnapshotId, _: &Unit) -> Result<()> {
+    async fn delete(&self, _: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
+        // Which one: a delete may leave some.
+        if self.compares {
+            return self.note(&format!("delete {}", unit.unit));
+        }
         self.note("delete")
     }
 
@@ -255,6 +270,22 @@ impl DiskSnapshot for FakeMethod {
     }
 
     fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
-        None
+        self.compares.then(|| Arc::new(Comparing) as Arc<dyn Compare>)
+    }
+}
+
+/// Tells the aliases that it was asked about.
+#[derive(Debug)]
+struct Comparing;
+
+#[async_trait]
+impl Compare for Comparing {
+    async fn changed(&self, _: &dyn Host, earlier: &Peer, later: &Peer, _: &str) -> Result<Changed> {
+        let alias = |peer: &Peer| peer.unit.data["alias"].as_str().unwrap().to_owned();
+        Ok(Changed {
+            size: 1 << 20,
+            precision: Precision::Superset(format!("{} to {}", alias(earlier), alias(later))),
+            ranges: Box::pin(futures_util::stream::iter([Ok(0..512)])),
+        })
     }
 }

@@ -7,6 +7,7 @@ mod images;
 mod method;
 pub(crate) mod slots;
 pub(crate) mod standing;
+mod tracker;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -21,6 +22,7 @@ pub(crate) use control::FakeConnector;
 pub(crate) use images::FakeImages;
 pub(crate) use method::{FakeMethod, Plan};
 pub(crate) use slots::Slots;
+pub(crate) use tracker::FakeTracker;
 
 /// What happened, in order, and what is to fail.
 #[derive(Debug, Default)]
@@ -111,6 +113,13 @@ impl Scene {
             dispatcher,
             domain,
         }
+    }
+
+    /// The same with bitmaps.
+    pub(crate) fn tracked(mut self) -> (Self, Arc<FakeTracker>) {
+        let tracker = Arc::new(FakeTracker::new(&self.log));
+        self.dispatcher = self.dispatcher.tracked_by(tracker.clone());
+        (self, tracker)
     }
 
     pub(crate) async fn create(&self, request: &SnapshotRequest) -> Result<disksnap_core::Snapshot> {

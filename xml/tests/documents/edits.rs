@@ -408,6 +408,7 @@ fn snapshots_come_and_go_beside_exports() {
         warnings: Vec::new(),
         checkpoint: None,
         after: None,
+        pinned: false,
     };
     let view = [SnapshotView::new(&snapshot)];
     let document = DomainDocument::parse(ACTIVE).unwrap();

@@ -92,6 +92,7 @@ fn snapshot() -> Snapshot {
         warnings: vec!["little space: 1 GiB & falling".to_owned()],
         checkpoint: None,
         after: None,
+        pinned: false,
     }
 }
 
