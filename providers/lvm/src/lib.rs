@@ -2,19 +2,26 @@
 //!
 //! A thin volume gets a thin snapshot, any other a classic one. The volume is found from the disk, or named by
 //! the request. Here: the contract. Where a disk lives is in `find` (by way of `device` and `mount`), the snapshot
-//! itself in `snapshot`, how full it is in `filling`, putting it back in `revert`; lvm2's commands in `lvm2`, its reports in `volume`.
+//! itself in `snapshot`, how full it is in `filling`, putting it back in `revert`, what differs between two in `compare`; lvm2's commands in `lvm2`, its
+//! reports in `volume`.
 
 mod chain;
+mod compare;
 mod device;
 mod filling;
 mod find;
 mod lvm2;
+mod mapper;
 mod marker;
+mod metadata;
 mod mount;
+mod program;
 mod revert;
 mod settings;
 mod snapshot;
+mod spool;
 mod swap;
+mod thin_delta;
 mod volume;
 
 use std::collections::BTreeMap;
@@ -32,6 +39,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
 
+use crate::compare::{Comparing, can_compare};
 use crate::find::{Found, Place, Way, find};
 use crate::lvm2::Lvm;
 use crate::revert::Merging;
@@ -53,7 +61,7 @@ impl DiskSnapshot for LogicalVolume {
             aliases: Vec::new(),
             summary: "makes a classic or thin snapshot of the logical volume that holds the disk".to_owned(),
             options: settings::docs(),
-            capabilities: capabilities(Way::Classic, false),
+            capabilities: best(),
         }
     }
 
@@ -122,21 +130,53 @@ impl DiskSnapshot for LogicalVolume {
         None
     }
 
-    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
-        None
+    /// For thin snapshots of a volume that is a raw disk: only of those is it known what differs, and where for the guest.
+    fn compare(&self, unit: &Unit) -> Option<Arc<dyn Compare>> {
+        let made: Made = remembered(&unit.data).ok()?;
+        can_compare(&made).then(|| Arc::new(Comparing) as Arc<dyn Compare>)
     }
 }
 
-/// What can be done with a snapshot of a disk that is the volume, or is `inside` a file system on it.
+/// What there is: no disk has all of it, for one way has what the other has not.
+fn best() -> Vec<Capability> {
+    let mut all = capabilities(Way::Classic, Lies::Raw);
+    all.push(Capability::Compare);
+    all
+}
+
+/// How a disk lies on its volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lies {
+    /// The volume is the disk.
+    Raw,
+    /// The volume is an image of the disk.
+    Image,
+    /// The image is in a file system on the volume.
+    Inside,
+}
+
+impl Lies {
+    fn of(found: &Found) -> Self {
+        match (&found.inside, found.format.as_str()) {
+            (Some(_), _) => Self::Inside,
+            (None, "raw") => Self::Raw,
+            (None, _) => Self::Image,
+        }
+    }
+}
+
+/// What can be done with a snapshot of a disk.
 ///
 /// A classic snapshot that is full breaks and lets the guest go on; a thin pool that is full does not.
-fn capabilities(way: Way, inside: bool) -> Vec<Capability> {
+fn capabilities(way: Way, lies: Lies) -> Vec<Capability> {
     let mut capabilities = vec![Capability::Active, Capability::Inactive];
-    if !inside {
+    if lies != Lies::Inside {
         capabilities.extend([Capability::DirectRead, Capability::Revert]);
     }
-    if way == Way::Classic {
-        capabilities.push(Capability::GuestSafe);
+    match way {
+        Way::Classic => capabilities.push(Capability::GuestSafe),
+        Way::Thin if lies == Lies::Raw => capabilities.push(Capability::Compare),
+        Way::Thin => {}
     }
     capabilities
 }
@@ -285,7 +325,7 @@ fn fitting(found: &Found, room: Option<u64>) -> Probe {
             None => Fit::Natural,
         },
         unit: found.unit(),
-        capabilities: capabilities(found.way, found.inside.is_some()),
+        capabilities: capabilities(found.way, Lies::of(found)),
         effect,
         details,
         warnings: found.warnings.clone(),

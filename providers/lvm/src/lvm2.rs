@@ -5,18 +5,16 @@ use std::path::{Path, PathBuf};
 
 use disksnap_core::{Error, ErrorKind, Result};
 
+use crate::program::Known;
 use crate::volume::{FIELDS, Volume, parse};
 
-/// Where `lvm` is looked for. It is every command of lvm2 in one: `lvm lvs …` is `lvs …`.
-const PLACES: [&str; 5] = [
-    "/usr/sbin/lvm",
-    "/sbin/lvm",
-    "/usr/bin/lvm",
-    "/bin/lvm",
-    "/usr/local/sbin/lvm",
-];
-/// Names another `lvm`, by absolute path.
-const ELSEWHERE: &str = "DISKSNAP_LVM";
+/// It is every command of lvm2 in one: `lvm lvs …` is `lvs …`.
+const PROGRAM: Known = Known {
+    name: "lvm",
+    package: "lvm2",
+    install: "lvm2",
+    elsewhere: "DISKSNAP_LVM",
+};
 
 /// An lvm2 at hand.
 #[derive(Debug, Clone)]
@@ -30,23 +28,7 @@ impl Lvm {
     /// # Errors
     /// `Unavailable` where there is none.
     pub(crate) fn find() -> Result<Self> {
-        let named = std::env::var_os(ELSEWHERE).map(PathBuf::from);
-        let places: Vec<PathBuf> = match named.filter(|path| path.is_absolute()) {
-            Some(path) => vec![path],
-            None => PLACES.map(PathBuf::from).to_vec(),
-        };
-        let found = places.iter().find(|path| path.is_file()).cloned();
-        found.map(|program| Self { program }).ok_or_else(|| {
-            let looked: Vec<String> = places.iter().map(|path| path.display().to_string()).collect();
-            Error::new(
-                ErrorKind::Unavailable,
-                format!("lvm2 is not installed: there is no {}", looked.join(", ")),
-            )
-            .retryable(false)
-            .hint(format!(
-                "Install lvm2, or name its program `lvm` by absolute path in {ELSEWHERE}."
-            ))
-        })
+        PROGRAM.find().map(|program| Self { program })
     }
 
     /// All logical volumes that this host sees, hidden ones too, as lvm2 has them (lvs(8)).

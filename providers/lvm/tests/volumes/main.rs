@@ -3,11 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test says what failed by panicking")]
 
 mod bad_input;
+mod comparing;
 mod conformance;
 mod file_systems;
 mod finding;
 mod kills;
 mod machine;
+mod metadata;
 mod reverting;
 mod running;
 mod sound;
@@ -56,6 +58,18 @@ fn snapshots_conform() {
 fn it_does_what_it_says() {
     need!("lvm");
     in_guest(&["bad_input::", "finding::", "reverting::", "taking::"]);
+}
+
+#[test]
+fn what_changed_is_told() {
+    need!("lvm");
+    in_guest(&["comparing::"]);
+}
+
+#[test]
+fn metadata_is_never_left_reserved() {
+    need!("lvm");
+    in_guest(&["metadata::"]);
 }
 
 #[test]

@@ -1,0 +1,188 @@
+//! What differs between two thin snapshots of a volume: by `thin_delta` over the metadata of their pool, which reads no data.
+//!
+//! A thin pool maps chunks. Two devices that map the same chunk have the same content there, for what is shared is never
+//! written to; where neither maps any both read zeros; all else is told. So the answer is about the contents, whatever
+//! became of the volume between the two: reverts give it other devices, and extending it or taking it back changes its size.
+
+use std::fmt;
+use std::path::Path;
+
+use async_trait::async_trait;
+use disksnap_core::{Changed, Compare, Error, ErrorKind, Host, Peer, Precision, Result};
+
+use crate::lvm2::Lvm;
+use crate::mapper::{Dmsetup, Thin};
+use crate::metadata::Held;
+use crate::snapshot::{Image, Made};
+use crate::spool::Spool;
+use crate::thin_delta::ThinDelta;
+use crate::volume::Volume;
+use crate::{blocking, remembered};
+
+/// The comparison of two thin snapshots.
+#[derive(Debug)]
+pub(crate) struct Comparing;
+
+/// Whether this method compares this snapshot with others of the volume.
+pub(crate) fn can_compare(made: &Made) -> bool {
+    made.thin && made.images.iter().all(is_volume)
+}
+
+/// Whether the guest's bytes are the volume's.
+fn is_volume(image: &Image) -> bool {
+    image.inside.is_none() && image.format == "raw"
+}
+
+#[async_trait]
+impl Compare for Comparing {
+    /// Reads all of the pool's mappings of the two before it answers, and keeps them in a file without a name in the image
+    /// directory where they are many: whoever reads the ranges slowly does not hold the pool's metadata.
+    async fn changed(&self, host: &dyn Host, earlier: &Peer, later: &Peer, target: &str) -> Result<Changed> {
+        let [earlier, later]: [Made; 2] = [remembered(&earlier.unit.data)?, remembered(&later.unit.data)?];
+        for made in [&earlier, &later] {
+            must_hold(made, target)?;
+        }
+        let dir = host.image_dir().to_owned();
+        blocking(move || changed(&Pair::of(&earlier, &later)?, &dir)).await
+    }
+}
+
+fn must_hold(made: &Made, target: &str) -> Result<()> {
+    let name = made.full_name();
+    let image = made.images.iter().find(|image| image.target == target);
+    match image {
+        Some(image) if made.thin && is_volume(image) => Ok(()),
+        Some(_) => Err(unsupported(format!(
+            "the snapshot {name} is not a thin one of a volume that is the disk {target}"
+        ))),
+        None => Err(unsupported(format!(
+            "the snapshot {name} is not of the disk {target}"
+        ))),
+    }
+}
+
+fn unsupported(what: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Unsupported, what).hint("Only reading both tells what differs.")
+}
+
+/// Two snapshots, as device-mapper has them.
+struct Pair {
+    dmsetup: Dmsetup,
+    /// Group's and volume's, as in the ids of device-mapper.
+    ids: [String; 2],
+    thins: [Thin; 2],
+}
+
+impl fmt::Debug for Pair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pair")
+            .field("thins", &self.thins)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Pair {
+    fn of(earlier: &Made, later: &Made) -> Result<Self> {
+        if earlier.group != later.group {
+            return Err(unsupported(format!(
+                "the snapshots {} and {} are in different volume groups",
+                earlier.full_name(),
+                later.full_name()
+            )));
+        }
+        let volumes = Lvm::find()?.volumes_of(&earlier.group)?;
+        let made = [earlier, later];
+        let found = [listed(earlier, &volumes)?, listed(later, &volumes)?];
+        must_be_of_one_volume(made, found)?;
+        let dmsetup = Dmsetup::find()?;
+        let ids = found.map(|volume| format!("{}{}", volume.group_uuid, volume.uuid));
+        let thins = [
+            active(&dmsetup, &ids[0], found[0])?,
+            active(&dmsetup, &ids[1], found[1])?,
+        ];
+        if thins[0].pool != thins[1].pool || !thins[0].reads_alike(&thins[1]) {
+            return Err(in_different(found));
+        }
+        Ok(Self { dmsetup, ids, thins })
+    }
+
+    /// They are what they were: a number in the pool may be given to another when a snapshot is removed.
+    fn must_be_unchanged(&self) -> Result<()> {
+        for (id, thin) in self.ids.iter().zip(&self.thins) {
+            if self.dmsetup.thin(id)?.as_ref() != Some(thin) {
+                let what = "a snapshot was changed or removed while it was compared";
+                return Err(Error::new(ErrorKind::Busy, what));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn listed<'a>(made: &Made, volumes: &'a [Volume]) -> Result<&'a Volume> {
+    made.among(volumes).ok_or_else(|| {
+        let what = format!("there is no logical volume {} any more", made.full_name());
+        Error::new(ErrorKind::Broken, what)
+    })
+}
+
+fn must_be_of_one_volume(made: [&Made; 2], found: [&Volume; 2]) -> Result<()> {
+    if found[0].pool != found[1].pool {
+        return Err(in_different(found));
+    }
+    // It may have been renamed in between; and LVM forgets what a snapshot is of when another is put back.
+    let named_alike = made[0].origin == made[1].origin;
+    let tied_alike = !found[0].origin.is_empty() && found[0].origin == found[1].origin;
+    if named_alike || tied_alike {
+        return Ok(());
+    }
+    Err(unsupported(format!(
+        "the snapshots {} and {} are of different volumes, {} and {}",
+        found[0].full_name(),
+        found[1].full_name(),
+        made[0].origin_name(),
+        made[1].origin_name()
+    )))
+}
+
+fn in_different(found: [&Volume; 2]) -> Error {
+    unsupported(format!(
+        "the snapshots {} and {} are in different thin pools, or of different external origins",
+        found[0].full_name(),
+        found[1].full_name()
+    ))
+}
+
+fn active(dmsetup: &Dmsetup, id: &str, volume: &Volume) -> Result<Thin> {
+    dmsetup.thin(id)?.ok_or_else(|| {
+        let name = volume.full_name();
+        Error::new(ErrorKind::Broken, format!("{name} is not active"))
+            .hint(format!("`lvchange -ay -K {name}` activates it."))
+    })
+}
+
+fn changed(pair: &Pair, dir: &Path) -> Result<Changed> {
+    let [earlier, later] = &pair.thins;
+    let mut spool = Spool::new(later.size, dir);
+    let thin_delta = ThinDelta::find()?;
+    let pool = pair.dmsetup.pool(&later.pool)?;
+    // What the volume has grown by is told as a whole, from the chunk on in which it ended.
+    let grown = if later.size > earlier.size {
+        earlier.size / pool.chunk * pool.chunk
+    } else {
+        later.size
+    };
+    let held = Held::reserve(&pair.dmsetup, &pool, dir)?;
+    pair.must_be_unchanged()?;
+    let ids = [earlier.id, later.id];
+    let read = thin_delta.differing(&pool, ids, held.lock(), |range| {
+        spool.push(range.start..range.end.min(grown))
+    });
+    let released = held.release();
+    read.and(released)?;
+    spool.push(grown..later.size)?;
+    Ok(Changed {
+        size: later.size,
+        precision: Precision::Exact(pool.chunk),
+        ranges: spool.ranges()?,
+    })
+}

@@ -1,0 +1,55 @@
+//! Where the programs that this method runs are: in fixed places, or where the environment says.
+
+use std::path::PathBuf;
+
+use disksnap_core::{Error, ErrorKind, Result};
+
+/// Where they are looked for.
+const PLACES: [&str; 5] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin"];
+
+/// A program that an operator may have to install.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Known {
+    /// Its file's name.
+    pub(crate) name: &'static str,
+    /// What is said of it when it is missing.
+    pub(crate) package: &'static str,
+    /// How to get it: the packages' names.
+    pub(crate) install: &'static str,
+    /// The variable that names another, by absolute path.
+    pub(crate) elsewhere: &'static str,
+}
+
+impl Known {
+    /// Finds it.
+    ///
+    /// # Errors
+    /// `Unavailable` where there is none.
+    pub(crate) fn find(&self) -> Result<PathBuf> {
+        let named = std::env::var_os(self.elsewhere).map(PathBuf::from);
+        let places: Vec<PathBuf> = match named.filter(|path| path.is_absolute()) {
+            Some(path) => vec![path],
+            None => PLACES
+                .iter()
+                .map(|place| [place, self.name].iter().collect())
+                .collect(),
+        };
+        let found = places.iter().find(|path| path.is_file()).cloned();
+        found.ok_or_else(|| {
+            let looked: Vec<String> = places.iter().map(|path| path.display().to_string()).collect();
+            Error::new(
+                ErrorKind::Unavailable,
+                format!(
+                    "{} is not installed: there is no {}",
+                    self.package,
+                    looked.join(", ")
+                ),
+            )
+            .retryable(false)
+            .hint(format!(
+                "Install {}, or name its program `{}` by absolute path in {}.",
+                self.install, self.name, self.elsewhere
+            ))
+        })
+    }
+}
