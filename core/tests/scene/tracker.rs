@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Batch, DirtyBitmap, Disk, Ending, Host, Result, Start, Trackable, Tracked, Tracker, Union,
+    Batch, DirtyBitmap, Disk, Ending, Host, RawDisks, Result, Start, Trackable, Tracked, Tracker, Union,
 };
 
 use super::Log;
@@ -105,5 +105,9 @@ impl Tracker for FakeTracker {
 
     async fn part(&self, _: &dyn Host, _: &str, _: &str) -> Result<()> {
         Ok(())
+    }
+
+    fn raw_disks(&self) -> Option<&dyn RawDisks> {
+        None
     }
 }
