@@ -79,7 +79,7 @@ fn program() -> Result<QemuImg> {
     })
 }
 
-pub(crate) async fn run(arguments: &[&str]) -> Result<String> {
+async fn run(arguments: &[&str]) -> Result<String> {
     let ran = program()?.run(arguments.iter().copied(), "").await;
     ran.map_err(|e| {
         e.hint("If the domain runs, say where its monitor is: --monitor, or the <metadata> of its document.")

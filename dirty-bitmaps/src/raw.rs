@@ -14,15 +14,14 @@ use disksnap_core::{
 use disksnap_hypervisor::graph::{Device, Node};
 use disksnap_hypervisor::{DiskNodes, Graph};
 use disksnap_image_file::{
-    Called, MadeFile, can_tell_written_past, raw_data_of, raw_data_qcow2_is_new, raw_data_qcow2_size,
-    remove_file, renew_raw_data_qcow2, room, write_raw_data_qcow2, written_past,
+    Called, MadeFile, can_tell_written_past, is_in_use, raw_data_of, raw_data_qcow2_is_new,
+    raw_data_qcow2_size, remove_file, renew_raw_data_qcow2, room, write_raw_data_qcow2, written_past,
 };
 use serde_json::{Value, json};
 
 use crate::DirtyBitmaps;
 use crate::chain::Chain;
 use crate::live::{action, add, merge, on, refuse_busy, transact};
-use crate::off;
 
 /// The nodes of a raw disk: formats and protocols that show one file as it is.
 const RAW: [&str; 3] = ["raw", "file", "host_device"];
@@ -43,7 +42,7 @@ impl RawDisks for DirtyBitmaps {
         let size = size_of(&raw).await?;
         let mut warnings = Vec::new();
         match host.state().await? {
-            RunState::Off => refuse_open("raw", &raw).await?,
+            RunState::Off => refuse_open(&raw)?,
             state => {
                 refuse_state(&state)?;
                 let graph = Graph::read(host).await?;
@@ -82,7 +81,7 @@ impl RawDisks for DirtyBitmaps {
         }
         if !host.state().await?.is_active() {
             if !crossing.tracks() {
-                refuse_open("qcow2", &path_of(crossing.through())?).await?;
+                refuse_open(&path_of(crossing.through())?)?;
             }
             return Ok(Vec::new());
         }
@@ -142,7 +141,7 @@ impl RawDisks for DirtyBitmaps {
         let mut all = Vec::with_capacity(disks.len());
         for disk in disks {
             let found = match &graph {
-                None => past_at_rest(disk).await,
+                None => past_at_rest(disk),
                 Some(graph) => past_now(graph, disk),
             };
             all.push(found.map_err(|e| e.with("disk", &disk.target))?);
@@ -255,10 +254,17 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     done.map_err(|e| Error::new(ErrorKind::Internal, "the task that looks at files died").because(e))?
 }
 
-/// QEMU locks what it opens, and `qemu-img` says so.
-async fn refuse_open(format: &str, path: &Path) -> Result<()> {
-    let path = path.to_string_lossy();
-    off::run(&["info", "-f", format, &path]).await.map(drop)
+/// QEMU locks what it opens.
+fn refuse_open(path: &Path) -> Result<()> {
+    if !is_in_use(path) {
+        return Ok(());
+    }
+    let message = format!(
+        "the domain is taken to be off, and somebody has {} open",
+        path.display()
+    );
+    Err(Error::new(ErrorKind::Busy, message)
+        .hint("If the domain runs, say where its monitor is: --monitor, or the <metadata> of its document."))
 }
 
 fn refuse_state(state: &RunState) -> Result<()> {
@@ -582,7 +588,7 @@ fn remove_qcow2(crossing: &Crossing) -> Result<()> {
 }
 
 /// Whether the raw disk of a domain that is off was written to past its qcow2.
-async fn past_at_rest(disk: &Disk) -> Result<Option<String>> {
+fn past_at_rest(disk: &Disk) -> Result<Option<String>> {
     let image = path_of(disk)?;
     let (Ok(Some(data)), Some(said)) = (raw_data_of(&image), &disk.data_store) else {
         // Whoever needs it says what is wrong with it.
@@ -592,9 +598,7 @@ async fn past_at_rest(disk: &Disk) -> Result<Option<String>> {
     if !written_past(&image, &data).map_err(failed)? {
         return Ok(None);
     }
-    renew(&image)
-        .await
-        .map(|anew| anew.then(|| format!("{} was written to by something else", said.source)))
+    renew(&image).map(|anew| anew.then(|| format!("{} was written to by something else", said.source)))
 }
 
 /// Whether the domain runs on the raw disk itself.
@@ -616,11 +620,11 @@ fn past_now(graph: &Graph, disk: &Disk) -> Result<Option<String>> {
 }
 
 /// Makes the qcow2 anew, where it is not; nobody may have it open. Whether it was not.
-async fn renew(image: &Path) -> Result<bool> {
+fn renew(image: &Path) -> Result<bool> {
     if is_new(image)? {
         return Ok(false);
     }
-    refuse_open("qcow2", image).await?;
+    refuse_open(image)?;
     renew_now(image)?;
     Ok(true)
 }

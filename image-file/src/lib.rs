@@ -37,7 +37,7 @@ pub use put_back::{PutBack, can_put_back, forget, like_in_cow, put_back};
 pub use qcow2::Qcow2;
 pub use qemu_img::QemuImg;
 pub use raw_data_qcow2::{
-    can_tell_written_past, raw_data_of, raw_data_qcow2_is_new, raw_data_qcow2_size, renew_raw_data_qcow2, write_raw_data_qcow2,
+    can_tell_written_past, is_in_use, raw_data_of, raw_data_qcow2_is_new, raw_data_qcow2_size, renew_raw_data_qcow2, write_raw_data_qcow2,
     written_past,
 };
 

@@ -212,6 +212,19 @@ pub fn can_tell_written_past(directory: &Path, data: &Path) -> bool {
     }
 }
 
+/// Whether another process has an image or a device open that QEMU locks: a hypervisor, `qemu-nbd`, a storage daemon.
+///
+/// Nothing is said of one that this process may not write to, nor of programs that lock nothing.
+#[must_use]
+pub fn is_in_use(path: &Path) -> bool {
+    use rustix::fs::{FlockOperation, fcntl_lock};
+    let Ok(file) = OpenOptions::new().read(true).write(true).open(path) else {
+        return false;
+    };
+    let locked = fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive);
+    matches!(locked, Err(rustix::io::Errno::AGAIN | rustix::io::Errno::ACCESS))
+}
+
 /// Whether such an image is as it was made: without bitmaps, and with all of the raw disk mapped.
 ///
 /// # Errors
