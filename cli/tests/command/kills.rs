@@ -19,7 +19,7 @@ fn machine() -> Qemu {
 }
 
 /// Starts the command and kills it after `delay`; whether it was still at work.
-fn kill_after(site: &Site, delay: Duration, arguments: &[&str]) -> bool {
+pub(crate) fn kill_after(site: &Site, delay: Duration, arguments: &[&str]) -> bool {
     let mut child = site
         .command(arguments)
         .stdout(Stdio::null())
