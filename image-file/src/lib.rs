@@ -2,11 +2,15 @@
 //! hypervisor.
 //!
 //! [`ImageFile::of`] looks at the file; [`ImageFile::stands_alone`] says whether the one file is all of
-//! the disk, [`ImageFile::below`] which others are, [`Live`] what the hypervisor that has it open says. [`file_system`], [`mount_options`] and [`room`] tell of
-//! the place it is in; [`put_back`] makes images again what a snapshot has of them. [`MadeFile`] and
-//! [`write_empty_qcow2`] make new ones, [`write_raw_data_qcow2`] one for a raw disk that is there already, [`QemuImg`] works on those that no hypervisor has open. [`opened`] is how QEMU opens
-//! an image by the record of its files, and [`guest_ranges`] what differs in the disks of two such images.
+//! the disk, [`ImageFile::below`] which others are, [`Live`] what the hypervisor that has it open says. [`file_system`],
+//! [`mount_options`] and [`room`] tell of the place it is in; [`put_back`] makes images again what a snapshot has of them.
+//!
+//! [`MadeFile`] and [`write_empty_qcow2`] make new ones, [`write_raw_data_qcow2`] one for a raw disk that is there
+//! already, [`write_bitmap_qcow2`] one that tells a QEMU which blocks of a disk changed. [`opened`] is how QEMU opens an
+//! image by the record of its files, [`guest_ranges`] what differs in the disks of two such images, and [`QemuImg`] works on
+//! those that no hypervisor has open.
 
+mod bitmap_qcow2;
 mod chain;
 mod compared;
 mod empty_qcow2;
@@ -26,6 +30,7 @@ use std::path::{Path, PathBuf};
 
 use disksnap_core::{BackingStore, Disk, Error, ErrorKind, Probe, Source};
 
+pub use bitmap_qcow2::{ChangedBlocks, write_bitmap_qcow2};
 pub use chain::{Layer, named, plain};
 pub use compared::{SameFile, guest_ranges};
 pub use empty_qcow2::{Backing, qcow2_holds_data, write_empty_qcow2};
@@ -37,8 +42,8 @@ pub use put_back::{PutBack, can_put_back, forget, like_in_cow, put_back};
 pub use qcow2::Qcow2;
 pub use qemu_img::QemuImg;
 pub use raw_data_qcow2::{
-    can_tell_written_past, is_in_use, raw_data_of, raw_data_qcow2_is_new, raw_data_qcow2_size, renew_raw_data_qcow2, write_raw_data_qcow2,
-    written_past,
+    can_tell_written_past, is_in_use, raw_data_of, raw_data_qcow2_is_new, raw_data_qcow2_size, renew_raw_data_qcow2,
+    write_raw_data_qcow2, written_past,
 };
 
 /// What stands against a disk: what a probe answers with, and what a create fails with.

@@ -6,9 +6,9 @@ use disksnap_core::{Command, Error, ErrorKind, NodeBitmap, Result};
 use disksnap_hypervisor::Session;
 use serde_json::{Value, json};
 
-use crate::nodes::is_layer_of;
+use crate::nodes;
 
-/// The name of the node that holds the union: an image's own bitmap may have the name that is asked for.
+/// The name of the node that holds what is served: an image's own bitmap may have the name that is asked for.
 pub(crate) fn holder(node: &str) -> String {
     format!("{node}-c")
 }
@@ -23,19 +23,36 @@ pub(crate) async fn unite(
     of: &BTreeMap<String, usize>,
     name: &str,
 ) -> Result<NodeBitmap> {
-    let ask = Command::new("query-named-block-nodes", json!({ "flat": true }));
-    let nodes = session.execute(ask).await?;
-    let layers = nodes.as_array().into_iter().flatten();
-    let layers: Vec<&Value> = layers
-        .filter(|layer| {
-            layer["node-name"]
-                .as_str()
-                .is_some_and(|layer| is_layer_of(layer, node))
-        })
-        .collect();
+    let nodes = nodes::all(session).await?;
+    let is_layer = |layer: &&Value| {
+        layer["node-name"]
+            .as_str()
+            .is_some_and(|layer| nodes::is_layer_of(layer, node))
+    };
+    let layers: Vec<&Value> = nodes.iter().filter(is_layer).collect();
     let top = layers.iter().find(|layer| layer["node-name"] == node);
-    let size = top.map_or(&Value::Null, |top| &top["image"]["virtual-size"]);
+    let size = top.and_then(|top| top["image"]["virtual-size"].as_u64());
     let (sources, granularity) = sources(&layers, of)?;
+    hold(
+        session,
+        node,
+        name,
+        size.unwrap_or_default(),
+        granularity,
+        &sources,
+    )
+    .await
+}
+
+/// Makes the node for the image `node`, of a disk of `size` bytes, with the union of these bitmaps.
+pub(crate) async fn hold(
+    session: &Session,
+    node: &str,
+    name: &str,
+    size: u64,
+    granularity: u64,
+    sources: &[Value],
+) -> Result<NodeBitmap> {
     let held = NodeBitmap {
         node: holder(node),
         name: name.to_owned(),

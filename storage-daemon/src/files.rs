@@ -1,4 +1,5 @@
-//! What is in the run directory of one storage daemon: its lock, its record, its number, its sockets, its log.
+//! What is in the run directory of one storage daemon: its lock, its record, its number, its sockets, its log, and for a
+//! moment what changed in an image that it is to serve.
 //!
 //! The lock file is the daemon's standard input, so that it is locked for exactly as long as the daemon lives,
 //! from before its first instruction on and however it ends; it holds the domain's id. The record says where it
@@ -19,6 +20,8 @@ use serde::{Deserialize, Serialize};
 /// The longest path of a unix socket, in bytes (unix(7)).
 const LONGEST_SOCKET: usize = 107;
 const LOCK: &str = ".images.lock";
+/// Before the name of the node.
+const CHANGED: &str = ".changed.";
 /// Somebody who asks whether the daemon lives holds the lock for a moment.
 const MOMENT: Duration = Duration::from_secs(5);
 /// For how long a process that is ending may hold the lock.
@@ -92,6 +95,35 @@ impl Files {
         Err(Error::new(ErrorKind::Invalid, what)
             .with("socket", socket.display())
             .hint("Choose a shorter state directory."))
+    }
+
+    /// Where it is written down what changed in the image of this node, until the daemon has taken it over.
+    pub(crate) fn changed(&self, node: &str) -> PathBuf {
+        self.path(&format!("{CHANGED}{node}"))
+    }
+
+    /// Idempotent.
+    pub(crate) fn forget_changed(&self, node: &str) -> Result<()> {
+        remove(&self.changed(node))
+    }
+
+    /// All of these that a kill has left.
+    fn all_changed(&self) -> Result<Vec<PathBuf>> {
+        let failed =
+            |e| Error::io("cannot look for what the image server left", e).with("path", self.run.display());
+        let ours = format!("{}{CHANGED}", self.stem);
+        let mut all = Vec::new();
+        let entries = match std::fs::read_dir(&self.run) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(all),
+            other => other.map_err(failed)?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(failed)?;
+            if entry.file_name().as_encoded_bytes().starts_with(ours.as_bytes()) {
+                all.push(entry.path());
+            }
+        }
+        Ok(all)
     }
 
     /// Makes the lock file anew, and takes the lock.
@@ -196,14 +228,9 @@ impl Files {
             self.log(),
             self.lock(),
         ];
-        for path in halves.into_iter().chain(whole) {
-            match std::fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(Error::io("cannot remove what the image server left", error)
-                        .with("path", path.display()));
-                }
-                _ => {}
-            }
+        let changed = self.all_changed()?;
+        for path in halves.into_iter().chain(changed).chain(whole) {
+            remove(&path)?;
         }
         Ok(())
     }
@@ -229,6 +256,15 @@ impl Files {
             .with("socket", path.display())),
             _ => Ok(()),
         }
+    }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::io("cannot remove what the image server left", error).with("path", path.display()))
+        }
+        _ => Ok(()),
     }
 }
 

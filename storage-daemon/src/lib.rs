@@ -2,12 +2,14 @@
 //! `qemu-storage-daemon`, one per domain, that outlives the command which started it.
 //!
 //! Here: what is asked of it. The process and its files are in `process`, what is remembered of it in `files`, how
-//! an image becomes nodes in `nodes`, and what changed in it in `bitmaps`.
+//! an image becomes nodes in `nodes`, and what changed in it in `bitmaps`, from its own, and in `ranges`, from what
+//! somebody else tells.
 
 mod bitmaps;
 mod files;
 mod nodes;
 mod process;
+mod ranges;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,6 +22,7 @@ use disksnap_hypervisor::{NbdServerControl, Session, Timeouts};
 use serde_json::{Value, json};
 
 use crate::files::Files;
+use crate::ranges::Told;
 
 /// Names the program where it is none of [`StorageDaemons::PLACES`], by absolute path.
 pub const PROGRAM_ENV: &str = "DISKSNAP_STORAGE_DAEMON";
@@ -164,39 +167,38 @@ impl ImageServer for StorageDaemons {
         image: &Image,
         changed: Option<Changed>,
     ) -> Result<()> {
-        if changed.is_some() {
-            return Err(Error::new(ErrorKind::Unsupported, "ranges are not served yet"));
-        }
         let files = self.files(domain);
+        let add = nodes::of(&node.node, image)?;
         let session = session(&files);
         let control = NbdServerControl::new(&session, &self.run, PATIENCE);
-        let add = nodes::of(&node.node, image)?;
-        let added = session.execute(Command::new("blockdev-add", add.clone())).await;
-        let added = match added {
-            // Left by a start that was killed.
-            Err(error) if error.message().contains("uplicate") => {
-                control.unserve(&node.id).await?;
-                close(&session, &node.node).await?;
-                session.execute(Command::new("blockdev-add", add)).await
-            }
-            other => other,
-        };
-        added.map_err(|error| {
-            error
-                .with("image", &image.source)
-                .hint("The image cannot be opened by the record of its snapshot; `qemu-img info` tells more.")
-        })?;
+        // What a serve or an unserve left that was killed.
+        control.unserve(&node.id).await?;
+        close(&session, &files, &node.node).await?;
         let served = async {
+            let told = match (changed, &node.bitmap) {
+                (Some(changed), Some(_)) => Some(Told::read(changed, files.changed(&node.node)).await?),
+                _ => None,
+            };
+            let added = session.execute(Command::new("blockdev-add", add)).await;
+            added.map_err(|error| {
+                error.with("image", &image.source).hint(
+                    "The image cannot be opened by the record of its snapshot; `qemu-img info` tells more.",
+                )
+            })?;
             let mut node = node.clone();
             if let Some(bitmap) = &mut node.bitmap {
-                *bitmap = bitmaps::unite(&session, &node.node, &image.changed, &bitmap.name).await?;
+                *bitmap = match &told {
+                    Some(told) => told.hold(&session, &node.node, &bitmap.name).await?,
+                    None => bitmaps::unite(&session, &node.node, &image.changed, &bitmap.name).await?,
+                };
             }
+            files.forget_changed(&node.node)?;
             control.serve(&node).await
         };
         match served.await {
             Ok(()) => Ok(()),
             Err(error) => {
-                let failed = close(&session, &node.node).await.err();
+                let failed = close(&session, &files, &node.node).await.err();
                 Err(error.rollback_failed(failed.into_iter().collect()))
             }
         }
@@ -205,12 +207,12 @@ impl ImageServer for StorageDaemons {
     async fn unserve(&self, domain: &DomainId, node: &ServeNode) -> Result<()> {
         let files = self.files(domain);
         if !files.lives().await? {
-            return Ok(());
+            return files.forget_changed(&node.node);
         }
         let session = session(&files);
         let control = NbdServerControl::new(&session, &self.run, PATIENCE);
         control.unserve(&node.id).await?;
-        close(&session, &node.node).await
+        close(&session, &files, &node.node).await
     }
 
     async fn served(&self, domain: &DomainId) -> Result<Vec<String>> {
@@ -234,17 +236,22 @@ impl ImageServer for StorageDaemons {
     }
 }
 
-/// Closes an image, and forgets what changed in it. Idempotent.
-async fn close(session: &Session, node: &str) -> Result<()> {
-    // The image last: it is what tells that anything is left.
-    for name in [bitmaps::holder(node), node.to_owned()] {
+/// Closes an image, and forgets what changed in it, as far as they are there; each whatever becomes of the others.
+async fn close(session: &Session, files: &Files, node: &str) -> Result<()> {
+    let mut failed = Vec::new();
+    for name in [ranges::reader(node), bitmaps::holder(node), node.to_owned()] {
         let delete = Command::new("blockdev-del", json!({ "node-name": name }));
         match session.execute(delete).await {
-            Err(error) if !error.message().contains("Failed to find node") => return Err(error),
+            Err(error) if !error.message().contains("Failed to find node") => failed.push(error),
             _ => {}
         }
     }
-    Ok(())
+    failed.extend(files.forget_changed(node).err());
+    let mut failed = failed.into_iter();
+    match failed.next() {
+        None => Ok(()),
+        Some(first) => Err(first.rollback_failed(failed.collect())),
+    }
 }
 
 /// The answer of a monitor that has ended as it was told to is none.
