@@ -34,7 +34,7 @@ fn the_linked_methods_are_these() {
 /// What each method offers on the disks that suit it best, written down so that nothing goes missing unseen.
 const OFFERED: [(&str, &str); 6] = [
     ("btrfs", "active inactive direct-read revert compare"),
-    ("lvm", "active inactive direct-read revert guest-safe"),
+    ("lvm", "active inactive direct-read revert guest-safe compare"),
     ("memory", "active inactive direct-read guest-safe revert"),
     ("qemu-external-qcow2", "active inactive direct-read revert merge"),
     ("qemu-fleece", "active export guest-safe"),

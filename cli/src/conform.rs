@@ -371,10 +371,12 @@ fn lvm(wanted: &Conform, made: &mut Vec<Arc<LogicalVolumes>>) -> Result<Vec<Run>
     let pools = std::iter::once(None).chain(wanted.thin_pool.as_deref().map(Some));
     for pool in pools {
         let mut capabilities = WHOLE.to_vec();
-        if pool.is_none() {
+        capabilities.push(match pool {
             // A classic snapshot that is full breaks, and the guest goes on.
-            capabilities.push(Capability::GuestSafe);
-        }
+            None => Capability::GuestSafe,
+            // Two thin snapshots share what neither has written.
+            Some(_) => Capability::Compare,
+        });
         let fixture = Arc::new(LogicalVolumes::new(group, pool, capabilities, linked("lvm"))?);
         made.push(Arc::clone(&fixture));
         runs.push(Run {
