@@ -360,7 +360,8 @@ impl Qemu {
 
     /// Ends it in an orderly way (QMP `quit`), which saves persistent bitmaps.
     pub fn quit(&self) -> ExitStatus {
-        self.qmp("quit", json!({}));
+        // Its answer may be lost in its end.
+        let _ = self.monitor().try_execute("quit", &json!({}));
         self.process.wait()
     }
 
