@@ -7,7 +7,7 @@ mod unmoved;
 use std::path::Path;
 use std::sync::Arc;
 
-use broken::{Broken, Call, Fault, Hands, Mishap, Slip, Subtle};
+use broken::{Broken, Call, Comparing, Fault, Hands, Mishap, Slip, Subtle, Wrong};
 use disksnap_conformance::{Fixture, Outcome, RawFiles, Report, run};
 use disksnap_core::{Capability, DiskSnapshot};
 use disksnap_memory::Memory;
@@ -86,6 +86,46 @@ caught! {
     a_revert_that_shares_the_snapshot: RevertSpoils by "revert-content";
     a_revert_that_changes_others: RevertMixesUp by "revert-spares-others";
     a_panic: Panics by "control";
+}
+
+fn comparing(dir: &Path, wrong: Wrong) -> Arc<dyn Fixture> {
+    let capabilities = CAPABILITIES.into_iter().chain([Capability::Compare]);
+    let make = move || Arc::new(Comparing(wrong)) as Arc<dyn DiskSnapshot>;
+    Arc::new(RawFiles::new(dir, capabilities, make))
+}
+
+#[tokio::test]
+async fn one_that_compares_passes() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let report = run(comparing(dir.path(), Wrong::Nothing), None).await;
+    assert!(report.conforms(), "{report}");
+}
+
+/// What is wrong with the comparing, and the cases that must catch it, each alone.
+const COMPARING: [(Wrong, &[&str]); 9] = [
+    (Wrong::ForgetsZeroes, &["compare-content"]),
+    (Wrong::ForgetsTheTail, &["compare-content", "compare-outlives"]),
+    (Wrong::Backwards, &["compare-content", "compare-outlives"]),
+    (Wrong::InPieces, &["compare-content", "compare-outlives"]),
+    (Wrong::AllExactly, &["compare-content"]),
+    (Wrong::OneWay, &["compare-content"]),
+    (Wrong::SizeOfTheEarlier, &["compare-content", "compare-outlives"]),
+    (
+        Wrong::NotOffered,
+        &["compare-content", "compare-outlives", "access-fits"],
+    ),
+    (Wrong::Unpromised, &["capabilities"]),
+];
+
+#[tokio::test]
+async fn what_compares_wrongly_is_caught() {
+    for (wrong, cases) in COMPARING {
+        for case in cases {
+            let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+            let report = run(comparing(dir.path(), wrong), Some(case)).await;
+            assert_eq!(report.failures(), [*case], "{wrong:?}: {report}");
+        }
+    }
 }
 
 /// The suite goes with the domain to the disks that a revert hands it.
@@ -220,6 +260,7 @@ const NEVER_ALONE: [(&str, Fault); 7] = [
 fn every_case_is_seen_to_catch_something() {
     let never = NEVER_ALONE.map(|(case, _)| case);
     let mut proven: Vec<&str> = [ALONE, ALONE_TOO, &never].concat();
+    proven.extend(COMPARING.iter().flat_map(|(_, cases)| *cases));
     let mut cases: Vec<&str> = disksnap_conformance::cases().map(|(name, _)| name).collect();
     proven.sort_unstable();
     proven.dedup();

@@ -1,5 +1,6 @@
 //! The cases, in the order in which they are run. Each gets a fresh setting.
 
+mod compare;
 mod content;
 mod contract;
 mod life;
@@ -193,6 +194,16 @@ pub(crate) const CASES: &[Case] = &[
         "revert-spares-others",
         "beside other snapshots a revert changes the disk alone, or is refused",
         revert::spares_others
+    ),
+    case!(
+        "compare-content",
+        "what two snapshots differ in is told, zeroes and the tail included, whichever is the earlier; and nothing where nothing is",
+        compare::content
+    ),
+    case!(
+        "compare-outlives",
+        "the same once the disk was overwritten, a snapshot in between deleted, and a third taken",
+        compare::outlives
     ),
     case!(
         "create-call-fails",

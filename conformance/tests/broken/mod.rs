@@ -1,5 +1,6 @@
 //! The method `memory` with one fault.
 
+mod comparing;
 mod handing;
 mod subtle;
 
@@ -16,6 +17,7 @@ use disksnap_core::{
 use disksnap_memory::Memory;
 use serde_json::json;
 
+pub(crate) use comparing::{Comparing, Wrong};
 pub(crate) use handing::Hands;
 pub(crate) use subtle::{Call, Mishap, Slip, Subtle};
 

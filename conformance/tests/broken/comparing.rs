@@ -1,0 +1,148 @@
+//! The method `memory`, comparing its copies by reading them; with one fault.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use disksnap_core::{
+    Capability, Changed, Compare, DiskRequest, DiskSnapshot, Health, Host, Merge, Method, Peer, Precision,
+    Prepared, Probe, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
+};
+use disksnap_memory::Memory;
+use futures_util::stream;
+
+use super::file_of;
+
+/// The bytes of a block that is told as a whole.
+const BLOCK: usize = 512;
+
+/// What is wrong with the comparing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wrong {
+    Nothing,
+    ForgetsZeroes,
+    ForgetsTheTail,
+    Backwards,
+    InPieces,
+    AllExactly,
+    OneWay,
+    SizeOfTheEarlier,
+    NotOffered,
+    Unpromised,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Comparing(pub(crate) Wrong);
+
+#[async_trait]
+impl DiskSnapshot for Comparing {
+    fn method(&self) -> Method {
+        let mut method = Memory.method();
+        method.capabilities.push(Capability::Compare);
+        method
+    }
+
+    async fn probe(&self, host: &dyn Host, disks: &[DiskRequest]) -> Result<Vec<Probe>> {
+        let mut probes = Memory.probe(host, disks).await?;
+        if self.0 != Wrong::Unpromised {
+            probes
+                .iter_mut()
+                .filter(|probe| !probe.capabilities.is_empty())
+                .for_each(|probe| probe.capabilities.push(Capability::Compare));
+        }
+        Ok(probes)
+    }
+
+    async fn prepare(&self, host: &dyn Host, id: SnapshotId, disks: &[DiskRequest]) -> Result<Vec<Prepared>> {
+        Memory.prepare(host, id, disks).await
+    }
+
+    fn take_plan(&self, prepared: &Prepared) -> Result<TakePlan> {
+        Memory.take_plan(prepared)
+    }
+
+    async fn take(&self, host: &dyn Host, prepared: &Prepared) -> Result<Taken> {
+        Memory.take(host, prepared).await
+    }
+
+    async fn complete(
+        &self,
+        host: &dyn Host,
+        id: SnapshotId,
+        prepared: &Prepared,
+        taken: &Taken,
+    ) -> Result<Unit> {
+        Memory.complete(host, id, prepared, taken).await
+    }
+
+    async fn abort(
+        &self,
+        host: &dyn Host,
+        id: SnapshotId,
+        disks: &[DiskRequest],
+        prepared: Option<&[Prepared]>,
+    ) -> Result<()> {
+        Memory.abort(host, id, disks, prepared).await
+    }
+
+    async fn inspect(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<Health> {
+        Memory.inspect(host, id, unit).await
+    }
+
+    async fn delete(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()> {
+        Memory.delete(host, id, unit).await
+    }
+
+    fn revert(&self, unit: &Unit) -> Option<Arc<dyn Revert>> {
+        Memory.revert(unit)
+    }
+
+    fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
+        None
+    }
+
+    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
+        (self.0 != Wrong::NotOffered).then(|| Arc::new(*self) as Arc<dyn Compare>)
+    }
+}
+
+#[async_trait]
+impl Compare for Comparing {
+    async fn changed(&self, _: &dyn Host, earlier: &Peer, later: &Peer, _: &str) -> Result<Changed> {
+        let read = |peer: &Peer| std::fs::read(file_of(&peer.unit.data)).unwrap();
+        let (before, after) = (read(earlier), read(later));
+        let blocks = before.chunks(BLOCK).zip(after.chunks(BLOCK));
+        let differs = |(before, after): (&[u8], &[u8])| match self.0 {
+            Wrong::AllExactly => true,
+            Wrong::ForgetsZeroes if after.iter().all(|byte| *byte == 0) => false,
+            _ => before != after,
+        };
+        let mut differ: Vec<bool> = blocks.map(differs).collect();
+        match self.0 {
+            Wrong::ForgetsTheTail => *differ.last_mut().unwrap() = false,
+            Wrong::OneWay if file_of(&earlier.unit.data) > file_of(&later.unit.data) => differ.fill(false),
+            _ => {}
+        }
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for (n, _) in differ.iter().enumerate().filter(|(_, differ)| **differ) {
+            let (start, end) = ((n * BLOCK) as u64, ((n + 1) * BLOCK).min(after.len()) as u64);
+            match ranges.last_mut() {
+                Some(last) if last.end == start && self.0 != Wrong::InPieces => last.end = end,
+                _ => ranges.push(start..end),
+            }
+        }
+        if self.0 == Wrong::Backwards {
+            ranges.reverse();
+        }
+        let size = after.len() as u64;
+        Ok(Changed {
+            size: if self.0 == Wrong::SizeOfTheEarlier {
+                size + 512
+            } else {
+                size
+            },
+            precision: Precision::Exact(BLOCK as u64),
+            ranges: Box::pin(stream::iter(ranges.into_iter().map(Ok))),
+        })
+    }
+}
