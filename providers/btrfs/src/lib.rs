@@ -24,7 +24,7 @@ use disksnap_core::{
     Health, Host, Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source,
     TakePlan, Taken, Unit,
 };
-use disksnap_image_file::{ImageFile, Layer, Live, Unfit, forget, room};
+use disksnap_image_file::{FileInImage, ImageFile, Layer, Live, Unfit, forget, room};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
@@ -191,14 +191,14 @@ fn probe_one(
     Ok(fitting(state, group, &image))
 }
 
-/// What can be done with a snapshot of these disks: they are compared as one, or not at all.
+/// What can be done with a snapshot of these disks: they are compared all, or none.
 fn capabilities_of(group: &Group<'_>) -> Vec<Capability> {
-    let possible = |request: &&DiskRequest| {
-        let image = ImageFile::of(&request.disk);
-        image.is_ok_and(|image| compare::is_possible(&image.path, image.format()))
+    let comparable = |request: &&DiskRequest| {
+        let examined = examine(group, request);
+        !request.disk.encrypted && examined.is_ok_and(|examined| compare::is_possible(&examined.files()))
     };
     let mut all = capabilities();
-    all.retain(|one| *one != Capability::Compare || group.requests.iter().all(possible));
+    all.retain(|one| *one != Capability::Compare || group.requests.iter().all(comparable));
     all
 }
 
@@ -227,6 +227,19 @@ fn fitting(state: &RunState, group: &Group<'_>, image: &ImageFile) -> Probe {
 struct Examined {
     image: ImageFile,
     below: Vec<Layer>,
+}
+
+impl Examined {
+    /// The files of the image, the top one first.
+    fn files(&self) -> Vec<FileInImage> {
+        let top = (&self.image.path, self.image.format());
+        let below = self.below.iter().map(|layer| (&layer.path, layer.format));
+        let file = |(path, format): (&PathBuf, &str)| FileInImage {
+            path: path.clone(),
+            format: format.to_owned(),
+        };
+        std::iter::once(top).chain(below).map(file).collect()
+    }
 }
 
 /// The image, if the snapshot of its subvolume will hold all of the disk; else why not. Changes nothing.
@@ -266,6 +279,7 @@ fn prepare_one(id: SnapshotId, group: &Group<'_>) -> Result<Prepared> {
             path: inside(&image.path),
             format: image.format().to_owned(),
             below: below.iter().map(layer).collect(),
+            encrypted: request.disk.encrypted,
         });
     }
     let place = group

@@ -44,6 +44,9 @@ pub(crate) struct Image {
     /// The layers below, nearest first, from the root of the subvolume, each with its format.
     #[serde(default)]
     pub(crate) below: Vec<(PathBuf, String)>,
+    /// Whether the document says that the hypervisor encrypts it.
+    #[serde(default)]
+    pub(crate) encrypted: bool,
 }
 
 /// What is remembered of a snapshot.
@@ -176,11 +179,20 @@ impl Planned {
             name: self.name.clone(),
             uuid: info.uuid,
             changed: info.changed,
-            comparable: images
-                .iter()
-                .all(|image| compare::is_possible(&image.file, &image.format)),
+            comparable: self.is_comparable(&images),
             images,
         })
+    }
+}
+
+impl Planned {
+    /// Whether the disks of this snapshot can be compared with those of another one: all, or none.
+    fn is_comparable(&self, made: &[MadeImage]) -> bool {
+        let encrypted = self.images.iter().any(|image| image.encrypted);
+        !encrypted
+            && made
+                .iter()
+                .all(|image| compare::is_possible(&compare::files(image)))
     }
 }
 

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use disksnap_btrfs::Btrfs;
-use disksnap_core::{DiskSnapshot, ErrorKind, Fit, Health, SnapshotId};
+use disksnap_core::{Capability, DiskSnapshot, ErrorKind, Fit, Health, SnapshotId};
 use disksnap_test_support::{LoopFsKind, loop_fs, need, skip};
 use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
@@ -304,7 +304,14 @@ async fn as_nobody() {
         assert!(why.contains("user_subvol_rm_allowed"), "{why}");
         std::process::exit(42);
     }
+    // Whoever is not root may not search the tree.
+    assert!(
+        !rig.probe(&[]).await[0]
+            .capabilities
+            .contains(&Capability::Compare)
+    );
     let snapshot = rig.create("mine").await;
+    assert!(Btrfs.compare(&snapshot.units[0].unit).is_none());
     assert!(is_full_of(&file(&snapshot, "vda"), 1));
     rig.delete("mine").await;
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);

@@ -4,6 +4,7 @@
 
 #[path = "../../../../image-file/testing/rig.rs"]
 pub mod rig;
+pub mod told;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
