@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, pattern::Random};
+use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, QemuBuilder, pattern::Random};
 use serde_json::{Value, json};
 
 use crate::kills::kill_after;
@@ -255,7 +255,7 @@ fn machine() -> Qemu {
     ];
     disks
         .into_iter()
-        .fold(Qemu::builder(), |b, disk| b.disk(disk))
+        .fold(Qemu::builder(), QemuBuilder::disk)
         .start()
 }
 
