@@ -79,8 +79,8 @@ impl<'a> Place<'a> {
             ServedBy::ImageServer => self.images()?.unserve(self.domain, &export.node).await?,
         }
         match (union_of(export), self.tracker, self.by) {
-            (Some(Union { node, name, .. }), Some(tracker), ServedBy::Hypervisor) => {
-                tracker.part(self.control, node, name).await
+            (Some(union), Some(tracker), ServedBy::Hypervisor) => {
+                tracker.part(self.control, union.held_by(), &union.name).await
             }
             _ => Ok(()),
         }

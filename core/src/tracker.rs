@@ -98,6 +98,17 @@ pub struct Union {
     pub node: String,
     /// What the bitmap there is called.
     pub name: String,
+    /// A node that is made to have the bitmap, where another export has one of that name on the node itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<String>,
+}
+
+impl Union {
+    /// The node that has the bitmap.
+    #[must_use]
+    pub fn held_by(&self) -> &str {
+        self.holder.as_deref().unwrap_or(&self.node)
+    }
 }
 
 /// The dirty bitmaps of a domain's disks, whether it runs or not.
@@ -134,7 +145,7 @@ pub trait Tracker: fmt::Debug + Send + Sync {
     /// where the disk's size has changed in between.
     async fn unite(&self, host: &dyn Host, union: &Union) -> Result<()>;
 
-    /// Removes such a bitmap.
+    /// Removes such a bitmap, and the node that was made for it.
     async fn part(&self, host: &dyn Host, node: &str, name: &str) -> Result<()>;
 
     /// What makes the bitmaps of raw disks durable; `None` where nothing does.

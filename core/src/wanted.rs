@@ -80,6 +80,7 @@ impl Dispatcher {
             if let Some(since) = &wanted.checkpoint {
                 self.tell_changes(&mut export, domain, snapshot, disk, since)
                     .await?;
+                hold_apart(&mut export, present.iter().chain(&exports));
             }
             let same_server = |e: &Export| e.served_by() == export.served_by();
             let clash =
@@ -121,6 +122,7 @@ impl Dispatcher {
                     of,
                     node: export.node.node.clone(),
                     name: since.to_string(),
+                    holder: None,
                 };
                 (Told::Bitmaps(Box::new(union)), excess)
             }
@@ -152,6 +154,22 @@ impl Dispatcher {
                 .with("disk", &disk.target)
                 .hint("Its data must not be used. Delete it, and take a new one."),
         )
+    }
+}
+
+/// An exported bitmap cannot be exported a second time: where another export of the node tells what changed since the same
+/// checkpoint, this one's bitmap is on a node of its own.
+fn hold_apart<'a>(export: &mut Export, mut others: impl Iterator<Item = &'a Export>) {
+    let Some(Told::Bitmaps(union)) = export.changes.as_mut().map(|changes| &mut changes.told) else {
+        return;
+    };
+    if others.any(|other| other.node.bitmap.is_some() && other.node.bitmap == export.node.bitmap) {
+        let holder = node_name(&format!("{}/changed", export.node.id));
+        union.holder = Some(holder.clone());
+        export.node.bitmap = Some(NodeBitmap {
+            node: holder,
+            name: union.name.clone(),
+        });
     }
 }
 

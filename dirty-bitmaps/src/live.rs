@@ -313,10 +313,24 @@ fn ended(chain: &Chain<'_>, ending: &Ending) -> Result<Vec<Value>> {
 pub(crate) async fn unite(host: &dyn Host, union: &Union) -> Result<()> {
     let graph = Graph::read(host).await?;
     let united = united(&graph, union).map_err(|e| e.with("disk", &union.disk.target))?;
-    transact(host, united).await
+    let Some(United { size, actions }) = united else {
+        return Ok(());
+    };
+    if let Some(holder) = union.holder.as_ref().filter(|name| graph.node(name).is_none()) {
+        let null = json!({ "driver": "null-co", "node-name": holder, "size": size, "read-only": true });
+        host.monitor(Command::new("blockdev-add", null)).await?;
+    }
+    transact(host, actions).await
 }
 
-fn united(graph: &Graph, union: &Union) -> Result<Vec<Value>> {
+/// What makes a union.
+struct United {
+    /// The disk's in the snapshot, in bytes.
+    size: u64,
+    actions: Vec<Value>,
+}
+
+fn united(graph: &Graph, union: &Union) -> Result<Option<United>> {
     let node = graph.node(&union.node).ok_or_else(|| {
         Error::new(
             ErrorKind::NotFound,
@@ -324,9 +338,13 @@ fn united(graph: &Graph, union: &Union) -> Result<Vec<Value>> {
         )
         .with("node", &union.node)
     })?;
-    if bitmap(node, &union.name).is_some() {
+    let held_by = union.held_by();
+    if graph
+        .node(held_by)
+        .is_some_and(|node| bitmap(node, &union.name).is_some())
+    {
         // Made before: neither the snapshot nor what is known of it changes.
-        return Ok(Vec::new());
+        return Ok(None);
     }
     let chain = Chain::of(graph, &union.disk)?;
     let (mut sources, mut granularity) = (Vec::new(), u64::MAX);
@@ -347,10 +365,13 @@ fn united(graph: &Graph, union: &Union) -> Result<Vec<Value>> {
     if sources.is_empty() {
         granularity = GRANULARITY;
     }
-    Ok(vec![
-        add(&node.name, &union.name, granularity, false, true),
-        merge(&node.name, &union.name, &sources),
-    ])
+    Ok(Some(United {
+        size: node.size,
+        actions: vec![
+            add(held_by, &union.name, granularity, false, true),
+            merge(held_by, &union.name, &sources),
+        ],
+    }))
 }
 
 fn resized(then: u64, now: u64) -> Error {
@@ -363,13 +384,22 @@ fn resized(then: u64, now: u64) -> Error {
 
 pub(crate) async fn part(host: &dyn Host, node: &str, name: &str) -> Result<()> {
     let graph = Graph::read(host).await?;
-    match graph.node(node).and_then(|node| bitmap(node, name)) {
+    let Some(node) = graph.node(node) else {
+        return Ok(());
+    };
+    match bitmap(node, name) {
         // Another export still tells it.
-        Some(found) if found.busy => Ok(()),
-        Some(_) => host
-            .monitor(Command::new("block-dirty-bitmap-remove", on(node, name)))
-            .await
-            .map(drop),
-        None => Ok(()),
+        Some(found) if found.busy => return Ok(()),
+        Some(_) => {
+            let remove = Command::new("block-dirty-bitmap-remove", on(&node.name, name));
+            host.monitor(remove).await?;
+        }
+        None => {}
     }
+    // One that was made for the bitmap alone.
+    if node.driver == "null-co" {
+        let delete = Command::new("blockdev-del", json!({ "node-name": node.name }));
+        host.monitor(delete).await?;
+    }
+    Ok(())
 }

@@ -4,26 +4,13 @@
 mod rig;
 
 use std::path::Path;
-use std::process::Command;
 
-use disksnap_test_support::{KIB, LoopFsKind, MIB, loop_fs, need, tools};
-use rig::Rig;
+use disksnap_test_support::{KIB, LoopFsKind, MIB, loop_fs, need};
+use rig::{Rig, run};
 
 #[test]
 fn becomes_the_guardian_when_asked() {
     rig::become_guardian_when_asked();
-}
-
-fn run(program: &str, arguments: &[&str]) {
-    let output = Command::new(tools::program(program))
-        .args(arguments)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
 }
 
 /// What a running guest would do to its image, bitmaps and all.

@@ -3,6 +3,9 @@
 
 mod rig;
 
+use std::collections::BTreeMap;
+
+use disksnap_core::Opened;
 use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, QemuVersion};
 use rig::Rig;
 
@@ -112,4 +115,66 @@ async fn increments_are_exact_in_10_0() {
 #[tokio::test]
 async fn increments_are_exact_in_7_2() {
     increments_are_exact(QemuVersion::V7_2).await;
+}
+
+/// Where what is opened has changed.
+async fn at(opened: &Opened) -> Vec<std::ops::Range<u64>> {
+    let changed = rig::changed_in(opened).await;
+    changed.into_iter().map(|(range, _)| range).collect()
+}
+
+/// An exported bitmap cannot be exported a second time: each reader has one of its own.
+async fn two_tell_at_once(version: QemuVersion) {
+    let qemu = Qemu::builder()
+        .version(version)
+        .disk(DiskSpec::new("vda", SIZE).qcow2())
+        .start();
+    let rig = Rig::new(&qemu.domain_xml()).await;
+    rig.create("one", &["vda"], true).await.unwrap();
+    rig.delete("one").await;
+    qemu.disk("vda").fill(MIB, 64 * KIB, 1);
+    let two = rig.create("two", &["vda"], true).await.unwrap();
+    let (name, since) = (rig::name_of("two"), rig::checkpoint("one"));
+    let open = async || {
+        let opened = rig.dispatcher.open_since(&rig.domain, &name, "vda", &since).await;
+        opened.unwrap()
+    };
+    let nodes = || qemu.qmp("query-named-block-nodes", serde_json::json!({"flat": true}));
+    let before = nodes().as_array().unwrap().len();
+    let (first, second) = (open().await, open().await);
+    let expected = [MIB..MIB + 64 * KIB];
+    assert_eq!(
+        [at(&first).await, at(&second).await],
+        [expected.clone(), expected.clone()]
+    );
+    rig.dispatcher.close(&rig.domain, first).await.unwrap();
+    let third = open().await;
+    assert_eq!(
+        [at(&second).await, at(&third).await],
+        [expected.clone(), expected.clone()]
+    );
+    rig.dispatcher.close(&rig.domain, second).await.unwrap();
+    assert_eq!(at(&third).await, expected);
+    // And an export that was asked for, beside a reader's.
+    let asked = BTreeMap::from([("vda", Some("one".to_owned()))]);
+    let told = rig.tell(&two, &asked).await.unwrap();
+    assert_eq!(told["vda"].changed, expected);
+    rig.dispatcher.close(&rig.domain, third).await.unwrap();
+    assert_eq!(nodes().as_array().unwrap().len(), before);
+    let of_the_disk = |name: &String| name.starts_with(qemu.format_node("vda"));
+    assert!(
+        rig.bitmaps().await.iter().all(of_the_disk),
+        "{:?}",
+        rig.bitmaps().await
+    );
+}
+
+#[tokio::test]
+async fn two_tell_at_once_in_10_0() {
+    two_tell_at_once(QemuVersion::V10_0).await;
+}
+
+#[tokio::test]
+async fn two_tell_at_once_in_7_2() {
+    two_tell_at_once(QemuVersion::V7_2).await;
 }

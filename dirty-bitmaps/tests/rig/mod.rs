@@ -1,13 +1,15 @@
 //! What the tests share: a dispatcher with a tracker over a real QEMU, and a reader of snapshots and of what changed.
 #![allow(dead_code, unreachable_pub, reason = "every test file uses a part of it")]
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use disksnap_catalog::{SqliteCatalog, StateDir};
 use disksnap_core::{
-    CheckpointName, Command, Control, Disk, DiskChoice, Disks, Dispatcher, Domain, MethodChoice, NetworkHost,
-    NewCheckpoint, Opened, Options, Registry, Result, Snapshot, SnapshotName, SnapshotRequest, Source,
+    CheckpointName, Command, Control, Disk, DiskChoice, Disks, Dispatcher, Domain, ExportDisk, ExportRequest,
+    MethodChoice, NetworkHost, NewCheckpoint, Opened, Options, Registry, Result, Snapshot, SnapshotName,
+    SnapshotRequest, Source, StopExports,
 };
 use disksnap_dirty_bitmaps::DirtyBitmaps;
 use disksnap_hypervisor::{GuardianProgram, Paths, QemuConnector};
@@ -81,7 +83,7 @@ impl Rig {
             .open(&self.domain, &name_of(name), target)
             .await
             .unwrap();
-        let client = Client::connect(&uri(&opened), &ConnectOptions::default())
+        let client = Client::connect(&uri(&opened.source), &ConnectOptions::default())
             .await
             .unwrap();
         let all = client
@@ -100,25 +102,45 @@ impl Rig {
             .dispatcher
             .open_since(&self.domain, &name, target, &since)
             .await?;
-        let context = dirty_bitmap_context(opened.bitmap.as_deref().unwrap());
-        let options = ConnectOptions {
-            meta_contexts: vec![context.clone()],
-            ..ConnectOptions::default()
-        };
-        let client = Client::connect(&uri(&opened), &options).await.unwrap();
-        let mut extents = client.extents(&context, 0..client.size()).unwrap();
-        let mut changed = Vec::new();
-        while let Some(extent) = extents.next().await.unwrap() {
-            if extent.is_dirty() {
-                let length = usize::try_from(extent.length).unwrap();
-                let data = client.read(extent.offset, length).await.unwrap();
-                changed.push((extent.offset..extent.end(), data.to_vec()));
-            }
-        }
-        drop(extents);
-        client.disconnect().await;
+        let changed = changed_in(&opened).await;
         self.dispatcher.close(&self.domain, opened).await?;
         Ok(changed)
+    }
+
+    /// The whole content of a snapshot's disks and what changed in them, served all together: each since a checkpoint, or
+    /// since none.
+    ///
+    /// # Errors
+    /// Why they are not served.
+    pub async fn tell(
+        &self,
+        snapshot: &Snapshot,
+        since: &BTreeMap<&'static str, Option<String>>,
+    ) -> Result<BTreeMap<&'static str, Told>> {
+        let wanted = since.iter().map(|(target, since)| ExportDisk {
+            alias: snapshot.disk(target).unwrap().alias.clone(),
+            name: None,
+            checkpoint: since.as_deref().map(checkpoint),
+        });
+        let request = ExportRequest {
+            listen: None,
+            tls: None,
+            allow_remote: false,
+            disks: wanted.collect(),
+        };
+        self.dispatcher.start_exports(&self.domain, &request).await?;
+        let mut told = BTreeMap::new();
+        for (target, since) in since {
+            let source = self.dispatcher.backup_source(&self.domain, snapshot, target);
+            let uri = uri(&source.await.unwrap().unwrap());
+            told.insert(*target, Told::over(&uri, since.as_deref()).await);
+        }
+        let stopped = self
+            .dispatcher
+            .stop_exports(&self.domain, &StopExports::All)
+            .await;
+        stopped.unwrap();
+        Ok(told)
     }
 
     /// The names of all bitmaps of the disks, scratch and all, with `*` where one records.
@@ -144,6 +166,70 @@ impl Rig {
     }
 }
 
+/// What changed in what is opened, as it tells.
+pub async fn changed_in(opened: &Opened) -> Vec<(Range<u64>, Vec<u8>)> {
+    let told = Told::over(&uri(&opened.source), opened.bitmap.as_deref()).await;
+    let data = |range: &Range<u64>| {
+        told.content[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()].to_vec()
+    };
+    told.changed
+        .iter()
+        .map(|range| (range.clone(), data(range)))
+        .collect()
+}
+
+/// Runs a program of QEMU's.
+pub fn run(program: &str, arguments: &[&str]) {
+    let output = std::process::Command::new(tools::program(program))
+        .args(arguments)
+        .output();
+    let output = output.unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// A disk of a snapshot, as it is read.
+pub struct Told {
+    pub content: Vec<u8>,
+    pub changed: Vec<Range<u64>>,
+}
+
+impl Told {
+    async fn over(uri: &Uri, since: Option<&str>) -> Self {
+        let context = since.map(dirty_bitmap_context);
+        let options = ConnectOptions {
+            meta_contexts: context.iter().cloned().collect(),
+            ..ConnectOptions::default()
+        };
+        let client = Client::connect(uri, &options).await.unwrap();
+        let length = usize::try_from(client.size()).unwrap();
+        let content = client.read(0, length).await.unwrap().to_vec();
+        let mut changed = Vec::new();
+        if let Some(context) = context {
+            let mut extents = client.extents(&context, 0..client.size()).unwrap();
+            while let Some(extent) = extents.next().await.unwrap() {
+                if extent.is_dirty() {
+                    changed.push(extent.offset..extent.end());
+                }
+            }
+        }
+        client.disconnect().await;
+        Self { content, changed }
+    }
+
+    /// What was before, with what changed applied.
+    pub fn applied(&self, mut before: Vec<u8>) -> Vec<u8> {
+        for range in &self.changed {
+            let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
+            before[range.clone()].copy_from_slice(&self.content[range]);
+        }
+        before
+    }
+}
+
 pub fn request(name: &str, targets: &[&str], checkpoint: bool) -> SnapshotRequest {
     SnapshotRequest {
         name: Some(name_of(name)),
@@ -161,14 +247,14 @@ pub fn checkpoint(name: &str) -> CheckpointName {
     name.parse().unwrap()
 }
 
-fn uri(opened: &Opened) -> Uri {
+fn uri(source: &Source) -> Uri {
     let Source::Network {
         name: Some(export),
         hosts,
         ..
-    } = &opened.source
+    } = source
     else {
-        panic!("not a network source: {}", opened.source)
+        panic!("not a network source: {source}")
     };
     match &hosts[0] {
         NetworkHost::Unix { socket } => Uri::unix(socket, export),
