@@ -69,7 +69,7 @@ pub(crate) enum CheckpointCommand {
     /// Tell of each checkpoint and disk whether what has changed since can be told; changes nothing
     ///
     /// ok; missing, lost, inconsistent, not recording: what has changed since is not known; recording: more is told than has
-    /// changed, and nothing less. Where anything is wrong the exit code is that of broken.
+    /// changed, and nothing less; unreachable: the disk cannot be looked at now. Where anything is wrong the exit code is that of broken.
     #[command(after_help = VALIDATE_EXAMPLES)]
     Validate,
     /// Drop what cannot be trusted, and nothing else: only those disks need a full backup next

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::dispatcher::Held;
 use crate::{
     Change, Checkpoint, CheckpointName, Control, DirtyBitmap, Dispatcher, Domain, Ending, Health, Inspected,
-    Lineage, Mark, Result, SnapshotId, Tracked,
+    Lineage, Mark, Result, SnapshotId, Trackable, Tracked,
 };
 
 /// What was found of one mark.
@@ -28,6 +28,8 @@ pub enum MarkVerdict {
     CutOff,
     /// It notes what is written although a later one does: it tells more than has changed, and nothing less.
     Recording,
+    /// Its disk cannot be looked at now: what is there is not known, and nothing is given up.
+    Unreachable,
 }
 
 impl MarkVerdict {
@@ -35,6 +37,11 @@ impl MarkVerdict {
     #[must_use]
     pub fn is_usable(self) -> bool {
         matches!(self, Self::Ok | Self::Recording)
+    }
+
+    /// Whether it is known to be of no use for what comes.
+    fn is_broken(self) -> bool {
+        !self.is_usable() && self != Self::Unreachable
     }
 
     /// The verdict as users read it.
@@ -48,6 +55,7 @@ impl MarkVerdict {
             Self::NotRecording => "not recording",
             Self::CutOff => "cut off",
             Self::Recording => "recording",
+            Self::Unreachable => "unreachable",
         }
     }
 }
@@ -131,6 +139,11 @@ impl Dispatcher {
         let standing = self.standing(&domain.id).await?;
         standing.refuse_stale(&state, disks.iter().copied())?;
         let looked = self.tracker()?.look(control, &disks).await?;
+        for (disk, tracked) in disks.iter().zip(&looked) {
+            if let Trackable::Unreachable(why) = &tracked.trackable {
+                tracing::warn!("{}: its bitmaps cannot be looked at: {why}", disk.target);
+            }
+        }
         let found: BTreeMap<&str, Found<'_>> = disks
             .iter()
             .zip(&looked)
@@ -337,6 +350,7 @@ fn targets_of(checkpoint: &Checkpoint) -> impl Iterator<Item = &str> {
 
 /// The bitmaps of a disk, by name.
 struct Found<'a> {
+    reachable: bool,
     bitmaps: HashMap<&'a str, Vec<&'a DirtyBitmap>>,
 }
 
@@ -346,10 +360,14 @@ impl<'a> Found<'a> {
         for bitmap in &tracked.bitmaps {
             bitmaps.entry(&bitmap.name).or_default().push(bitmap);
         }
-        Self { bitmaps }
+        let reachable = !matches!(tracked.trackable, Trackable::Unreachable(_));
+        Self { reachable, bitmaps }
     }
 
     fn verdict(&self, name: &str, last: bool, volatile: bool) -> MarkVerdict {
+        if !self.reachable {
+            return MarkVerdict::Unreachable;
+        }
         let Some(layers) = self.bitmaps.get(name) else {
             return if volatile {
                 MarkVerdict::Lost
@@ -399,7 +417,7 @@ fn unknown(found: &BTreeMap<&str, Found<'_>>, lineage: &Lineage) -> Vec<UnknownB
 /// The disks whose last mark is of no use.
 fn full(marks: &[CheckedMark], newest: &HashMap<&str, &CheckpointName>) -> Vec<String> {
     let last = |mark: &&CheckedMark| newest.get(mark.target.as_str()) == Some(&&mark.checkpoint);
-    let useless = marks.iter().filter(last).filter(|mark| !mark.verdict.is_usable());
+    let useless = marks.iter().filter(last).filter(|mark| mark.verdict.is_broken());
     let mut full: Vec<String> = useless.map(|mark| mark.target.clone()).collect();
     full.sort();
     full
@@ -413,7 +431,7 @@ fn broken(lineage: &Lineage, validation: &Validation) -> Result<Vec<CheckedMark>
         .marks
         .iter()
         .rev()
-        .filter(|mark| !mark.verdict.is_usable())
+        .filter(|mark| mark.verdict.is_broken())
     {
         useless.insert(key(mark));
         if lineage.get(&mark.checkpoint)?.bitmap(&mark.target).is_none() {

@@ -250,7 +250,7 @@ fn volatile(target: &str, tracked: &Tracked, warnings: &mut Vec<String>) -> Resu
             ));
             Ok(true)
         }
-        Trackable::No(why) => Err(Error::new(
+        Trackable::No(why) | Trackable::Unreachable(why) => Err(Error::new(
             ErrorKind::Unsupported,
             format!("no checkpoint can begin on this disk: {why}"),
         )

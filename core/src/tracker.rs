@@ -34,6 +34,8 @@ pub enum Trackable {
     Volatile(String),
     /// None, and why.
     No(String),
+    /// The disk cannot be looked at, and why: what bitmaps it has is not known.
+    Unreachable(String),
 }
 
 /// A dirty bitmap in one layer of a disk.

@@ -14,6 +14,10 @@ use disksnap_core::{Batch, Disk, Ending, Host, RawDisks, Result, Start, Tracked,
 /// Bytes per bit where nobody says otherwise: QEMU's own default for images with clusters of 64 KiB.
 pub const GRANULARITY: u64 = 64 << 10;
 
+/// Why an old image has none.
+const OLD_QCOW2: &str = "a qcow2 image of the old kind (compat=0.10) keeps no bitmaps; while nobody uses it, `qemu-img amend -f qcow2 \
+     -o compat=1.1` makes it one of the new kind";
+
 /// The dirty bitmaps of QEMU.
 #[derive(Debug, Clone, Copy)]
 pub struct DirtyBitmaps;

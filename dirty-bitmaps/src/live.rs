@@ -8,8 +8,8 @@ use disksnap_hypervisor::Graph;
 use disksnap_hypervisor::graph::{Bitmap, Node};
 use serde_json::{Value, json};
 
-use crate::GRANULARITY;
 use crate::chain::{Chain, bitmap};
+use crate::{GRANULARITY, OLD_QCOW2};
 
 pub(crate) async fn look(host: &dyn Host, disks: &[&Disk]) -> Result<Vec<Tracked>> {
     let graph = Graph::read(host).await?;
@@ -21,7 +21,7 @@ fn look_at(graph: &Graph, disk: &Disk) -> Tracked {
         Ok(chain) => chain,
         Err(error) => {
             return Tracked {
-                trackable: Trackable::No(error.to_string()),
+                trackable: Trackable::Unreachable(error.to_string()),
                 size: None,
                 bitmaps: Vec::new(),
             };
@@ -32,6 +32,8 @@ fn look_at(graph: &Graph, disk: &Disk) -> Tracked {
         Trackable::No("the disk is read-only: it does not change".to_owned())
     } else if keeps(top) {
         Trackable::Durable
+    } else if top.driver == "qcow2" {
+        Trackable::Volatile(OLD_QCOW2.to_owned())
     } else {
         Trackable::Volatile(format!(
             "an image of the format '{}' keeps no bitmaps",
@@ -62,7 +64,8 @@ fn tell(layer: usize, bitmap: &Bitmap) -> DirtyBitmap {
 
 /// Whether the image of a node can keep bitmaps.
 fn keeps(node: &Node) -> bool {
-    node.driver == "qcow2"
+    let compat = &node.info["image"]["format-specific"]["data"]["compat"];
+    node.driver == "qcow2" && compat != "0.10"
 }
 
 /// One action of a `transaction` on the bitmaps of a node.

@@ -8,7 +8,7 @@ use disksnap_core::{
 use disksnap_image_file::QemuImg;
 use serde::Deserialize;
 
-use crate::GRANULARITY;
+use crate::{GRANULARITY, OLD_QCOW2};
 
 /// What `qemu-img info --output=json` says of one image.
 #[derive(Debug, Deserialize)]
@@ -28,6 +28,7 @@ struct Specific {
 
 #[derive(Debug, Default, Deserialize)]
 struct Data {
+    compat: Option<String>,
     #[serde(default)]
     bitmaps: Vec<InImage>,
 }
@@ -53,12 +54,12 @@ struct Layers {
 }
 
 /// The image that can keep bitmaps, or why there is none.
-fn image_of(disk: &Disk) -> std::result::Result<String, String> {
+fn image_of(disk: &Disk) -> std::result::Result<String, Trackable> {
     if disk.driver.format.as_deref() != Some("qcow2") {
         let format = disk.driver.format.as_deref().unwrap_or("raw");
-        return Err(format!(
+        return Err(Trackable::No(format!(
             "the domain is off, and an image of the format '{format}' keeps no bitmaps"
-        ));
+        )));
     }
     match disk
         .source
@@ -67,7 +68,9 @@ fn image_of(disk: &Disk) -> std::result::Result<String, String> {
         .and_then(|path| path.to_str())
     {
         Some(path) => Ok(path.to_owned()),
-        None => Err("the domain is off, and its image is no file or device of this host".to_owned()),
+        None => Err(Trackable::Unreachable(
+            "the domain is off, and its image is no file or device of this host".to_owned(),
+        )),
     }
 }
 
@@ -125,16 +128,30 @@ impl Image {
 pub(crate) async fn look(disks: &[&Disk]) -> Result<Vec<Tracked>> {
     let mut all = Vec::with_capacity(disks.len());
     for disk in disks {
-        all.push(match image_of(disk) {
-            Ok(path) => tell(&layers_of(&path).await.map_err(|e| e.with("disk", &disk.target))?),
-            Err(why) => Tracked {
-                trackable: Trackable::No(why),
-                size: None,
-                bitmaps: Vec::new(),
-            },
-        });
+        all.push(look_at(disk).await.map_err(|e| e.with("disk", &disk.target))?);
     }
     Ok(all)
+}
+
+async fn look_at(disk: &Disk) -> Result<Tracked> {
+    let found = match image_of(disk) {
+        Ok(path) => layers_of(&path).await,
+        Err(why) => return Ok(nothing(why)),
+    };
+    match found {
+        Ok(layers) => Ok(tell(&layers)),
+        // Without the program no disk can be looked at.
+        Err(error) if error.kind() == ErrorKind::Unavailable => Err(error),
+        Err(error) => Ok(nothing(Trackable::Unreachable(error.to_string()))),
+    }
+}
+
+fn nothing(trackable: Trackable) -> Tracked {
+    Tracked {
+        trackable,
+        size: None,
+        bitmaps: Vec::new(),
+    }
 }
 
 fn tell(layers: &Layers) -> Tracked {
@@ -152,8 +169,15 @@ fn tell(layers: &Layers) -> Tracked {
         }
     }
     bitmaps.retain(|bitmap| !bitmap.name.starts_with(SCRATCH_BITMAP));
+    let top = layers.images.first();
+    let compat = top.and_then(|image| image.format_specific.data.compat.as_deref());
+    let trackable = if compat == Some("0.10") {
+        Trackable::No(format!("the domain is off, and {OLD_QCOW2}"))
+    } else {
+        Trackable::Durable
+    };
     Tracked {
-        trackable: Trackable::Durable,
+        trackable,
         size: Some(layers.size),
         bitmaps,
     }
@@ -161,7 +185,12 @@ fn tell(layers: &Layers) -> Tracked {
 
 /// The image of a disk that is to be worked on.
 fn needed(disk: &Disk) -> Result<String> {
-    image_of(disk).map_err(|why| Error::new(ErrorKind::Unsupported, why).with("disk", &disk.target))
+    image_of(disk).map_err(|why| {
+        let (Trackable::No(why) | Trackable::Unreachable(why) | Trackable::Volatile(why)) = why else {
+            return Error::new(ErrorKind::Internal, "an image is none");
+        };
+        Error::new(ErrorKind::Unsupported, why).with("disk", &disk.target)
+    })
 }
 
 async fn bitmap(arguments: &[&str]) -> Result<()> {

@@ -3,7 +3,8 @@
 
 mod rig;
 
-use disksnap_core::{ErrorKind, MarkVerdict};
+use disksnap_core::{ErrorKind, MarkVerdict, Trackable, Tracker};
+use disksnap_dirty_bitmaps::DirtyBitmaps;
 use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu};
 use rig::Rig;
 
@@ -270,4 +271,85 @@ async fn a_gap_stays_a_gap() {
     let error = rig.create("d", &["vda"], true).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{error}");
     assert!(rig.bitmaps().await.iter().any(|name| name.ends_with(":d*")));
+}
+
+/// An old image keeps none, and says so.
+#[tokio::test]
+async fn an_old_qcow2_image_keeps_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("old.qcow2");
+    rig::run(
+        "qemu-img",
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            "compat=0.10",
+            image.to_str().unwrap(),
+            "4M",
+        ],
+    );
+    let qemu = Qemu::builder()
+        .disk(DiskSpec::new("vda", SIZE).qcow2().image(&image))
+        .start();
+    let rig = Rig::new(&qemu.domain_xml()).await;
+    let disk = rig.domain.disks[0].clone();
+    let trackable = async || {
+        let looked = DirtyBitmaps.look(&*rig.control(), &[&disk]).await.unwrap();
+        looked[0].trackable.clone()
+    };
+    let Trackable::Volatile(why) = trackable().await else {
+        panic!("{:?}", trackable().await)
+    };
+    assert!(why.contains("compat=0.10"), "{why}");
+    let one = rig.create("a", &["vda"], true).await.unwrap();
+    assert!(
+        one.warnings.iter().any(|w| w.contains("compat=0.10")),
+        "{:?}",
+        one.warnings
+    );
+    qemu.disk("vda").fill(MIB, 64 * KIB, 7);
+    rig.create("b", &["vda"], false).await.unwrap();
+    assert_eq!(rig.changed("b", "vda", "a").await.unwrap().len(), 1);
+    qemu.quit();
+    assert_eq!(verdicts(&rig).await, ["a:vda=lost", "full:vda"]);
+    let Trackable::No(why) = trackable().await else {
+        panic!("{:?}", trackable().await)
+    };
+    assert!(why.contains("compat=0.10"), "{why}");
+}
+
+/// What cannot be looked at is told so, does not hide what can, and is not given up.
+#[tokio::test]
+async fn a_disk_that_is_out_of_reach_loses_nothing() {
+    let qemu = Qemu::builder()
+        .disk(DiskSpec::new("vda", SIZE).qcow2())
+        .disk(DiskSpec::new("vdb", SIZE).qcow2())
+        .start();
+    let rig = Rig::new(&qemu.domain_xml()).await;
+    made(&rig, &["a", "b"]).await;
+    qemu.quit();
+    let (image, away) = (qemu.image("vdb").to_owned(), qemu.dir().join("away"));
+    std::fs::rename(&image, &away).unwrap();
+    let out_of_reach = ["a:vda=ok", "a:vdb=unreachable", "b:vda=ok", "b:vdb=unreachable"];
+    assert_eq!(verdicts(&rig).await, out_of_reach);
+    // There, and no image.
+    std::fs::write(&image, "nothing").unwrap();
+    assert_eq!(verdicts(&rig).await, out_of_reach);
+    let dropped = rig.dispatcher.drop_broken(&rig.domain, true).await.unwrap();
+    assert_eq!(dropped, disksnap_core::Dropped::default());
+    let name = rig::checkpoint("b");
+    let error = rig
+        .dispatcher
+        .remove_checkpoint(&rig.domain, &name)
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("vdb"), "{error}");
+    std::fs::rename(&away, &image).unwrap();
+    assert_eq!(
+        verdicts(&rig).await,
+        ["a:vda=ok", "a:vdb=ok", "b:vda=ok", "b:vdb=ok"]
+    );
 }
