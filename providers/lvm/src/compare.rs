@@ -3,17 +3,20 @@
 //! A thin pool maps chunks. Two devices that map the same chunk have the same content there, for what is shared is never
 //! written to; where neither maps any both read zeros; all else is told. So the answer is about the contents, whatever
 //! became of the volume between the two: reverts give it other devices, and extending it or taking it back changes its size.
+//!
+//! Where the volume is an image of the disk, `qemu-img` tells besides where in the disk what differs is.
 
 use std::fmt;
 use std::path::Path;
 
 use async_trait::async_trait;
 use disksnap_core::{Changed, Compare, Error, ErrorKind, Host, Peer, Precision, Result};
+use disksnap_image_file::{FileInImage, QemuImg, SameFile, guest_ranges};
 
 use crate::lvm2::Lvm;
 use crate::mapper::{Dmsetup, Thin};
 use crate::metadata::Held;
-use crate::snapshot::{Image, Made};
+use crate::snapshot::Made;
 use crate::spool::Spool;
 use crate::thin_delta::ThinDelta;
 use crate::volume::Volume;
@@ -25,12 +28,7 @@ pub(crate) struct Comparing;
 
 /// Whether this method compares this snapshot with others of the volume.
 pub(crate) fn can_compare(made: &Made) -> bool {
-    made.thin && made.images.iter().all(is_volume)
-}
-
-/// Whether the guest's bytes are the volume's.
-fn is_volume(image: &Image) -> bool {
-    image.inside.is_none() && image.format == "raw"
+    made.thin && made.images.iter().all(|image| image.inside.is_none())
 }
 
 #[async_trait]
@@ -39,26 +37,46 @@ impl Compare for Comparing {
     /// directory where they are many: whoever reads the ranges slowly does not hold the pool's metadata.
     async fn changed(&self, host: &dyn Host, earlier: &Peer, later: &Peer, target: &str) -> Result<Changed> {
         let [earlier, later]: [Made; 2] = [remembered(&earlier.unit.data)?, remembered(&later.unit.data)?];
-        for made in [&earlier, &later] {
-            must_hold(made, target)?;
+        let files = [file(&earlier, target)?, file(&later, target)?];
+        if files.iter().all(|file| file.format == "raw") {
+            return volumes(earlier, later, host).await;
         }
-        let dir = host.image_dir().to_owned();
-        blocking(move || changed(&Pair::of(&earlier, &later)?, &dir)).await
+        let qemu_img = QemuImg::find().ok_or_else(|| {
+            let what = format!("without qemu-img nothing tells where in the disk {target} its image differs");
+            QemuImg::missing(ErrorKind::Unavailable, what)
+        })?;
+        let same = SameFile {
+            earlier: 0,
+            later: 0,
+            changed: volumes(earlier, later, host).await?,
+        };
+        let [earlier, later] = files;
+        guest_ranges(&qemu_img, &[earlier], &[later], vec![same]).await
     }
 }
 
-fn must_hold(made: &Made, target: &str) -> Result<()> {
+/// The image that is on the snapshot: all of a disk, for such an image has no layers below.
+fn file(made: &Made, target: &str) -> Result<FileInImage> {
     let name = made.full_name();
     let image = made.images.iter().find(|image| image.target == target);
     match image {
-        Some(image) if made.thin && is_volume(image) => Ok(()),
+        Some(image) if made.thin && image.inside.is_none() => Ok(FileInImage {
+            path: made.path.clone(),
+            format: image.format.clone(),
+        }),
         Some(_) => Err(unsupported(format!(
-            "the snapshot {name} is not a thin one of a volume that is the disk {target}"
+            "the snapshot {name} is not a thin one of a volume that is the disk {target} or its image"
         ))),
         None => Err(unsupported(format!(
             "the snapshot {name} is not of the disk {target}"
         ))),
     }
+}
+
+/// What differs between the volumes.
+async fn volumes(earlier: Made, later: Made, host: &dyn Host) -> Result<Changed> {
+    let dir = host.image_dir().to_owned();
+    blocking(move || changed(&Pair::of(&earlier, &later)?, &dir)).await
 }
 
 fn unsupported(what: impl Into<String>) -> Error {

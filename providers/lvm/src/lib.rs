@@ -130,7 +130,7 @@ impl DiskSnapshot for LogicalVolume {
         None
     }
 
-    /// For thin snapshots of a volume that is a raw disk: only of those is it known what differs, and where for the guest.
+    /// For thin snapshots of a volume that is the disk, or the image of one; not for an image in a file system on it.
     fn compare(&self, unit: &Unit) -> Option<Arc<dyn Compare>> {
         let made: Made = remembered(&unit.data).ok()?;
         can_compare(&made).then(|| Arc::new(Comparing) as Arc<dyn Compare>)
@@ -139,43 +139,22 @@ impl DiskSnapshot for LogicalVolume {
 
 /// What there is: no disk has all of it, for one way has what the other has not.
 fn best() -> Vec<Capability> {
-    let mut all = capabilities(Way::Classic, Lies::Raw);
+    let mut all = capabilities(Way::Classic, false);
     all.push(Capability::Compare);
     all
 }
 
-/// How a disk lies on its volume.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Lies {
-    /// The volume is the disk.
-    Raw,
-    /// The volume is an image of the disk.
-    Image,
-    /// The image is in a file system on the volume.
-    Inside,
-}
-
-impl Lies {
-    fn of(found: &Found) -> Self {
-        match (&found.inside, found.format.as_str()) {
-            (Some(_), _) => Self::Inside,
-            (None, "raw") => Self::Raw,
-            (None, _) => Self::Image,
-        }
-    }
-}
-
-/// What can be done with a snapshot of a disk.
+/// What can be done with a snapshot of a disk that is the volume, or is `inside` a file system on it.
 ///
 /// A classic snapshot that is full breaks and lets the guest go on; a thin pool that is full does not.
-fn capabilities(way: Way, lies: Lies) -> Vec<Capability> {
+fn capabilities(way: Way, inside: bool) -> Vec<Capability> {
     let mut capabilities = vec![Capability::Active, Capability::Inactive];
-    if lies != Lies::Inside {
+    if !inside {
         capabilities.extend([Capability::DirectRead, Capability::Revert]);
     }
     match way {
         Way::Classic => capabilities.push(Capability::GuestSafe),
-        Way::Thin if lies == Lies::Raw => capabilities.push(Capability::Compare),
+        Way::Thin if !inside => capabilities.push(Capability::Compare),
         Way::Thin => {}
     }
     capabilities
@@ -325,7 +304,7 @@ fn fitting(found: &Found, room: Option<u64>) -> Probe {
             None => Fit::Natural,
         },
         unit: found.unit(),
-        capabilities: capabilities(found.way, Lies::of(found)),
+        capabilities: capabilities(found.way, found.inside.is_some()),
         effect,
         details,
         warnings: found.warnings.clone(),

@@ -1,7 +1,7 @@
 //! The program `thin_delta` (its manual page is in section 8): how the mappings of two thin devices differ, read while it prints.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -72,7 +72,9 @@ impl ThinDelta {
             }
             (Some(_), read) => read,
             (None, read) => {
-                end(&running);
+                // What it might still print goes nowhere. Where it cannot be killed it has ended.
+                let _ = running.kill();
+                drop(running);
                 read.and(Err(unlike("something that goes on after its end")))
             }
         }
@@ -92,14 +94,6 @@ impl ThinDelta {
             .reader()
             .map_err(|e| Error::io(format!("cannot run {}", self.program.display()), e))
     }
-}
-
-/// Ends it, and waits for its end.
-fn end(mut running: &ReaderHandle) {
-    // Where it cannot be killed it has ended.
-    let _ = running.kill();
-    let mut rest = [0; 4096];
-    while matches!(running.read(&mut rest), Ok(read) if read > 0) {}
 }
 
 /// How far the document has been read.

@@ -9,7 +9,8 @@ use disksnap_core::{Capability, Changed, DiskSnapshot, Error, ErrorKind, Peer, P
 use disksnap_lvm::LogicalVolume;
 use futures_util::TryStreamExt;
 
-use crate::support::{Group, Rig, block, device, formatted, run};
+use crate::file_systems::Mounted;
+use crate::support::{Group, Rig, block, device, file, formatted, run, try_run};
 
 const KIB: u64 = 1 << 10;
 /// The pool's chunks; the group's extents are half as large, so that volumes end in the middle of one.
@@ -268,16 +269,62 @@ async fn what_cannot_be_compared_is_refused() {
     assert_eq!(held("pool"), None);
 }
 
-/// An image's ranges are not the guest's.
+/// An image's ranges are not the guest's: what is told are the guest's.
 #[tokio::test]
 #[ignore = "runs in the guest"]
-async fn an_image_on_a_volume_is_not_compared() {
+async fn an_image_on_a_volume_is_compared_as_the_guest_sees_it() {
     let group = Group::new("vg", "-s 64k");
     pool(&group, "pool");
-    let disk = thin(&group, "pool", "disk", 32 * EXTENT);
-    run(&format!("qemu-img create -q -f qcow2 {} 1M", disk.display()));
-    let source = disksnap_core::Source::Block { dev: disk };
+    let disk = thin(&group, "pool", "disk", 128 * EXTENT);
+    let shown = disk.display();
+    run(&format!("qemu-img create -q -f qcow2 {shown} 4M"));
+    let source = disksnap_core::Source::Block { dev: disk.clone() };
     let rig = Rig::new(vec![formatted("vda", source, "qcow2")]);
+    assert!(
+        rig.probe(&[]).await[0]
+            .capabilities
+            .contains(&Capability::Compare)
+    );
+    let io = |command: &str| {
+        let words = ["qemu-io", "-f", "qcow2", "-c", command, disk.to_str().unwrap()];
+        try_run(&words).unwrap();
+    };
+    io("write -P 1 1M 300k");
+    let first = rig.create("first").await;
+    let same = rig.create("same").await;
+    io("write -P 2 3M 64k");
+    io("write -z -u 1M 64k");
+    io("write -P 3 0 4k");
+    let second = rig.create("second").await;
+    assert_eq!(ranges_of_image(&rig, &first, &same).await, []);
+    let told = ranges_of_image(&rig, &first, &second).await;
+    assert_eq!(
+        told,
+        [(0, 64 * KIB), (1024 * KIB, 1088 * KIB), (3072 * KIB, 3136 * KIB)]
+    );
+    assert_eq!(ranges_of_image(&rig, &second, &first).await, told);
+    assert_eq!(held("pool"), None);
+}
+
+async fn ranges_of_image(rig: &Rig, earlier: &Snapshot, later: &Snapshot) -> Vec<(u64, u64)> {
+    let told = changed(rig, (earlier, later), "vda").await.unwrap();
+    assert_eq!(told.size, 4096 * KIB);
+    assert!(matches!(told.precision, Precision::Superset(_)), "{told:?}");
+    let ranges: Vec<_> = told.ranges.try_collect().await.unwrap();
+    ranges.iter().map(|range| (range.start, range.end)).collect()
+}
+
+/// Of an image in a file system on the volume, nobody here knows where it lies.
+#[tokio::test]
+#[ignore = "runs in the guest"]
+async fn an_image_in_a_file_system_is_not_compared() {
+    let group = Group::new("vg", "-s 64k");
+    pool(&group, "pool");
+    let disk = thin(&group, "pool", "disk", 128 * EXTENT);
+    run(&format!("mke2fs -q -t ext4 {}", disk.display()));
+    let _mounted = Mounted::new(&disk, Path::new("/mnt/compared"), "");
+    std::fs::write("/mnt/compared/image", [1; 4096]).unwrap();
+    let rig = Rig::new(vec![file("vda", Path::new("/mnt/compared/image"))]);
     assert!(
         !rig.probe(&[]).await[0]
             .capabilities
