@@ -405,6 +405,47 @@ async fn data_that_was_not_asked_for() {
     assert_violation(read(base().chunk(DONE, 0, 0, &[])).await, "missing from 0");
 }
 
+/// Four writes of zeroes are in flight together: one that fails fails alone, in whatever order the answers come; and
+/// what does not answer a write is no answer.
+#[tokio::test]
+async fn answers_to_writes_of_zeroes() {
+    let none = CommandFlags::empty();
+    let base = || Script::structured().requests(4);
+    let answers = base()
+        .error(DONE, 0x8001, 2, 28, b"no room")
+        .chunk(DONE, 0, 3, &[])
+        .chunk(DONE, 0, 0, &[])
+        .chunk(DONE, 0, 1, &[])
+        .silence();
+    let four = async |script: Script| {
+        let client = script.serve().connect().await.unwrap();
+        let zeroes = |n: u64| client.write_zeroes(n * 8192, 4096, none);
+        tokio::join!(zeroes(0), zeroes(1), zeroes(2), zeroes(3))
+    };
+    let (a, b, c, d) = four(answers).await;
+    assert!(a.is_ok() && b.is_ok() && d.is_ok());
+    assert!(
+        matches!(
+            c,
+            Err(Error::Server {
+                errno: Errno::NoSpc,
+                ..
+            })
+        ),
+        "{c:?}"
+    );
+    let (a, b, ..) = four(base().chunk(DONE, 0, 0, &[]).data(DONE, 1, 8192, &[1; 4096])).await;
+    assert!(a.is_ok());
+    assert_violation(b, "Data chunk in answer to a write of zeroes");
+    let (a, ..) = four(base().hole(DONE, 0, 0, 4096)).await;
+    assert_violation(a, "Hole chunk in answer to a write of zeroes");
+    let (a, b, c, d) = four(base().chunk(DONE, 0, 0, &[])).await;
+    assert!(a.is_ok());
+    for lost in [b, c, d] {
+        assert_disconnected(lost, "");
+    }
+}
+
 #[tokio::test]
 async fn replies_cut_short() {
     let read = async |script: Script| script.serve().read().await;
