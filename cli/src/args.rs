@@ -105,7 +105,7 @@ pub(crate) enum Command {
     Domain(DomainCommand),
     /// Tell per disk which method would be used, why, and what would happen; changes nothing
     Plan(Wanted),
-    /// Say how a domain's disk is snapshotted
+    /// Say how a domain's disk is snapshotted, or let a raw disk's bitmaps outlive QEMU
     #[command(subcommand)]
     Disk(DiskCommand),
     /// Take, list, show, merge, revert and delete snapshots
@@ -327,6 +327,32 @@ pub(crate) enum DiskCommand {
         /// No method of its own any more
         #[arg(long, conflicts_with_all = ["method", "options"])]
         none: bool,
+    },
+    /// Let the dirty bitmaps of a raw disk outlive QEMU: a new qcow2 keeps them, and the raw disk stays its data
+    ///
+    /// The disk keeps every byte, and goes on being the raw file or device that it was. From then on the domain uses
+    /// the qcow2, also in its document: what is written to the raw disk past the qcow2 is in no bitmap. A running guest
+    /// is paused for a moment.
+    Track {
+        /// The disk, by its target
+        target: String,
+        /// The qcow2 that is made; best beside the raw disk
+        #[arg(long = "in", value_name = "PATH", value_hint = ValueHint::FilePath)]
+        metadata: PathBuf,
+        #[command(flatten)]
+        document: Keep,
+    },
+    /// Take that qcow2 away again: the domain uses the raw disk itself, with all that is on it
+    ///
+    /// Its bitmaps end with the qcow2, and with them what checkpoints know of this disk.
+    Untrack {
+        /// The disk, by its target
+        target: String,
+        /// Give up what checkpoints know of the disk; its next backup is a full one
+        #[arg(long)]
+        drop_checkpoints: bool,
+        #[command(flatten)]
+        document: Keep,
     },
 }
 

@@ -1,20 +1,41 @@
-//! `disksnap disk`: what a domain's document says of how its disks are snapshotted (D7).
+//! `disksnap disk`: what a domain's document says of how its disks are snapshotted (D7), and raw disks whose bitmaps are kept.
 
 use disksnap::{DiskChoice, Disks, MethodChoice, SnapshotRequest};
 use serde::Serialize;
 
 use crate::args::DiskCommand;
 use crate::context::Context;
+use crate::disk_track;
 use crate::failure::Outcome;
 use crate::output::Text;
 
 pub(crate) async fn run(context: &Context, command: DiskCommand) -> Outcome {
-    let DiskCommand::SetMethod {
-        target: disk,
-        method,
-        options,
-        none: _,
-    } = command;
+    match command {
+        DiskCommand::SetMethod {
+            target,
+            method,
+            options,
+            none: _,
+        } => set_method(context, target, method, options).await,
+        DiskCommand::Track {
+            target,
+            metadata,
+            document,
+        } => disk_track::track(context, &target, &metadata, document).await,
+        DiskCommand::Untrack {
+            target,
+            drop_checkpoints,
+            document,
+        } => disk_track::untrack(context, &target, drop_checkpoints, document).await,
+    }
+}
+
+async fn set_method(
+    context: &Context,
+    disk: String,
+    method: Option<String>,
+    options: Vec<(String, String)>,
+) -> Outcome {
     let target = context.target().await?;
     let choice = method.map(|method| MethodChoice {
         method,

@@ -13,6 +13,7 @@ mod checkpoint_view;
 mod conform;
 mod context;
 mod disk;
+mod disk_track;
 mod domain;
 mod export;
 mod export_view;

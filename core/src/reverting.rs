@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::dispatcher::Held;
 use crate::ledger::{Altered, Entry, Ledger, chosen, refuse_exported};
 use crate::{
-    Act, Dispatcher, Domain, Effect, Error, ErrorKind, Intent, Result, Revert, Snapshot, SnapshotName,
+    Act, Disk, Dispatcher, Domain, Effect, Error, ErrorKind, Intent, Result, Revert, Snapshot, SnapshotName,
 };
 
 impl Dispatcher {
@@ -42,7 +42,9 @@ impl Dispatcher {
         let entries = chosen(&snapshot, targets)?;
         let state = held.control.state().await?;
         let own = domain.disks.iter().filter(|d| snapshot.disk(&d.target).is_some());
-        self.standing(&domain.id).await?.refuse_stale(&state, own)?;
+        let standing = self.standing(&domain.id).await?;
+        standing.refuse_stale(&state, own.clone())?;
+        own.clone().try_for_each(|disk| refuse_tracked(&snapshot, disk))?;
         for entry in &entries {
             self.reverting(entry)?;
             let disk = &entry.unit.disks[0].target;
@@ -150,6 +152,25 @@ impl Dispatcher {
             .hint("`disksnap read` gets its data, which can be copied over the disk while the domain is off.")
         })
     }
+}
+
+/// What a qcow2 says reads as zeroes goes on reading so, whatever is put back into the raw disk below it.
+fn refuse_tracked(snapshot: &Snapshot, disk: &Disk) -> Result<()> {
+    let below = snapshot
+        .disk(&disk.target)
+        .is_some_and(|record| record.modified_disk.is_none());
+    let Some(data) = disk.data_store.as_ref().filter(|_| below) else {
+        return Ok(());
+    };
+    Err(Error::new(
+        ErrorKind::Unsupported,
+        format!(
+            "the snapshot is of {}, which the domain reaches through a qcow2 that keeps its bitmaps",
+            data.source
+        ),
+    )
+    .with("disk", &disk.target)
+    .hint("Give up the qcow2 first, with `disksnap disk untrack`; then revert, and track the disk anew."))
 }
 
 fn partly(error: Error, done: &[String]) -> Error {

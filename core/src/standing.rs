@@ -88,10 +88,15 @@ impl Standing {
             );
             return Err(Error::new(ErrorKind::Invalid, message)
                 .with("disk", &disk.target)
-                .hint(
+                .hint(format!(
                     "Bring the document up to date with `disksnap domain update`, and do not start the domain before: \
-                     it would write to the snapshot.",
-                ));
+                     it would write {}.",
+                    if self.present(disk).data_store.is_some() && snapshot.is_none() {
+                        "past the disk's bitmaps"
+                    } else {
+                        "to the snapshot"
+                    }
+                )));
         }
         Ok(())
     }

@@ -14,7 +14,6 @@ use uuid::Uuid;
 
 use crate::dispatcher::Held;
 use crate::recover::RecoveredHow;
-use crate::wanted::node_name;
 use crate::window;
 use crate::{
     Act, Change, CheckedMark, CheckpointName, Control, DEADLINE, Disk, Dispatcher, Domain, Effect, Error,
@@ -396,7 +395,7 @@ fn crossing(from: &Disk, to: Disk) -> Result<Crossing> {
         id,
         from: from.clone(),
         to,
-        node: node_name(&id.to_string()),
+        node: format!("track-{}", &id.simple().to_string()[..20]),
         made: false,
     })
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use disksnap_core::{BackingStore, Disk, Error, ErrorKind, Result, Source};
+use disksnap_core::{BackingStore, DataStore, Disk, Error, ErrorKind, Result, Source};
 use disksnap_image_file::{Qcow2, plain};
 use disksnap_nbd::Uri;
 use serde::{Deserialize, Serialize};
@@ -102,6 +102,13 @@ pub(crate) fn backing_store(layers: &[Layer]) -> Option<Box<BackingStore>> {
 pub(crate) fn disk_of(template: &Disk, layers: &[Layer]) -> Disk {
     let mut disk = template.clone();
     if let Some((top, below)) = layers.split_first() {
+        let same = disk.source == Some(top.source()) && disk.data_store.is_some();
+        if !same {
+            disk.data_store = top.data.as_ref().map(|data| DataStore {
+                format: Some("raw".to_owned()),
+                source: Layer::new(data.clone(), "raw").source(),
+            });
+        }
         disk.source = Some(top.source());
         disk.driver.format = Some(top.format.clone());
         disk.backing = backing_store(below).map(|store| *store);

@@ -186,6 +186,12 @@ fn probe(request: &DiskRequest, choice: Result<Choice>) -> Probe {
             base.path.display()
         ));
     }
+    if let Some(data) = &base.data {
+        warnings.push(format!(
+            "the snapshot keeps its data in {}: it can be merged and reverted, and not be read or exported here",
+            data.display()
+        ));
+    }
     let overlay = overlay_to_be(request, &choice);
     // The document's own rule: a qcow2 file is snapshotted by QEMU.
     let natural = base.format == "qcow2" && matches!(base.source(), Source::File { .. });
