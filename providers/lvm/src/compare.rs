@@ -113,7 +113,7 @@ impl Pair {
         let found = [listed(earlier, &volumes)?, listed(later, &volumes)?];
         must_be_of_one_volume(made, found)?;
         let dmsetup = Dmsetup::find()?;
-        let ids = found.map(|volume| format!("{}{}", volume.group_uuid, volume.uuid));
+        let ids = found.map(Volume::id);
         let thins = [
             active(&dmsetup, &ids[0], found[0])?,
             active(&dmsetup, &ids[1], found[1])?,

@@ -73,8 +73,8 @@ impl DiskSnapshot for LogicalVolume {
 
     /// Checks the room, writes back what is dirty, and makes the file that tells a late take that it is late.
     async fn prepare(&self, host: &dyn Host, id: SnapshotId, disks: &[DiskRequest]) -> Result<Vec<Prepared>> {
-        let (marker, disks) = (marker::path(host.image_dir(), id), disks.to_vec());
-        blocking(move || prepare_all(id, &marker, &disks)).await
+        let (dir, disks) = (host.image_dir().to_owned(), disks.to_vec());
+        blocking(move || prepare_all(id, &dir, &disks)).await
     }
 
     fn take_plan(&self, _: &Prepared) -> Result<TakePlan> {
@@ -114,9 +114,9 @@ impl DiskSnapshot for LogicalVolume {
         blocking(move || made.health()).await
     }
 
-    async fn delete(&self, _: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
-        let made: Made = remembered(&unit.data)?;
-        blocking(move || made.delete()).await
+    async fn delete(&self, host: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
+        let (made, dir) = (remembered::<Made>(&unit.data)?, host.image_dir().to_owned());
+        blocking(move || made.delete(&dir)).await
     }
 
     /// Not for an image in a file system on the volume: whatever else is in it would go back too.
@@ -311,7 +311,8 @@ fn fitting(found: &Found, room: Option<u64>) -> Probe {
     }
 }
 
-fn prepare_all(id: SnapshotId, marker: &Path, disks: &[DiskRequest]) -> Result<Vec<Prepared>> {
+fn prepare_all(id: SnapshotId, dir: &Path, disks: &[DiskRequest]) -> Result<Vec<Prepared>> {
+    let marker = marker::path(dir, id);
     let found = find_all(disks).into_iter().zip(disks);
     let found = found
         .map(|(found, request)| found.map_err(|unfit| Error::from(unfit).with("disk", &request.disk.target)));
@@ -321,7 +322,8 @@ fn prepare_all(id: SnapshotId, marker: &Path, disks: &[DiskRequest]) -> Result<V
     for (unit, room) in units.iter().zip(rooms(&units)) {
         let refused = |unfit: Unfit| Error::from(unfit).with("disk", &unit[0].request.disk.target);
         agree(unit).map_err(refused)?;
-        let planned = Planned::new(id, unit, room.map_err(refused)?, marker.to_owned());
+        unit[0].volume.tidy(dir);
+        let planned = Planned::new(id, unit, room.map_err(refused)?, marker.clone());
         let planned = planned.ok_or_else(|| Error::new(ErrorKind::Internal, "a unit without disks"))?;
         Planned::write_back(unit)?;
         prepared.push(Prepared {
@@ -332,7 +334,7 @@ fn prepare_all(id: SnapshotId, marker: &Path, disks: &[DiskRequest]) -> Result<V
             warnings: unit.iter().flat_map(|found| found.warnings.clone()).collect(),
         });
     }
-    marker::make(marker)?;
+    marker::make(&marker)?;
     Ok(prepared)
 }
 

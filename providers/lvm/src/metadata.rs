@@ -8,7 +8,7 @@
 //!
 //! So what a killed comparison left is known by that block. It is a copy of the pool's superblock of that moment, with
 //! the number of the block itself: any later snapshot has another, unless nothing at all has changed in the pool since.
-//! It is released by the next comparison, if nobody reads the metadata. Whatever else is found there is somebody
+//! It is released by the next comparison, create or delete in the pool, if nobody reads the metadata. Whatever else is found there is somebody
 //! else's and left alone: also our own where we were killed in the moment between the two, and where the kill and the
 //! next comparison have different image directories. The error says how an operator releases it.
 
@@ -48,8 +48,8 @@ impl<'a> Held<'a> {
     /// # Errors
     /// `Busy` where somebody else has one.
     pub(crate) fn reserve(dmsetup: &'a Dmsetup, pool: &'a Pool, dir: &Path) -> Result<Self> {
-        let path = dir.join(format!("lvm-{}.metadata", pool.id));
-        let file = lock(&path, pool)?;
+        let path = file_of(pool, dir);
+        let file = lock(&path, pool, PATIENCE)?;
         let reserved = clear(dmsetup, pool, &file).and_then(|()| {
             file.set_len(0).map_err(|e| cannot_note(&path, e))?;
             match dmsetup.message(pool, "reserve_metadata_snap", &file) {
@@ -122,8 +122,36 @@ impl Drop for Held<'_> {
     }
 }
 
+/// Releases what a killed comparison left in the pool of the thin volume with this id, where that is known to be ours. Looks
+/// no further where no comparison was killed.
+pub(crate) fn tidy(id: &str, dir: &Path) -> Result<()> {
+    let mut files = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    if !files.any(|file| Path::new(&file.file_name()).extension() == Some(NOTED.as_ref())) {
+        return Ok(());
+    }
+    let dmsetup = Dmsetup::find()?;
+    let Some(thin) = dmsetup.thin(id)? else {
+        return Ok(());
+    };
+    let pool = dmsetup.pool(&thin.pool)?;
+    let path = file_of(&pool, dir);
+    if !path.exists() {
+        return Ok(());
+    }
+    let file = lock(&path, &pool, Duration::ZERO)?;
+    clear(&dmsetup, &pool, &file)?;
+    marker::remove(&path)
+}
+
+/// What the names of the files end with.
+const NOTED: &str = "metadata";
+
+fn file_of(pool: &Pool, dir: &Path) -> PathBuf {
+    dir.join(format!("lvm-{}.{NOTED}", pool.id))
+}
+
 /// Waits until no other comparison is at work in the pool.
-fn lock(path: &Path, pool: &Pool) -> Result<File> {
+fn lock(path: &Path, pool: &Pool, patience: Duration) -> Result<File> {
     let failed = |e| Error::io(format!("cannot lock {}", path.display()), e);
     let begun = Instant::now();
     loop {
@@ -140,8 +168,8 @@ fn lock(path: &Path, pool: &Pool) -> Result<File> {
             Ok(()) if file.metadata().map_err(failed)?.nlink() == 0 => {}
             Ok(()) => return Ok(file),
             Err(error) if error != rustix::io::Errno::WOULDBLOCK => return Err(failed(error.into())),
-            Err(_) if begun.elapsed() > PATIENCE => {
-                let what = format!("another comparison in the thin pool {} does not end", pool.name);
+            Err(_) if begun.elapsed() >= patience => {
+                let what = format!("another comparison is at work in the thin pool {}", pool.name);
                 return Err(Error::new(ErrorKind::Busy, what)
                     .with("path", path.display())
                     .hint("See what it does (`ps`: disksnap, thin_delta, dmsetup), then try again."));

@@ -350,12 +350,13 @@ impl Made {
     /// # Errors
     /// `Busy` when something has it open, or it is being merged; `Broken` when it does not bear our tags any
     /// more, and then it is left alone.
-    pub(crate) fn delete(&self) -> Result<()> {
+    pub(crate) fn delete(&self, dir: &Path) -> Result<()> {
         let lvm = Lvm::find()?;
         let volumes = lvm.volumes_of(&self.group)?;
         let Some(volume) = self.among(&volumes) else {
             return Ok(());
         };
+        volume.tidy(dir);
         if !is_ours(volume, self.id) {
             let what = format!(
                 "the logical volume {} does not bear this snapshot's tags",
