@@ -396,6 +396,8 @@ impl Dispatcher {
         parts: &[Part],
     ) -> std::result::Result<(), Vec<Error>> {
         let mut failures = Vec::new();
+        // Before the disks are again what they were: what was written to an overlay is noted in it, and goes with it.
+        failures.extend(self.abort_marks(control, intent).await.err());
         for part in parts.iter().rev() {
             let abort = match self.registry.get(&part.method) {
                 Ok(provider) => {
@@ -412,8 +414,6 @@ impl Dispatcher {
             };
             failures.extend(abort.err().map(|e| e.by(&part.method).during("abort")));
         }
-        // After the disks are again what they were: their bitmaps go on where they were.
-        failures.extend(self.abort_marks(control, intent).await.err());
         if failures.is_empty() {
             failures.extend(self.catalog.settle(intent.id, &intent.domain.id, &[]).await.err());
         }

@@ -130,7 +130,7 @@ pub trait Tracker: fmt::Debug + Send + Sync {
     async fn start(&self, host: &dyn Host, starts: &[Start]) -> Result<Option<Batch>>;
 
     /// Takes back all that [`Tracker::start`] has done, or would have: what was written since is noted in the bitmap that
-    /// recorded before.
+    /// recorded before. Where an image was put on top, it is there still, and whoever did that commits it afterwards.
     async fn abort(&self, host: &dyn Host, starts: &[Start]) -> Result<()>;
 
     /// Ends bitmaps, all together. Only the layer that the guest writes to is changed: those below it are snapshots, and

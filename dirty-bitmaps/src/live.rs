@@ -238,7 +238,9 @@ fn undone(chain: &Chain<'_>, start: &Start) -> Vec<Value> {
     let mut actions = Vec::new();
     let top = chain.top();
     if let Some(copy) = &start.copy {
-        let there = bitmap(top, copy).map(|_| action("remove", on(&top.name, copy)));
+        let there = chain
+            .having(copy)
+            .map(|(node, _)| action("remove", on(&node.name, copy)));
         actions.extend(there);
     }
     let Some(starts) = &start.starts else {
@@ -249,11 +251,21 @@ fn undone(chain: &Chain<'_>, start: &Start) -> Vec<Value> {
     if bitmap(top, starts).is_none() {
         return actions;
     }
-    if let Some(before) = &start.recording
-        && bitmap(top, before).is_some_and(|b| !b.inconsistent)
-    {
-        actions.push(merge(&top.name, before, &[on(&top.name, starts)]));
-        actions.push(action("enable", on(&top.name, before)));
+    let usable = |node: &&Node| {
+        let before = start.recording.as_ref().and_then(|name| bitmap(node, name));
+        before
+            .filter(|before| !before.inconsistent)
+            .map(|before| before.name.clone())
+    };
+    let below = chain.layers.get(1).copied();
+    if start.top.as_ref() == Some(&top.name) {
+        // What is in the overlay is committed, and noted below by that.
+        if let Some((node, before)) = below.and_then(|node| Some((node, usable(&node)?))) {
+            actions.push(action("enable", on(&node.name, &before)));
+        }
+    } else if let Some(before) = usable(&top) {
+        actions.push(merge(&top.name, &before, &[on(&top.name, starts)]));
+        actions.push(action("enable", on(&top.name, &before)));
     }
     actions.push(action("remove", on(&top.name, starts)));
     actions

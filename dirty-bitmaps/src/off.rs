@@ -269,7 +269,7 @@ fn refuse_inconsistent(bitmap: &InImage) -> Result<()> {
 pub(crate) async fn abort(starts: &[Start]) -> Result<()> {
     for start in starts {
         if let (Some(starts), Ok(path)) = (&start.starts, image_of(&start.disk)) {
-            undo(&path, starts, start.recording.as_deref())
+            undo(&path, start, starts)
                 .await
                 .map_err(|e| e.with("disk", &start.disk.target))?;
         }
@@ -277,18 +277,32 @@ pub(crate) async fn abort(starts: &[Start]) -> Result<()> {
     Ok(())
 }
 
-async fn undo(path: &str, starts: &str, before: Option<&str>) -> Result<()> {
-    let layers = layers_of(path).await?;
-    // Where the new one is not there nobody knows what was written since it stopped the other: that must not go on
-    // as if it knew. Lower images are snapshots, and nothing in them is ours.
-    if layers.top(starts).is_none() {
+async fn undo(path: &str, start: &Start, starts: &str) -> Result<()> {
+    let overlay = start.top.as_deref().filter(|top| *top != path);
+    let noted_in = overlay.unwrap_or(path);
+    // One that has not come to be, or is gone, took what it noted along.
+    if overlay.is_some_and(|overlay| !std::path::Path::new(overlay).exists()) {
         return Ok(());
     }
-    if let Some(before) = before.filter(|name| layers.top(name).is_some_and(|b| !b.is("in-use"))) {
-        bitmap(&["--merge", starts, "-f", "qcow2", path, before]).await?;
-        bitmap(&["--enable", "-f", "qcow2", path, before]).await?;
+    // Where the new one is not there nobody knows what was written since it stopped the other: that must not go on
+    // as if it knew. Lower images are snapshots, and nothing in them is ours.
+    let noted = layers_of(noted_in).await?;
+    let Some(new) = noted.top(starts) else {
+        return Ok(());
+    };
+    let layers = layers_of(path).await?;
+    let before = start.recording.as_deref().and_then(|name| layers.top(name));
+    if let Some(before) = before.filter(|before| !before.is("in-use") && !new.is("in-use")) {
+        let mut merge = vec!["--merge", starts];
+        // `qemu-img` cannot open the image that it writes to a second time.
+        if let Some(overlay) = overlay {
+            merge.extend(["-b", overlay, "-F", "qcow2"]);
+        }
+        merge.extend(["-f", "qcow2", path, &before.name]);
+        bitmap(&merge).await?;
+        bitmap(&["--enable", "-f", "qcow2", path, &before.name]).await?;
     }
-    bitmap(&["--remove", "-f", "qcow2", path, starts]).await
+    bitmap(&["--remove", "-f", "qcow2", noted_in, starts]).await
 }
 
 pub(crate) async fn end(endings: &[Ending]) -> Result<()> {

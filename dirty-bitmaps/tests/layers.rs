@@ -4,8 +4,9 @@
 mod rig;
 
 use std::ops::Range;
+use std::task::Poll;
 
-use disksnap_core::{Disk, MergeOptions, SnapshotRequest};
+use disksnap_core::{Disk, ErrorKind, MergeOptions, SnapshotRequest};
 use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu};
 use rig::Rig;
 
@@ -160,4 +161,62 @@ async fn merge(rig: &mut Rig, name: &str) {
         .unwrap();
     let disks: Vec<Disk> = altered.disks;
     rig.stand_on(&disks);
+}
+
+/// Left at any moment after its instant, as by a kill, and taken back: the bitmap before goes on, and knows what was
+/// written meanwhile.
+#[tokio::test]
+async fn a_create_that_is_taken_back_lets_the_bitmap_before_go_on() {
+    let qemu = Qemu::builder().disk(DiskSpec::new("vda", SIZE).qcow2()).start();
+    let mut rig = Rig::new(&qemu.domain_xml()).await;
+    rig.create("a", &["vda"], true).await.unwrap();
+    rig.delete("a").await;
+    let is_taken = || {
+        let nodes = qemu.qmp("query-named-block-nodes", serde_json::json!({"flat": true}));
+        nodes.to_string().contains("\"name\":\"one\"")
+    };
+    let mut taken_back = 0;
+    loop {
+        let request = external("one", true);
+        let create = rig.dispatcher.create(&rig.domain, &request);
+        match until(is_taken, taken_back, create).await {
+            None => {}
+            // The one before was left when all was done.
+            Some(Err(error)) if error.kind() == ErrorKind::AlreadyExists => break,
+            Some(created) => {
+                rig.follow(&created.unwrap());
+                break;
+            }
+        }
+        write(&qemu, 2);
+        rig.dispatcher.recover(None).await.unwrap();
+        write(&qemu, 3);
+        let validation = rig.dispatcher.validate(&rig.domain).await.unwrap();
+        assert!(validation.is_sound(), "the {taken_back}th: {validation:?}");
+        rig.create("now", &["vda"], false).await.unwrap();
+        assert_eq!(ranges(&rig, "now", "a").await, pieces(&[2, 3]));
+        rig.delete("now").await;
+        taken_back += 1;
+    }
+    assert!(taken_back > 0, "no create was left after its instant");
+}
+
+/// What a future gives when it is asked only so often more after something is so.
+async fn until<T>(is_so: impl Fn() -> bool, more: usize, future: impl Future<Output = T>) -> Option<T> {
+    let (mut future, mut since) = (std::pin::pin!(future), None);
+    std::future::poll_fn(move |context| match future.as_mut().poll(context) {
+        Poll::Ready(done) => Poll::Ready(Some(done)),
+        Poll::Pending => {
+            since = match since {
+                Some(asked) => Some(asked + 1),
+                None => is_so().then_some(0),
+            };
+            if since == Some(more) {
+                Poll::Ready(None)
+            } else {
+                Poll::Pending
+            }
+        }
+    })
+    .await
 }
