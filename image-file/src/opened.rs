@@ -126,6 +126,15 @@ fn check(header: &Qcow2, has_below: bool) -> Result<()> {
             "the image keeps its data in another file, which the record does not name",
         ));
     }
+    if header.encrypted {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "QEMU has encrypted the image, and no record has the key",
+        )
+        .hint(
+            "Give the image to a program that has the key: the snapshot's backupSource says where it is.",
+        ));
+    }
     match &header.backing {
         Some(name) if !has_below => {
             let what = format!(

@@ -53,12 +53,27 @@ async fn what_leads_to_files_outside_the_record_is_refused() {
         "qemu-img",
         &["create", "-q", "-f", "qcow2", "-o", &option, text(&outside), "1M"],
     );
+    let locked = site.path("locked.qcow2");
+    let secret = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "--object",
+        "secret,id=key,data=12345678",
+    ];
+    let method = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10";
+    run(
+        "qemu-img",
+        &[&secret[..], &["-o", method, text(&locked), "1M"]].concat(),
+    );
     let pipe = site.path("pipe");
     let mode = rustix::fs::Mode::RUSR;
     rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
     site.start().await;
     for (image, kind) in [
         (image(&outside, "qcow2", None), ErrorKind::Unsupported),
+        (image(&locked, "qcow2", None), ErrorKind::Unsupported),
         (image(&data, "vmdk", None), ErrorKind::Unsupported),
         (image(&pipe, "raw", None), ErrorKind::Invalid),
         (image(&site.path("nowhere"), "raw", None), ErrorKind::NotFound),
