@@ -6,41 +6,27 @@
 //! another one meanwhile (a revert makes it a clone), by whatever name and in whatever subvolume of the file system. For
 //! images that are no raw ones, what differs in the files is then brought to the guest's disk (`guest_ranges`).
 //!
-//! The extents are found by searching the tree of each snapshot for those of the one file (`extents`), which costs what
-//! their number does. The other ways were tried, and each takes five times as long. FIEMAP looks up who else has each
+//! The extents are found by searching the tree of each snapshot for those of the one file (`extents`, `file_changes`), which
+//! costs what their number does. The other ways were tried, and each takes five times as long. FIEMAP looks up who else has each
 //! extent, and of a compressed one it does not tell which part of it the file has, so that all but whole ones must be
 //! told: of an image written at random, a dozen times what was written. A send stream without data tells of all that is
 //! in the subvolume, by names that change on the way, and all of an image that was put back. It takes `CAP_SYS_ADMIN`,
 //! as searching does.
 
 use std::fs::File;
-use std::io;
-use std::ops::{ControlFlow, Range};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use async_trait::async_trait;
-use disksnap_core::{
-    Changed, Compare, Error, ErrorKind, Health, Host, Peer, Precision, Ranges, Result, Unit,
-};
-use disksnap_image_file::{FileInImage, Qcow2, QemuImg, SameFile, file_system, guest_ranges, opened};
+use disksnap_core::{Changed, Compare, Error, ErrorKind, Health, Host, Peer, Ranges, Result, Unit};
+use disksnap_image_file::{FileInImage, Qcow2, QemuImg, SameFile, guest_ranges, opened};
 use futures_util::StreamExt;
 use futures_util::future::ready;
-use futures_util::stream::{once, unfold};
-use tokio::sync::mpsc;
-use tokio::task::{JoinHandle, spawn_blocking};
+use futures_util::stream::once;
 
-use crate::differences::{Joining, differences};
-use crate::extents::{Extents, Window};
+use crate::extents::Extents;
+use crate::file_changes::TwoStates;
 use crate::snapshot::{Made, MadeImage};
 use crate::{blocking, remembered};
-
-/// How many ranges wait at most for whoever wants them.
-const WAITING: usize = 1024;
-/// How often a place of a file is looked at that balancing moves at that very moment.
-const TRIES: usize = 100;
-/// Why more may be told than was written.
-const SUPERSET: &str = "what was written is told by where btrfs has it: what was moved meanwhile, by defragmenting or \
-    deduplicating, is told too";
 
 /// What tells how two snapshots differ.
 #[derive(Debug)]
@@ -87,7 +73,7 @@ struct Found {
     earlier: Vec<FileInImage>,
     later: Vec<FileInImage>,
     /// Those that are in both, by their places there.
-    same: Vec<(usize, usize, Files)>,
+    same: Vec<(usize, usize, TwoStates)>,
 }
 
 impl Snapshots {
@@ -111,7 +97,7 @@ impl Snapshots {
         let is: Vec<_> = later.iter().map(|file| name(&self.later, file)).collect();
         let mut same = Vec::new();
         for (to, from) in pairs(&was, &is) {
-            same.push((to, from, Files::open(&earlier[to].path, &later[from].path)?));
+            same.push((to, from, TwoStates::open(&earlier[to].path, &later[from].path)?));
         }
         Ok(Found { earlier, later, same })
     }
@@ -198,136 +184,4 @@ impl Found {
 fn if_good(ranges: Ranges, both: Snapshots) -> Ranges {
     let end = once(blocking(move || both.are_good())).filter_map(|good| ready(good.err().map(Err)));
     ranges.chain(end).boxed()
-}
-
-/// A file as it is in two snapshots.
-#[derive(Debug)]
-struct Files {
-    earlier: Extents,
-    later: Extents,
-    path: PathBuf,
-}
-
-impl Files {
-    fn open(earlier: &Path, later: &Path) -> Result<Self> {
-        let of = |path: &Path| file_system(path).map_err(|e| failed(path, e));
-        if of(earlier)? != of(later)? {
-            let what = format!(
-                "{} and {} are on different file systems, which share no extents",
-                earlier.display(),
-                later.display()
-            );
-            return Err(Error::new(ErrorKind::Unsupported, what));
-        }
-        Ok(Self {
-            earlier: Extents::open(earlier).map_err(|e| failed(earlier, e))?,
-            later: Extents::open(later).map_err(|e| failed(later, e))?,
-            path: later.to_owned(),
-        })
-    }
-
-    /// What differs in the file.
-    fn changed(self) -> Changed {
-        Changed {
-            size: self.later.size(),
-            precision: Precision::Superset(SUPERSET.to_owned()),
-            ranges: self.ranges(),
-        }
-    }
-
-    /// The ranges in which they may differ, ascending and none touching another.
-    fn ranges(self) -> Ranges {
-        let (sender, receiver) = mpsc::channel(WAITING);
-        let told = move || {
-            let mut joining = Joining::default();
-            let mut tell = |range| {
-                let sent = joining
-                    .add(range)
-                    .map_or(Ok(()), |whole| sender.blocking_send(Ok(whole)));
-                if sent.is_err() || sender.is_closed() {
-                    ControlFlow::Break(())
-                } else {
-                    ControlFlow::Continue(())
-                }
-            };
-            let last = match self.compare(&mut tell) {
-                Ok(()) => joining.end().map(Ok),
-                Err(error) => Some(Err(error)),
-            };
-            if let Some(last) = last {
-                // Nobody wants it any more, then.
-                let _ = sender.blocking_send(last);
-            }
-        };
-        unfold((receiver, Some(spawn_blocking(told))), next).boxed()
-    }
-
-    fn compare(mut self, tell: &mut dyn FnMut(Range<u64>) -> ControlFlow<()>) -> Result<()> {
-        let failed = |path: &Path, e| failed(path, e);
-        let path = self.path.clone();
-        let (was, is) = (self.earlier.size(), self.later.size());
-        let common = was.min(is);
-        let mut at = 0;
-        while at < common {
-            let (earlier, later) = self.windows(at)?;
-            let to = earlier.end.min(later.end).min(common);
-            let mut stopped = ControlFlow::Continue(());
-            differences((&earlier.pieces, &later.pieces), (at, to), |range| {
-                if stopped.is_continue() {
-                    stopped = tell(range);
-                }
-            });
-            // An empty range asks whether anyone still listens.
-            if stopped.is_break() || tell(to..to).is_break() {
-                return Ok(());
-            }
-            let advanced = [self.earlier.advance(&earlier, to), self.later.advance(&later, to)];
-            if to == at && advanced == [false; 2] {
-                return Err(failed(&path, io::Error::other("its tree is damaged")));
-            }
-            at = to;
-        }
-        let _ = tell(common..is);
-        Ok(())
-    }
-
-    /// What both hold from a place on, at one time. While btrfs balances its block groups it moves extents, in
-    /// snapshots too, and gives their addresses to others.
-    fn windows(&self, at: u64) -> Result<(Window, Window)> {
-        let failed = |e| failed(&self.path, e);
-        for _ in 0..TRIES {
-            let earlier = self.earlier.window(at).map_err(failed)?;
-            let later = self.later.window(at).map_err(failed)?;
-            if self.earlier.window(at).map_err(failed)? == earlier {
-                return Ok((earlier, later));
-            }
-        }
-        let what = format!("btrfs is moving {} at the moment", self.path.display());
-        Err(Error::new(ErrorKind::Busy, what).hint("Try again after `btrfs balance` has ended."))
-    }
-}
-
-/// The next range, if there is one. That the feeding died must not look like its end.
-async fn next(
-    (mut receiver, feeding): (mpsc::Receiver<Result<Range<u64>>>, Option<JoinHandle<()>>),
-) -> Option<(
-    Result<Range<u64>>,
-    (mpsc::Receiver<Result<Range<u64>>>, Option<JoinHandle<()>>),
-)> {
-    if let Some(range) = receiver.recv().await {
-        return Some((range, (receiver, feeding)));
-    }
-    let died = feeding?.await.err()?;
-    let error = Error::new(ErrorKind::Internal, "the comparison died").because(died);
-    Some((Err(error), (receiver, None)))
-}
-
-fn failed(path: &Path, error: io::Error) -> Error {
-    let denied = error.kind() == io::ErrorKind::PermissionDenied;
-    let error = Error::io(format!("cannot look at the extents of {}", path.display()), error);
-    if denied {
-        error.hint("Compare as root: only it may search the trees of btrfs.")
-    } else {
-        error
-    }
 }

@@ -2,13 +2,14 @@
 //!
 //! The subvolume is found from the image; disks whose images are in one subvolume share one snapshot. Here:
 //! the contract. Which subvolume and where its snapshot goes is in `place`, the layers of an image in
-//! `chain`, the snapshot itself in `snapshot`, putting it back in `revert`, what differs from another one in `compare`,
-//! `extents` and `differences`, btrfs's system calls in `subvolume`.
+//! `chain`, the snapshot itself in `snapshot`, putting it back in `revert`, what differs from another one in `compare`
+//! (by way of `file_changes`, `extents` and `differences`), btrfs's system calls in `subvolume`.
 
 mod chain;
 mod compare;
 mod differences;
 mod extents;
+mod file_changes;
 mod place;
 mod revert;
 mod snapshot;

@@ -1,4 +1,5 @@
-//! Subvolumes: all that this method asks of btrfs itself, and the only file that names `libbtrfs`.
+//! Subvolumes: what this method asks of btrfs itself to make, know and delete them. Only this file and `extents` name
+//! `libbtrfs`.
 //!
 //! That crate, because it makes the system calls (btrfs-ioctl(3)) with no C and no generator: a build
 //! needs nothing but Rust, which neither `btrfsutil` (libbtrfsutil's headers, libclang) nor `btrfs-uapi`

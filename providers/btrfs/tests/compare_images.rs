@@ -1,5 +1,6 @@
 //! What two snapshots are told to differ in where the images are no raw ones: as the guest sees it.
 #![allow(clippy::unwrap_used, reason = "a test says what failed by panicking")]
+#![allow(clippy::single_range_in_vec_init, reason = "what is told may be one range")]
 
 mod support;
 
