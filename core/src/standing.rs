@@ -4,7 +4,8 @@
 //! that base: starting the domain from it would write to the base and destroy the snapshot.
 
 use crate::{
-    Access, Disk, Dispatcher, Domain, DomainId, Error, ErrorKind, Moved, Result, RunState, Snapshot,
+    Access, DataStore, Disk, Dispatcher, Domain, DomainId, Error, ErrorKind, Moved, Result, RunState,
+    Snapshot,
 };
 
 /// What the records tell of where a domain's disks are.
@@ -61,7 +62,18 @@ impl Standing {
                 None => break,
             }
         }
+        if present.data_store.is_none() {
+            present.data_store = self.data_store_of(&present);
+        }
         present
+    }
+
+    /// Where a disk's qcow2 keeps the data, as the act that made it so knows: a document may have lost it, in a libvirt
+    /// that does not know such a thing.
+    fn data_store_of(&self, disk: &Disk) -> Option<DataStore> {
+        let mut moved = self.moves.iter().rev().map(|moved| &moved.disk);
+        let same = |d: &&Disk| d.target == disk.target && d.source == disk.source;
+        moved.find(same)?.data_store.clone()
     }
 
     /// Refuses a document that names the base of a snapshot, or an image that is no more, as the disk of a domain that

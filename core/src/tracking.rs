@@ -198,6 +198,7 @@ impl Dispatcher {
         self.refuse_while_merging(&domain.id).await?;
         let standing = self.standing(&domain.id).await?;
         standing.refuse_stale(&control.state().await?, [disk])?;
+        let disk = &standing.present(disk);
         let Some(data) = disk.data_store.clone() else {
             if disk.driver.format.as_deref() == Some("raw") {
                 return Ok(Crossed::before(disk.clone(), Vec::new()));

@@ -5,14 +5,15 @@
 mod rig;
 
 use std::fs;
+use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use disksnap_core::{Crossed, Disk, ErrorKind, RecoveredHow, Snapshot, Source};
-use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, QemuVersion, need};
-use rig::Rig;
+use disksnap_core::{Crossed, Disk, ErrorKind, MergeOptions, RecoveredHow, Snapshot, Source};
+use disksnap_test_support::{DiskSpec, KIB, LoopFsKind, MIB, Qemu, QemuVersion, loop_fs, need};
+use rig::{Rig, by, name_of, request};
 use tempfile::TempDir;
 
 const SIZE: u64 = 8 * MIB;
@@ -30,8 +31,12 @@ struct Raw {
 
 impl Raw {
     fn new(version: QemuVersion) -> Self {
-        // On a disk: what is compared are times that a file system keeps.
-        let dir = tempfile::tempdir().unwrap();
+        Self::at(&std::env::temp_dir(), version)
+    }
+
+    /// On a disk: what is compared are times that a file system keeps.
+    fn at(place: &Path, version: QemuVersion) -> Self {
+        let dir = tempfile::tempdir_in(place).unwrap();
         let raw = Self { dir, version };
         let content: Vec<u8> = (0..SIZE)
             .map(|n| u8::try_from((n / 4096 + n) % 251).unwrap())
@@ -156,6 +161,7 @@ async fn durable_across_stops(version: QemuVersion) {
         Vec::<Disk>::new()
     );
     a_document_of_before_is_refused(&mut rig, &old).await;
+    a_document_without_the_data_is_brought_up_to_date(&mut rig).await;
 
     let qemu = raw.start_through();
     goes_on(&mut rig, &qemu);
@@ -187,6 +193,17 @@ async fn durable_across_stops(version: QemuVersion) {
     is_off(&mut rig);
     assert_eq!(raw.content(), now, "the raw disk is the disk");
     raw.is_the_same();
+}
+
+/// A libvirt that does not know `<dataStore>` leaves it out; what it was is remembered.
+async fn a_document_without_the_data_is_brought_up_to_date(rig: &mut Rig) {
+    let new = rig.domain.disks[0].clone();
+    rig.domain.disks[0].data_store = None;
+    assert_eq!(
+        rig.dispatcher.outdated(&rig.domain).await.unwrap(),
+        std::slice::from_ref(&new)
+    );
+    rig.stand_on(&[new]);
 }
 
 async fn a_document_of_before_is_refused(rig: &mut Rig, old: &Disk) {
@@ -464,4 +481,190 @@ async fn what_cannot_be_is_refused_and_nothing_is_left() {
     let recovered = rig.dispatcher.recover(None).await.unwrap();
     let left = |r: &&disksnap_core::Recovered| matches!(r.how, RecoveredHow::Left(_));
     assert_eq!(recovered.iter().filter(left).count(), 0, "{recovered:?}");
+}
+
+/// A raw disk that is tracked, in a machine that runs.
+async fn tracked(version: QemuVersion) -> (Raw, Qemu, Rig) {
+    let raw = Raw::new(version);
+    let qemu = raw.start(|disk| disk);
+    let mut rig = Rig::new(&qemu.domain_xml()).await;
+    track(&mut rig, &raw).await;
+    (raw, qemu, rig)
+}
+
+/// Overlays come and go over the qcow2, with what they know; the raw disk has it all in the end.
+async fn an_overlay_over_it(version: QemuVersion) {
+    let (raw, qemu, mut rig) = tracked(version).await;
+    rig.create("one", &["vda"], true).await.unwrap();
+    let base = rig.read("one", "vda").await;
+    rig.delete("one").await;
+    qemu.disk("vda").fill(MIB, 64 * KIB, 1);
+    let request = by("qemu-external-qcow2", request("over", &["vda"], false));
+    let over = rig.dispatcher.create(&rig.domain, &request).await.unwrap();
+    let told = |w: &String| w.contains("not be read or exported");
+    assert!(over.warnings.iter().any(told), "{:?}", over.warnings);
+    rig.follow(&over);
+    assert_eq!(rig.domain.disks[0].data_store, None);
+    qemu.disk("vda").fill(2 * MIB, 64 * KIB, 2);
+    let error = rig
+        .dispatcher
+        .open(&rig.domain, &name_of("over"), "vda")
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    let error = rig
+        .dispatcher
+        .untrack(&rig.domain, "vda", true)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    let merged = rig
+        .dispatcher
+        .merge(
+            &rig.domain,
+            &name_of("over"),
+            &MergeOptions::default(),
+            &mut |_| ControlFlow::Continue(()),
+        )
+        .await
+        .unwrap();
+    rig.stand_on(&merged.disks);
+    let data = rig.domain.disks[0].data_store.clone().unwrap();
+    assert_eq!(data.source, Source::File { file: raw.image() });
+    qemu.disk("vda").fill(3 * MIB, 64 * KIB, 3);
+    rig.create("two", &["vda"], true).await.unwrap();
+    let now = rig.read("two", "vda").await;
+    assert_eq!(applied(&rig, &base, "two", "one").await, now);
+    rig.delete("two").await;
+    qemu.quit();
+    is_off(&mut rig);
+    assert_eq!(raw.content(), now);
+    raw.is_the_same();
+    assert_eq!(verdicts(&rig).await, ["one=ok", "two=ok"]);
+}
+
+#[tokio::test]
+async fn overlays_over_it_hand_down_what_they_know() {
+    an_overlay_over_it(QemuVersion::V10_0).await;
+}
+
+#[tokio::test]
+async fn so_they_do_in_the_old_qemu_too() {
+    need!("qemu-7.2");
+    an_overlay_over_it(QemuVersion::V7_2).await;
+}
+
+/// A clone of the qcow2 would be read with the data of the live disk.
+#[tokio::test]
+async fn a_method_that_takes_the_file_refuses_it() {
+    let (_raw, _qemu, rig) = tracked(QemuVersion::V10_0).await;
+    let request = by("reflink", request("one", &["vda"], false));
+    let error = rig.dispatcher.create(&rig.domain, &request).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(
+        error.to_string().contains("keeps its data in another file"),
+        "{error}"
+    );
+}
+
+/// What is put back into the raw file would not be seen where the qcow2 says that there are zeroes.
+#[tokio::test]
+async fn a_snapshot_of_before_is_not_put_back_below_the_qcow2() {
+    need!("xfs");
+    let fs = loop_fs(LoopFsKind::Xfs, 320 * MIB, "");
+    let raw = Raw::at(fs.path(), QemuVersion::V10_0);
+    let qemu = raw.start(|disk| disk);
+    let mut rig = Rig::new(&qemu.domain_xml()).await;
+    let request = by("reflink", request("before", &["vda"], false));
+    rig.dispatcher.create(&rig.domain, &request).await.unwrap();
+    let before = raw.content();
+    qemu.disk("vda").fill(MIB, 64 * KIB, 1);
+    qemu.quit();
+    is_off(&mut rig);
+    track(&mut rig, &raw).await;
+    let revert = async |rig: &Rig| {
+        let name = name_of("before");
+        rig.dispatcher.revert(&rig.domain, &name, &[]).await
+    };
+    let error = revert(&rig).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(error.next_step().unwrap().contains("untrack"), "{error}");
+    let raw_again = rig.dispatcher.untrack(&rig.domain, "vda", false).await.unwrap();
+    rig.stand_on(&[raw_again.disk]);
+    revert(&rig).await.unwrap();
+    assert_eq!(raw.content(), before);
+}
+
+/// A block device, with the guest running and off.
+#[tokio::test]
+async fn a_block_device_keeps_every_byte() {
+    let raw = Raw::new(QemuVersion::V10_0);
+    let Some(device) = Loop::of(&raw.image()) else {
+        return;
+    };
+    let spec = || DiskSpec::new("vda", SIZE).image(&device.path);
+    let qemu = Qemu::builder().disk(spec()).start();
+    let mut rig = Rig::new(&qemu.domain_xml()).await;
+    let before = fs::read(&device.path).unwrap();
+    let crossed = track(&mut rig, &raw).await;
+    let told = |w: &String| w.contains("cannot be noticed");
+    assert!(crossed.warnings.iter().any(told), "{:?}", crossed.warnings);
+    let dev = device.path.clone();
+    assert_eq!(crossed.disk.data_store.unwrap().source, Source::Block { dev });
+    assert_eq!(fs::read(&device.path).unwrap(), before);
+    rig.create("one", &["vda"], true).await.unwrap();
+    rig.delete("one").await;
+    qemu.disk("vda").fill(MIB, 64 * KIB, 1);
+    qemu.quit();
+    let qemu = raw.start_through();
+    goes_on(&mut rig, &qemu);
+    qemu.disk("vda").fill(2 * MIB, 64 * KIB, 2);
+    rig.create("two", &["vda"], true).await.unwrap();
+    let now = rig.read("two", "vda").await;
+    assert_eq!(applied(&rig, &before, "two", "one").await, now);
+    rig.delete("two").await;
+    qemu.quit();
+    is_off(&mut rig);
+    let untracked = rig.dispatcher.untrack(&rig.domain, "vda", true).await.unwrap();
+    rig.stand_on(&[untracked.disk]);
+    let again = track(&mut rig, &raw).await;
+    assert_eq!(again.paused, None);
+    assert_eq!(fs::read(&device.path).unwrap(), now);
+}
+
+/// A loop device, detached when dropped.
+struct Loop {
+    path: PathBuf,
+}
+
+impl Loop {
+    /// `None`, saying why, where this machine lets nobody have one.
+    #[expect(clippy::print_stderr, reason = "this is the report of a skipped test")]
+    fn of(file: &Path) -> Option<Self> {
+        let output = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file)
+            .output();
+        match output {
+            Ok(output) if output.status.success() => {
+                let path = String::from_utf8(output.stdout).unwrap();
+                let path = PathBuf::from(path.trim());
+                Some(Self { path })
+            }
+            Ok(output) => {
+                eprintln!("SKIPPED: {}", String::from_utf8_lossy(&output.stderr));
+                None
+            }
+            Err(error) => {
+                eprintln!("SKIPPED: losetup: {error}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
+    }
 }
