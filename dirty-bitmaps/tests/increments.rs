@@ -142,7 +142,8 @@ async fn two_tell_at_once(version: QemuVersion) {
     let nodes = || qemu.qmp("query-named-block-nodes", serde_json::json!({"flat": true}));
     let before = nodes().as_array().unwrap().len();
     let (first, second) = (open().await, open().await);
-    let expected = vec![MIB..MIB + 64 * KIB];
+    let piece = MIB..MIB + 64 * KIB;
+    let expected = [piece];
     assert_eq!(
         [at(&first).await, at(&second).await],
         [expected.clone(), expected.clone()]

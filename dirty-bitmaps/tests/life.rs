@@ -3,6 +3,8 @@
 
 mod rig;
 
+use std::os::unix::fs::FileExt;
+
 use disksnap_core::{ErrorKind, MarkVerdict, Trackable, Tracker};
 use disksnap_dirty_bitmaps::DirtyBitmaps;
 use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu};
@@ -352,4 +354,40 @@ async fn a_disk_that_is_out_of_reach_loses_nothing() {
         verdicts(&rig).await,
         ["a:vda=ok", "a:vdb=ok", "b:vda=ok", "b:vdb=ok"]
     );
+}
+
+/// An old QEMU, or another program, writes to the image and clears the bit that says that the bitmaps know it all.
+#[tokio::test]
+async fn what_is_written_past_the_bitmaps_is_not_trusted() {
+    let qemu = Qemu::builder().disk(DiskSpec::new("vda", SIZE).qcow2()).start();
+    let rig = Rig::new(&qemu.domain_xml()).await;
+    for name in ["a", "b"] {
+        rig.create(name, &["vda"], true).await.unwrap();
+        rig.delete(name).await;
+    }
+    qemu.quit();
+    let image = std::fs::File::options()
+        .write(true)
+        .open(qemu.image("vda"))
+        .unwrap();
+    // `autoclear_features` (QEMU's docs/interop/qcow2.txt).
+    image.write_all_at(&[0; 8], 88).unwrap();
+    let gone = ["a:vda=missing", "b:vda=missing", "full:vda"];
+    assert_eq!(verdicts(&rig).await, gone);
+    let name = rig::checkpoint("b");
+    let error = rig
+        .dispatcher
+        .remove_checkpoint(&rig.domain, &name)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Broken, "{error}");
+    qemu.restart();
+    assert_eq!(verdicts(&rig).await, gone);
+    let tonight = rig.create("c", &["vda"], true).await.unwrap();
+    let told = |warning: &String| warning.starts_with("vda: what has changed since the checkpoint 'b'");
+    assert!(tonight.warnings.iter().any(told), "{:?}", tonight.warnings);
+    let error = rig.changed("c", "vda", "b").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Broken, "{error}");
+    rig.dispatcher.drop_broken(&rig.domain, false).await.unwrap();
+    assert_eq!(verdicts(&rig).await, ["c:vda=ok"]);
 }
