@@ -7,6 +7,7 @@ mod chain;
 mod live;
 mod off;
 mod raw;
+mod widen;
 
 use async_trait::async_trait;
 use disksnap_core::{Batch, Disk, Ending, Host, RawDisks, Result, Start, Tracked, Tracker, Union};

@@ -1,5 +1,7 @@
 //! The bitmaps of a domain that runs, by its monitor.
 
+use std::cmp::Ordering;
+
 use disksnap_core::{
     Batch, Command, DirtyBitmap, Disk, Ending, Error, ErrorKind, Host, Result, SCRATCH_BITMAP, Start,
     Trackable, Tracked, Union,
@@ -9,6 +11,7 @@ use disksnap_hypervisor::graph::{Bitmap, Node};
 use serde_json::{Value, json};
 
 use crate::chain::{Chain, bitmap};
+use crate::widen::{self, BySize};
 use crate::{GRANULARITY, OLD_QCOW2};
 
 pub(crate) async fn look(host: &dyn Host, disks: &[&Disk]) -> Result<Vec<Tracked>> {
@@ -112,7 +115,45 @@ pub(crate) async fn start(host: &dyn Host, starts: &[Start]) -> Result<Batch> {
     for start in starts {
         start_one(&graph, start, &mut batch).map_err(|e| e.with("disk", &start.disk.target))?;
     }
+    for start in starts {
+        copy_smaller(host, &graph, start)
+            .await
+            .map_err(|e| e.with("disk", &start.disk.target))?;
+    }
     Ok(batch)
+}
+
+/// What the copy of one start is made of; `None` where it takes none, or a layer is larger than the disk: then nothing can be
+/// told with it.
+fn to_copy<'s>(chain: &Chain<'_>, start: &'s Start) -> Result<Option<(&'s str, Known)>> {
+    let (Some(copy), Some(name)) = (&start.copy, &start.recording) else {
+        return Ok(None);
+    };
+    let mut known = Known::new();
+    match known.add(chain, name, chain.top().size) {
+        Ok(_) => Ok(Some((copy, known))),
+        Err(error) if error.kind() == ErrorKind::Unsupported => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// What smaller layers know is in the copy before the window: nobody writes to them.
+async fn copy_smaller(host: &dyn Host, graph: &Graph, start: &Start) -> Result<()> {
+    let chain = Chain::of(graph, &start.disk)?;
+    let Some((copy, mut known)) = to_copy(&chain, start)?.filter(|(_, known)| !known.smaller.is_empty())
+    else {
+        return Ok(());
+    };
+    let top = chain.top();
+    known.same.clear();
+    let make = async {
+        known.widen(host, 0, top.size).await?;
+        let add = add(&top.name, copy, known.granularity, false, true);
+        transact(host, vec![add, merge(&top.name, copy, &known.same)]).await
+    };
+    let made = make.await;
+    let cleared = widen::clear(host).await;
+    made.and(cleared)
 }
 
 fn start_one(graph: &Graph, start: &Start, batch: &mut Batch) -> Result<()> {
@@ -130,12 +171,13 @@ fn start_one(graph: &Graph, start: &Start, batch: &mut Batch) -> Result<()> {
         let command = Command::new(format!("block-dirty-bitmap-{kind}"), data);
         batch.undo.push(command);
     };
-    if let (Some(copy), Some((name, found))) = (&start.copy, recording) {
-        batch
-            .items
-            .push(add(&now.name, copy, found.granularity, false, true));
-        let sources: Vec<Value> = chain.having(name).map(|(node, _)| on(&node.name, name)).collect();
-        batch.items.push(merge(&now.name, copy, &sources));
+    if let Some((copy, known)) = to_copy(&chain, start)? {
+        if known.smaller.is_empty() {
+            batch
+                .items
+                .push(add(&now.name, copy, known.granularity, false, true));
+        }
+        batch.items.push(merge(&now.name, copy, &known.same));
         undo("remove", on(&now.name, copy));
     }
     let Some(starts) = &start.starts else {
@@ -273,36 +315,114 @@ fn undone(chain: &Chain<'_>, start: &Start) -> Vec<Value> {
 
 pub(crate) async fn end(host: &dyn Host, endings: &[Ending]) -> Result<()> {
     let graph = Graph::read(host).await?;
-    let mut actions = Vec::new();
+    let mut found = Vec::with_capacity(endings.len());
     for ending in endings {
-        let its = match Chain::of(&graph, &ending.disk) {
-            Ok(chain) => ended(&chain, ending),
+        let chain = match Chain::of(&graph, &ending.disk) {
+            Ok(chain) => chain,
             // A disk that is not there any more took its bitmaps along.
             Err(error) if error.kind() == ErrorKind::NotFound && !error.is_retryable() => continue,
             Err(error) => return Err(error),
         };
+        let known = known(&chain, ending).map_err(|e| e.with("disk", &ending.disk.target))?;
+        found.push((ending, chain, known));
+    }
+    let widens = found.iter().any(|(_, _, known)| !known.smaller.is_empty());
+    let ended = end_all(host, found).await;
+    if widens {
+        // What it said is what counts.
+        let cleared = widen::clear(host).await;
+        return ended.and(cleared);
+    }
+    ended
+}
+
+async fn end_all(host: &dyn Host, found: Vec<(&Ending, Chain<'_>, Known)>) -> Result<()> {
+    // Before anything is made: all must be as it should be.
+    for (ending, chain, known) in &found {
+        ended(chain, ending, &known.same).map_err(|e| e.with("disk", &ending.disk.target))?;
+    }
+    let (mut actions, mut widened) = (Vec::new(), 0);
+    for (ending, chain, mut known) in found {
+        widened += usize::from(known.widen(host, widened, chain.top().size).await?);
+        let its = ended(&chain, ending, &known.same);
         actions.extend(its.map_err(|e| e.with("disk", &ending.disk.target))?);
     }
     transact(host, actions).await
 }
 
+/// Bitmaps that are to be merged into one of some size.
+struct Known {
+    /// Those of that size, as a merge takes them.
+    same: Vec<Value>,
+    /// Those of layers from before the disk was grown.
+    smaller: BySize,
+    /// The finest of all.
+    granularity: u64,
+}
+
+impl Known {
+    fn new() -> Self {
+        Self {
+            same: Vec::new(),
+            smaller: BySize::new(),
+            granularity: u64::MAX,
+        }
+    }
+
+    /// Adds the bitmaps of this name in all layers; whether there are any.
+    fn add(&mut self, chain: &Chain<'_>, name: &str, size: u64) -> Result<bool> {
+        let mut any = false;
+        for (node, found) in chain.having(name) {
+            refuse_inconsistent(found)?;
+            match node.size.cmp(&size) {
+                Ordering::Equal => self.same.push(on(&node.name, name)),
+                Ordering::Less => self
+                    .smaller
+                    .entry(node.size)
+                    .or_default()
+                    .push(on(&node.name, name)),
+                Ordering::Greater => return Err(resized(node.size, size)),
+            }
+            self.granularity = self.granularity.min(found.granularity);
+            any = true;
+        }
+        Ok(any)
+    }
+
+    /// Makes those that are smaller one of the right size, the `n`th of this act; whether there are any.
+    async fn widen(&mut self, host: &dyn Host, n: usize, size: u64) -> Result<bool> {
+        if self.smaller.is_empty() {
+            return Ok(false);
+        }
+        let smaller = std::mem::take(&mut self.smaller);
+        let wide = widen::widened(host, n, &smaller, size, self.granularity).await?;
+        self.same.push(wide);
+        Ok(true)
+    }
+}
+
+/// Whether an ending's bitmap hands over what it knows. One that recorded is in the top layer until this is done; where it
+/// is not, it is done already or was lost, and the heir must not go on as if it knew.
+fn hands_over<'e>(chain: &Chain<'_>, ending: &'e Ending) -> Option<&'e String> {
+    let is_there = bitmap(chain.top(), &ending.bitmap).is_some();
+    ending.into.as_ref().filter(|_| is_there || !ending.record)
+}
+
+/// What a bitmap that ends knows.
+fn known(chain: &Chain<'_>, ending: &Ending) -> Result<Known> {
+    let mut known = Known::new();
+    if hands_over(chain, ending).is_some() {
+        known.add(chain, &ending.bitmap, chain.top().size)?;
+    }
+    Ok(known)
+}
+
 /// What ends one bitmap. The lower layers are snapshots, and nothing in them is changed: what their bitmaps know goes to
 /// the top layer's too.
-fn ended(chain: &Chain<'_>, ending: &Ending) -> Result<Vec<Value>> {
+fn ended(chain: &Chain<'_>, ending: &Ending, known: &[Value]) -> Result<Vec<Value>> {
     let mut actions = Vec::new();
     let top = chain.top();
-    let is_there = bitmap(top, &ending.bitmap).is_some();
-    // One that recorded is in the top layer until this is done; where it is not, it is done already or was lost, and the
-    // heir must not go on as if it knew.
-    if let Some(into) = ending.into.as_ref().filter(|_| is_there || !ending.record) {
-        let mut sources = Vec::new();
-        for (node, found) in chain.having(&ending.bitmap) {
-            refuse_inconsistent(found)?;
-            if node.size != top.size {
-                return Err(resized(node.size, top.size));
-            }
-            sources.push(on(&node.name, &ending.bitmap));
-        }
+    if let Some(into) = hands_over(chain, ending) {
         match bitmap(top, into) {
             Some(heir) => {
                 refuse_busy(heir)?;
@@ -311,8 +431,8 @@ fn ended(chain: &Chain<'_>, ending: &Ending) -> Result<Vec<Value>> {
             None if chain.having(into).next().is_none() => return Err(lost(into)),
             None => actions.push(add(&top.name, into, GRANULARITY, keeps(top), true)),
         }
-        if !sources.is_empty() {
-            actions.push(merge(&top.name, into, &sources));
+        if !known.is_empty() {
+            actions.push(merge(&top.name, into, known));
         }
         if ending.record {
             actions.push(action("enable", on(&top.name, into)));
@@ -327,25 +447,41 @@ fn ended(chain: &Chain<'_>, ending: &Ending) -> Result<Vec<Value>> {
 
 pub(crate) async fn unite(host: &dyn Host, union: &Union) -> Result<()> {
     let graph = Graph::read(host).await?;
-    let united = united(&graph, union).map_err(|e| e.with("disk", &union.disk.target))?;
-    let Some(United { size, actions }) = united else {
+    let united = to_unite(&graph, union).map_err(|e| e.with("disk", &union.disk.target))?;
+    let Some((size, mut known)) = united else {
         return Ok(());
     };
     if let Some(holder) = union.holder.as_ref().filter(|name| graph.node(name).is_none()) {
         let null = json!({ "driver": "null-co", "node-name": holder, "size": size, "read-only": true });
         host.monitor(Command::new("blockdev-add", null)).await?;
     }
-    transact(host, actions).await
+    let widens = !known.smaller.is_empty();
+    let unite = async {
+        known.widen(host, 0, size).await?;
+        let (node, name) = (union.held_by(), &union.name);
+        let granularity = match known.granularity {
+            u64::MAX => GRANULARITY,
+            finest => finest,
+        };
+        transact(
+            host,
+            vec![
+                add(node, name, granularity, false, true),
+                merge(node, name, &known.same),
+            ],
+        )
+        .await
+    };
+    let united = unite.await;
+    if widens {
+        let cleared = widen::clear(host).await;
+        return united.and(cleared);
+    }
+    united
 }
 
-/// What makes a union.
-struct United {
-    /// The disk's in the snapshot, in bytes.
-    size: u64,
-    actions: Vec<Value>,
-}
-
-fn united(graph: &Graph, union: &Union) -> Result<Option<United>> {
+/// The disk's size in the snapshot, and what is known of what changed; `None` where it is united.
+fn to_unite(graph: &Graph, union: &Union) -> Result<Option<(u64, Known)>> {
     let node = graph.node(&union.node).ok_or_else(|| {
         Error::new(
             ErrorKind::NotFound,
@@ -353,40 +489,19 @@ fn united(graph: &Graph, union: &Union) -> Result<Option<United>> {
         )
         .with("node", &union.node)
     })?;
-    let held_by = union.held_by();
-    if graph
-        .node(held_by)
-        .is_some_and(|node| bitmap(node, &union.name).is_some())
-    {
+    let held_by = graph.node(union.held_by());
+    if held_by.is_some_and(|node| bitmap(node, &union.name).is_some()) {
         // Made before: neither the snapshot nor what is known of it changes.
         return Ok(None);
     }
     let chain = Chain::of(graph, &union.disk)?;
-    let (mut sources, mut granularity) = (Vec::new(), u64::MAX);
+    let mut known = Known::new();
     for name in &union.of {
-        let before = sources.len();
-        for (layer, found) in chain.having(name) {
-            refuse_inconsistent(found)?;
-            if layer.size != node.size {
-                return Err(resized(layer.size, node.size));
-            }
-            granularity = granularity.min(found.granularity);
-            sources.push(on(&layer.name, name));
-        }
-        if sources.len() == before {
+        if !known.add(&chain, name, node.size)? {
             return Err(not_there(name));
         }
     }
-    if sources.is_empty() {
-        granularity = GRANULARITY;
-    }
-    Ok(Some(United {
-        size: node.size,
-        actions: vec![
-            add(held_by, &union.name, granularity, false, true),
-            merge(held_by, &union.name, &sources),
-        ],
-    }))
+    Ok(Some((node.size, known)))
 }
 
 fn resized(then: u64, now: u64) -> Error {

@@ -335,6 +335,7 @@ fn check(ending: &Ending, layers: &Layers) -> Result<()> {
     for (_, bitmap) in layers.having(&ending.bitmap) {
         refuse_inconsistent(bitmap)?;
     }
+    refuse_resized(layers, &ending.bitmap)?;
     match layers.top(into) {
         Some(heir) => refuse_inconsistent(heir),
         None if layers.having(into).next().is_some() => Ok(()),
@@ -345,6 +346,22 @@ fn check(ending: &Ending, layers: &Layers) -> Result<()> {
         .with("bitmap", into)
         .hint("`disksnap checkpoint drop-broken` drops what cannot be trusted.")),
     }
+}
+
+/// `qemu-img` merges bitmaps of one size only.
+fn refuse_resized(layers: &Layers, name: &str) -> Result<()> {
+    let other = |image: &&Image| image.bitmap(name).is_some() && image.virtual_size != layers.size;
+    let Some(image) = layers.images.iter().find(other) else {
+        return Ok(());
+    };
+    let message = format!(
+        "the disk's size has changed in between ({} bytes, {} bytes), and with the domain off what the bitmap '{name}' knows \
+         cannot be handed over",
+        image.virtual_size, layers.size
+    );
+    Err(Error::new(ErrorKind::Unsupported, message)
+        .with("image", &image.filename)
+        .hint("Start the domain first: while it runs that can be done where the disk has grown."))
 }
 
 /// One that recorded is in the top image until this is done; where it is not, it is done already or was lost, and the

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::task::Poll;
 
 use disksnap_core::{Disk, ErrorKind, MergeOptions, SnapshotRequest};
-use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu};
+use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, QemuVersion};
 use rig::Rig;
 
 const SIZE: u64 = 8 * MIB;
@@ -219,4 +219,66 @@ async fn until<T>(is_so: impl Fn() -> bool, more: usize, future: impl Future<Out
         }
     })
     .await
+}
+
+/// The overlay is larger than what it lies on: what the smaller bitmaps know is told, and handed over.
+#[tokio::test]
+async fn a_disk_may_grow_between_its_layers() {
+    for version in [QemuVersion::V10_0, QemuVersion::V7_2] {
+        let qemu = Qemu::builder()
+            .version(version)
+            .disk(DiskSpec::new("vda", SIZE).qcow2())
+            .start();
+        let mut rig = Rig::new(&qemu.domain_xml()).await;
+        for (number, name) in [(1, "a"), (2, "b"), (3, "c")] {
+            rig.create(name, &["vda"], true).await.unwrap();
+            rig.delete(name).await;
+            write(&qemu, number);
+        }
+        let request = external("one", false);
+        let one = rig.dispatcher.create(&rig.domain, &request).await.unwrap();
+        rig.follow(&one);
+        let drives = qemu.qmp("query-block", serde_json::json!({}));
+        let node = &drives[0]["inserted"]["node-name"];
+        let resize = serde_json::json!({ "node-name": node, "size": SIZE + 2 * MIB + STEP });
+        qemu.qmp("block_resize", resize);
+        write(&qemu, 10);
+        rig.create("now", &["vda"], false).await.unwrap();
+        assert_eq!(
+            ranges(&rig, "now", "a").await,
+            pieces(&[1, 2, 3, 10]),
+            "{version:?}"
+        );
+        assert_eq!(ranges(&rig, "now", "b").await, pieces(&[2, 3, 10]), "{version:?}");
+        rig.delete("now").await;
+        let before = rig.bitmaps().await.len();
+        let remove = async |name: &str| {
+            let name = rig::checkpoint(name);
+            rig.dispatcher.remove_checkpoint(&rig.domain, &name).await
+        };
+        remove("b").await.unwrap();
+        // The heir's share is in the top layer now, and nothing else was left behind.
+        assert_eq!(rig.bitmaps().await.len(), before + 1, "{:?}", rig.bitmaps().await);
+        let validation = rig.dispatcher.validate(&rig.domain).await.unwrap();
+        assert!(validation.is_sound(), "{validation:?}");
+        write(&qemu, 4);
+        rig.create("later", &["vda"], false).await.unwrap();
+        assert_eq!(
+            ranges(&rig, "later", "a").await,
+            pieces(&[1, 2, 3, 4, 10]),
+            "{version:?}"
+        );
+        assert_eq!(
+            ranges(&rig, "later", "c").await,
+            pieces(&[3, 4, 10]),
+            "{version:?}"
+        );
+        rig.delete("later").await;
+        // Off, it cannot be done, and nothing is touched.
+        qemu.quit();
+        let error = remove("c").await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+        let validation = rig.dispatcher.validate(&rig.domain).await.unwrap();
+        assert!(validation.is_sound(), "{validation:?}");
+    }
 }
