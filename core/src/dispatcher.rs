@@ -397,7 +397,7 @@ impl Dispatcher {
     ) -> std::result::Result<(), Vec<Error>> {
         let mut failures = Vec::new();
         // Before the disks are again what they were: what was written to an overlay is noted in it, and goes with it.
-        failures.extend(self.abort_marks(control, intent).await.err());
+        let mut marks = self.abort_marks(control, intent).await;
         for part in parts.iter().rev() {
             let abort = match self.registry.get(&part.method) {
                 Ok(provider) => {
@@ -414,6 +414,11 @@ impl Dispatcher {
             };
             failures.extend(abort.err().map(|e| e.by(&part.method).during("abort")));
         }
+        if marks.is_err() {
+            // What stood in the way may be gone with what the methods had put there.
+            marks = self.abort_marks(control, intent).await;
+        }
+        failures.extend(marks.err());
         if failures.is_empty() {
             failures.extend(self.catalog.settle(intent.id, &intent.domain.id, &[]).await.err());
         }
