@@ -2,7 +2,8 @@
 
 use disksnap::xml::Element;
 use disksnap::{
-    CheckedMark, CheckpointName, Dropped, Error, ErrorKind, MarkVerdict, Result, UnknownBitmap, Validation,
+    CheckedMark, CheckpointName, DeviceKind, Disk, Domain, Dropped, Error, ErrorKind, MarkVerdict, Result,
+    UnknownBitmap, Validation,
 };
 use serde::Serialize;
 
@@ -15,7 +16,7 @@ use crate::signals::Stop;
 pub(crate) async fn validate(context: &Context) -> Outcome {
     let target = context.target().await?;
     let found = target.disksnap.dispatcher().validate(&target.domain).await?;
-    let view = ValidationView::new(&found);
+    let view = ValidationView::new(&found, &target.domain);
     context.out.show(&view, || view.document())?;
     if found.is_sound() {
         return Ok(());
@@ -36,7 +37,7 @@ pub(crate) async fn drop_broken(context: &Context, unknown: bool) -> Outcome {
         .dispatcher()
         .drop_broken(&target.domain, unknown)
         .await?;
-    let view = DroppedView::new(&dropped);
+    let view = DroppedView::new(&dropped, &target.domain);
     context.out.show(&view, || view.document())?;
     stop.check()
 }
@@ -131,22 +132,83 @@ impl BitmapView {
     }
 }
 
+/// Why the next backup of a disk must be a full one.
 #[derive(Debug, Serialize)]
+struct FullReason {
+    disk: String,
+    /// A word for programs: what [`MarkVerdict`] says of the disk's last checkpoint, or one of the two below.
+    reason: &'static str,
+}
+
+/// The domain does not have the disk any more.
+const GONE: &str = "disk-gone";
+/// No checkpoint covers the disk: it came later, or is called otherwise now.
+const UNCOVERED: &str = "no-checkpoint";
+
+impl FullReason {
+    /// Of these disks, whose marks were found so; and, where all marks were looked at, of those that no checkpoint covers.
+    fn all(domain: &Domain, full: &[String], marks: &[CheckedMark], every: bool) -> Vec<Self> {
+        let has = |target: &str| domain.disks.iter().any(|disk| disk.target == target);
+        let last = |target: &str| marks.iter().rfind(|mark| mark.target == target);
+        let known = full.iter().filter_map(|target| {
+            let reason = match has(target) {
+                true => code(last(target)?.verdict),
+                false => GONE,
+            };
+            Some((target, reason))
+        });
+        let written = |disk: &&Disk| {
+            let kept = disk.device == DeviceKind::Disk && !disk.read_only && !disk.shareable;
+            every && kept && disk.source.is_some() && last(&disk.target).is_none()
+        };
+        let uncovered = domain
+            .disks
+            .iter()
+            .filter(written)
+            .map(|disk| (&disk.target, UNCOVERED));
+        let all = known.chain(uncovered);
+        all.map(|(disk, reason)| Self {
+            disk: disk.clone(),
+            reason,
+        })
+        .collect()
+    }
+
+    fn element(&self) -> Element {
+        Element::new("full")
+            .attr("disk", &self.disk)
+            .attr("reason", self.reason)
+    }
+}
+
+/// A verdict as programs read it.
+fn code(verdict: MarkVerdict) -> &'static str {
+    match verdict {
+        MarkVerdict::NotRecording => "not-recording",
+        MarkVerdict::CutOff => "cut-off",
+        other => other.as_str(),
+    }
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 struct ValidationView {
     sound: bool,
     marks: Vec<MarkView>,
     unknown: Vec<BitmapView>,
     /// The disks whose next backup must be a full one.
     full: Vec<String>,
+    full_reasons: Vec<FullReason>,
 }
 
 impl ValidationView {
-    fn new(found: &Validation) -> Self {
+    fn new(found: &Validation, domain: &Domain) -> Self {
         Self {
             sound: found.is_sound(),
             marks: found.marks.iter().map(MarkView::new).collect(),
             unknown: BitmapView::all(&found.unknown),
             full: found.full.clone(),
+            full_reasons: FullReason::all(domain, &found.full, &found.marks, true),
         }
     }
 
@@ -156,11 +218,7 @@ impl ValidationView {
             .attr("sound", sound)
             .children(self.marks.iter().map(MarkView::element))
             .children(self.unknown.iter().map(BitmapView::element))
-            .children(
-                self.full
-                    .iter()
-                    .map(|disk| Element::new("full").attr("disk", disk)),
-            )
+            .children(self.full_reasons.iter().map(FullReason::element))
             .to_document()
     }
 }
@@ -207,21 +265,24 @@ fn full_text(full: &[String]) -> String {
 }
 
 #[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 struct DroppedView {
     marks: Vec<MarkView>,
     /// Those of which nothing is left.
     checkpoints: Vec<CheckpointName>,
     unknown: Vec<BitmapView>,
     full: Vec<String>,
+    full_reasons: Vec<FullReason>,
 }
 
 impl DroppedView {
-    fn new(dropped: &Dropped) -> Self {
+    fn new(dropped: &Dropped, domain: &Domain) -> Self {
         Self {
             marks: dropped.marks.iter().map(MarkView::new).collect(),
             checkpoints: dropped.checkpoints.clone(),
             unknown: BitmapView::all(&dropped.unknown),
             full: dropped.full.clone(),
+            full_reasons: FullReason::all(domain, &dropped.full, &dropped.marks, false),
         }
     }
 
@@ -234,11 +295,7 @@ impl DroppedView {
                     .map(|name| Element::new("checkpoint").attr("name", name)),
             )
             .children(self.unknown.iter().map(BitmapView::element))
-            .children(
-                self.full
-                    .iter()
-                    .map(|disk| Element::new("full").attr("disk", disk)),
-            )
+            .children(self.full_reasons.iter().map(FullReason::element))
             .to_document()
     }
 }

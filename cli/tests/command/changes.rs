@@ -29,7 +29,7 @@ fn a_checkpoint_begins_and_what_changed_since_is_listed() {
     ]);
     assert_eq!(
         json,
-        json!({"changes": [{"disk": "vdb", "offset": 0, "length": 65536}]})
+        json!({"changes": [{"disk": "vdb", "offset": 0, "length": 65536}], "superset": []})
     );
     let shown = site.ok(&["--output", "xml", "domain", "show", "-d", &xml]);
     assert!(shown.contains("<checkpoint name='monday'/>") && shown.contains("<checkpoint name='second'/>"));

@@ -253,10 +253,7 @@ fn machine() -> Qemu {
         DiskSpec::new(TARGETS[0], SIZE).qcow2(),
         DiskSpec::new(TARGETS[1], SIZE),
     ];
-    disks
-        .into_iter()
-        .fold(Qemu::builder(), QemuBuilder::disk)
-        .start()
+    disks.into_iter().fold(Qemu::builder(), QemuBuilder::disk).start()
 }
 
 /// Where a command is killed.

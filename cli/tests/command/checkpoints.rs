@@ -1,12 +1,13 @@
 //! Sets of checkpoints, in and out of the command: no disk is needed for the records.
 
 use std::io::Write;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use insta::assert_snapshot;
 use serde_json::{Value, json};
 
-use crate::site::{Site, ended};
+use crate::site::{Ended, Site, ended};
 
 const VM: &str = "5768a388-c1c4-414c-ac4e-eab216ba7c0c";
 const ROOT: &str = "0b5f8a3a-70ad-4b55-8e4e-6a6bb53f55a1";
@@ -104,9 +105,9 @@ fn a_set_is_listed_in_every_form() {
     ] }));
     assert_snapshot!(known.ok(&["list"]), @"
     NAME  PARENT  TAKEN                 DISKS
-    mon   -       2026-11-22T04:01:00Z  vda,vdb
+    mon   -       2026-11-22T04:01:00Z  vda, vdb
     tue   mon     2026-11-22T04:02:00Z  vda
-    thu   wed     2026-11-22T04:03:00Z  vda,vdb
+    thu   wed     2026-11-22T04:03:00Z  vda, vdb
     new   -       2026-11-22T04:04:00Z
     try1  tue     2026-11-22T04:05:00Z  vda
     try2  try1    2026-11-22T04:06:00Z  vda
@@ -115,23 +116,23 @@ fn a_set_is_listed_in_every_form() {
     ");
     assert_snapshot!(known.ok(&["list", "--topological"]), @"
     NAME  PARENT  TAKEN                 DISKS
-    mon   -       2026-11-22T04:01:00Z  vda,vdb
+    mon   -       2026-11-22T04:01:00Z  vda, vdb
     tue   mon     2026-11-22T04:02:00Z  vda
     new   -       2026-11-22T04:04:00Z
     try1  tue     2026-11-22T04:05:00Z  vda
     try2  try1    2026-11-22T04:06:00Z  vda
     wed   tue     2026-11-22T04:07:00Z  vda
-    thu   wed     2026-11-22T04:03:00Z  vda,vdb
+    thu   wed     2026-11-22T04:03:00Z  vda, vdb
     fri   thu     2026-11-22T04:08:00Z  vda
     ");
     assert_snapshot!(known.ok(&["list", "--tree"]), @"
     NAME     PARENT  TAKEN                 DISKS
-    mon      -       2026-11-22T04:01:00Z  vda,vdb
+    mon      -       2026-11-22T04:01:00Z  vda, vdb
     tue      mon     2026-11-22T04:02:00Z  vda
     ├─ try1  tue     2026-11-22T04:05:00Z  vda
     │  try2  try1    2026-11-22T04:06:00Z  vda
     wed      tue     2026-11-22T04:07:00Z  vda
-    thu      wed     2026-11-22T04:03:00Z  vda,vdb
+    thu      wed     2026-11-22T04:03:00Z  vda, vdb
     fri      thu     2026-11-22T04:08:00Z  vda
     new      -       2026-11-22T04:04:00Z
     ");
@@ -302,6 +303,92 @@ fn sets_that_are_not_sound_name_the_offender() {
       effect: nothing was changed
       next: Names of checkpoints have letters, digits, '_', '-' and '.', do not start with '.', and have at most 1023 bytes.
     "#);
+}
+
+/// The same faults in libvirt's form; the set in between stays, as a dump tells it.
+#[test]
+fn the_same_in_xml_names_the_offender_too() {
+    let known = Known::new();
+    known.define(&line());
+    let before = known.ok(&["dump"]);
+    let one = |name: &str, parent: &str| {
+        let parent = match parent {
+            "" => String::new(),
+            parent => format!("<parent><name>{parent}</name></parent>"),
+        };
+        format!(
+            "<domaincheckpoint><name>{name}</name>{parent}<creationTime>1</creationTime><disks>\
+             <disk name='vda' checkpoint='bitmap' bitmap='{name}'/></disks></domaincheckpoint>"
+        )
+    };
+    let set = |all: &[String]| format!("<domaincheckpoints>{}</domaincheckpoints>", all.concat());
+    for (told, text) in [
+        ("'a': it comes from itself", set(&[one("a", "b"), one("b", "a")])),
+        ("'a': it is its own parent", set(&[one("a", "a")])),
+        (
+            "'b': its parent 'x' is not in the set",
+            set(&[one("a", ""), one("b", "x")]),
+        ),
+        (
+            "'b': the disk vda begins at 'a' too",
+            set(&[one("a", ""), one("b", "")]),
+        ),
+        ("the checkpoint name \"a/b\" has '/'", set(&[one("a/b", "")])),
+        ("the checkpoint name \"a\\nb\" has '\\n'", set(&[one("a\nb", "")])),
+    ] {
+        let refused = known.refuses("set.xml", &text);
+        assert!(refused.contains(told), "{told}: {refused}");
+        assert!(refused.contains("effect: nothing was changed"), "{refused}");
+    }
+    assert_eq!(known.ok(&["dump"]), before);
+}
+
+/// A set as long as may be: refused for what is wrong with it, in memory that is a small multiple of its length.
+#[test]
+fn a_long_set_takes_no_more_memory_than_its_length_allows() {
+    let known = Known::new();
+    let piece = "<domaincheckpoint><name>a</name><creationTime>1</creationTime></domaincheckpoint>\n";
+    let many = piece.repeat((60 << 20) / piece.len());
+    for (what, text) in [
+        (
+            "the same checkpoint",
+            format!("<domaincheckpoints>{many}</domaincheckpoints>"),
+        ),
+        ("depth", "<a>".repeat(20 << 20)),
+        (
+            "a name",
+            format!("<domaincheckpoint><name>{}", "a".repeat(60 << 20)),
+        ),
+    ] {
+        let file = known.site.file("long.xml", &text);
+        let (ended, most) = watched(
+            known
+                .site
+                .command(&["checkpoint", "redefine", &file, "-d", &known.xml]),
+        );
+        assert_eq!(ended.code, Some(2), "{what}: {}", ended.stderr);
+        assert!(ended.stderr.len() < 2000, "{what} is repeated in the error");
+        assert!(most < 1 << 20, "{what}: {most} KiB");
+    }
+    assert_eq!(known.json(), json!({ "checkpoints": [] }));
+}
+
+/// Runs it; how it ended, and the most memory that was seen of it, in KiB.
+fn watched(mut command: Command) -> (Ended, u64) {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut most = 0;
+    while child.try_wait().unwrap().is_none() {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        let told = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = told.and_then(|told| told.split_whitespace().next()?.parse().ok());
+        most = most.max(kib.unwrap_or(0));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    (ended(child.wait_with_output().unwrap()), most)
 }
 
 #[test]
