@@ -62,7 +62,12 @@ fn a_raw_disk_is_tracked_and_untracked_with_its_document() {
         "--checkpoint",
     ]);
     site.ok(&["-d", &domain, "snapshot", "delete", "one"]);
-    insta::assert_snapshot!(site.fails(6, &["-d", &domain, "disk", "untrack", "vda"]).replace(qemu.name(), "VM"), @"");
+    let refused = site.fails(6, &["-d", &domain, "disk", "untrack", "vda"]);
+    insta::assert_snapshot!(refused.replace(qemu.name(), "VM"), @"
+    error: untrack: what has changed in the disk since one is known by bitmaps in the qcow2 alone (domain VM, disk vda)
+      effect: nothing was changed
+      next: Say --drop-checkpoints: they do not cover the disk any more then, and its next backup is a full one.
+    ");
     let said = site.json(&["-d", &domain, "disk", "untrack", "vda", "--drop-checkpoints"]);
     assert_eq!(said["dropped"], serde_json::json!(["one"]));
     assert_eq!(
