@@ -29,7 +29,8 @@ const HELP: &str = "\
 ./x demo move        a machine with 50 checkpoints goes to another host, and its next backup is an incremental one
 ./x test [ARGS]      every test; ARGS go to cargo nextest (or cargo test), and only those tests run
 ./x lint             formatting, clippy, documentation, and cargo-deny where it is installed
-./x bench [NAME…]    the benchmarks, or some: snapshot, take, writes, read, memory
+./x bench [NAME…]    the benchmarks, or some: snapshot, take, writes, read, memory,
+                     changes, redefine
 ./x fuzz [SECONDS]   every fuzz target for that long (default 30); needs a nightly and cargo-fuzz
 ./x tools            only get the programs and the test guest that tests and demo use
 ./x tools --fresh    get them anew, in the versions the mirror has now
