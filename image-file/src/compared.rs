@@ -4,17 +4,17 @@
 //! may be new there, or an entry in a table. So both images are mapped, and walked together with what differs in their
 //! files: what both take from the same place of files that are alike there is equal, and all else is told.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use disksnap_core::{Changed, Precision, Ranges, Result};
 use futures_util::{StreamExt, TryStreamExt, stream};
 
-use crate::map::{From, Map, Piece};
+use crate::alike::Alike;
+use crate::map::{Map, Piece};
 use crate::{FileInImage, QemuImg, opened};
 
-const WHY: &str =
-    "what changed in a qcow2 image is told in whole clusters, also those that were only moved or packed";
+const WHY: &str = "what changed in a qcow2 image is told in whole clusters, also those that were only moved";
 
 /// A file that is in both images: where, and what differs in it.
 #[derive(Debug)]
@@ -31,9 +31,9 @@ pub struct SameFile {
 /// in the files that they have in common. The files must stay as they are for as long as the ranges are read.
 ///
 /// A range is not told where both images take it from the same place in the same file which does not differ there, or
-/// where it is zero in both. A file with no differences at all is the same image too, so that what it has packed
-/// (compressed clusters) is not told either. All else is told. So what was written anew only in a qcow2's own tables is
-/// not told, and a cluster that has moved is. Between two raw files it is what differs in the file, as precisely.
+/// where it is zero in both; a compressed cluster is at the same place where all of it is. All else is told. So what was
+/// written anew only in a qcow2's own tables is not told, and a cluster that has moved is. Between two raw files it is
+/// what differs in the file, as precisely.
 ///
 /// Memory goes with the number of differences in the files, not with the disk's size or with what is on it.
 ///
@@ -63,17 +63,13 @@ pub async fn guest_ranges(
             ranges: whole(changed.ranges, sizes),
         });
     }
-    same.retain(|pair| {
-        let format = |image: &[FileInImage], n| image.get(n).map(|file: &FileInImage| file.format.clone());
-        format(earlier, pair.earlier) == format(later, pair.later)
-    });
     let walk = Walk {
         qemu_img: qemu_img.clone(),
+        alike: Alike::read(same, &images).await?,
         images,
         sizes,
         maps: None,
         pieces: None,
-        differs: Differs::read(same).await?,
         ready: VecDeque::new(),
     };
     let walked = stream::try_unfold(walk, |mut walk| async {
@@ -113,63 +109,6 @@ fn whole(ranges: Ranges, sizes: [u64; 2]) -> Ranges {
     joined.boxed()
 }
 
-/// What differs in the files that both images have, by their places in the two.
-#[derive(Debug, Default)]
-struct Differs(BTreeMap<(usize, usize), Vec<Range<u64>>>);
-
-impl Differs {
-    async fn read(same: Vec<SameFile>) -> Result<Self> {
-        let mut files = BTreeMap::new();
-        for SameFile {
-            earlier,
-            later,
-            changed,
-        } in same
-        {
-            let mut ranges = changed.ranges;
-            let mut all: Vec<Range<u64>> = Vec::new();
-            while let Some(range) = ranges.try_next().await? {
-                match all.last_mut() {
-                    Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-                    _ => all.push(range),
-                }
-            }
-            all.shrink_to_fit();
-            files.insert((earlier, later), all);
-        }
-        Ok(Self(files))
-    }
-
-    /// Which parts of `range` of the guest's disk, that lies in a piece of either image, are not known to be equal.
-    fn within(&self, range: &Range<u64>, pieces: [Piece; 2], told: &mut VecDeque<Range<u64>>) {
-        let (earlier, later) = match pieces.map(|piece| piece.at(range.start)) {
-            [From::Zero, From::Zero] => return,
-            [
-                From::Layer { layer, offset },
-                From::Layer {
-                    layer: of_later,
-                    offset: in_later,
-                },
-            ] => ((layer, offset), (of_later, in_later)),
-            _ => return told.push_back(range.clone()),
-        };
-        match (self.0.get(&(earlier.0, later.0)), earlier.1, later.1) {
-            // One image by itself, with all its tables.
-            (Some(differs), _, _) if differs.is_empty() => {}
-            (Some(differs), Some(offset), Some(in_later)) if offset == in_later => {
-                let end = offset.saturating_add(range.end - range.start);
-                let first = differs.partition_point(|differs| differs.end <= offset);
-                let here = differs[first..].iter().take_while(|differs| differs.start < end);
-                told.extend(here.map(|differs| {
-                    let of_guest = |at: u64| at.clamp(offset, end) - offset + range.start;
-                    of_guest(differs.start)..of_guest(differs.end)
-                }));
-            }
-            _ => told.push_back(range.clone()),
-        }
-    }
-}
-
 /// Two maps, walked together.
 #[derive(Debug)]
 struct Walk {
@@ -180,7 +119,7 @@ struct Walk {
     maps: Option<[Map; 2]>,
     /// The pieces that the walk is in.
     pieces: Option<[Piece; 2]>,
-    differs: Differs,
+    alike: Alike,
     ready: VecDeque<Range<u64>>,
 }
 
@@ -227,7 +166,7 @@ impl Walk {
             return Ok(false);
         };
         let range = a.start.max(b.start)..a.end.min(b.end);
-        self.differs.within(&range, [a, b], &mut self.ready);
+        self.alike.differing(&range, [a, b], &mut self.ready)?;
         (self.maps, self.pieces) = (Some(maps), Some([a, b]));
         Ok(true)
     }

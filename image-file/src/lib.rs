@@ -10,6 +10,7 @@
 //! image by the record of its files, [`guest_ranges`] what differs in the disks of two such images, and [`QemuImg`] works on
 //! those that no hypervisor has open.
 
+mod alike;
 mod bitmap_qcow2;
 mod chain;
 mod compared;
@@ -18,6 +19,7 @@ mod live;
 mod made;
 mod map;
 mod opened;
+mod packed;
 mod place;
 mod put_back;
 mod qcow2;
@@ -42,8 +44,8 @@ pub use put_back::{PutBack, can_put_back, forget, like_in_cow, put_back};
 pub use qcow2::Qcow2;
 pub use qemu_img::QemuImg;
 pub use raw_data_qcow2::{
-    can_tell_written_past, is_in_use, raw_data_of, raw_data_qcow2_is_new, raw_data_qcow2_size, renew_raw_data_qcow2,
-    write_raw_data_qcow2, written_past,
+    can_tell_written_past, is_in_use, raw_data_of, raw_data_qcow2_is_new, raw_data_qcow2_size,
+    renew_raw_data_qcow2, write_raw_data_qcow2, written_past,
 };
 
 /// What stands against a disk: what a probe answers with, and what a create fails with.
