@@ -162,6 +162,7 @@ struct DeletedList<'a> {
 }
 
 #[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 struct DeletedView {
     name: String,
     when: &'static str,

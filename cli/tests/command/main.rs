@@ -14,6 +14,7 @@ mod every_method;
 mod exports;
 mod help;
 mod image_exports;
+mod kept;
 mod kills;
 mod methods;
 mod moving;

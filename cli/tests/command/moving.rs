@@ -1,12 +1,10 @@
 //! A domain with fifty checkpoints goes to another host: two state directories, two QEMU processes. `./x demo move` shows the
 //! same with a Linux guest.
 
-use std::process::Command;
-
-use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, tools};
+use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu};
 use serde_json::{Value, json};
 
-use crate::site::{Site, arg};
+use crate::site::{Site, arg, run};
 
 const DISKS: [&str; 2] = ["vda", "vdb"];
 const SIZE: u64 = 32 * MIB;
@@ -73,16 +71,6 @@ impl Host {
         std::fs::remove_file(to).unwrap();
         whole
     }
-}
-
-fn run(program: &str, words: &[&str]) -> Vec<u8> {
-    let output = Command::new(tools::program(program))
-        .args(words)
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {words:?}: {said}");
-    output.stdout
 }
 
 /// What an export says has changed: offset and length.
