@@ -39,11 +39,6 @@ pub(crate) async fn run(context: &Context, changes: Changes) -> Outcome {
         outcome?;
         closed?;
     }
-    for (disk, why) in &listed.superset {
-        context.out.warn(&format!(
-            "{disk}: all that was written is told, and possibly more: {why}"
-        ));
-    }
     listed.end()
 }
 
@@ -143,7 +138,11 @@ impl Listing {
     fn end(mut self) -> Outcome {
         let superset = self.superset.iter();
         let tail = match self.form {
-            Form::Text => String::new(),
+            Form::Text if self.superset.is_empty() => String::new(),
+            Form::Text => superset.fold(
+                "\nmore than what was written may be told:\n".to_owned(),
+                |text, (disk, why)| text + &format!("{disk}: {why}\n"),
+            ),
             Form::Json => {
                 let each: Vec<_> = superset
                     .map(|(disk, why)| json!({ "disk": disk, "why": why }))
