@@ -375,7 +375,7 @@ async fn a_disk_s_ways_are_remembered_and_none_leads_away_from_what_it_is() {
     let settle = |moved: Moved| {
         let (catalog, vm) = (&catalog, &vm);
         async move {
-            let change = [Change::Move(moved)];
+            let change = [Change::Move(Box::new(moved))];
             catalog.settle(Uuid::nil(), vm, &change).await.unwrap();
             catalog.moves(vm).await.unwrap()
         }

@@ -260,7 +260,7 @@ impl OfDomain {
                     known.disk.target != now.target
                         || (known.from != moved.from && Some(&known.from) != now.source.as_ref())
                 });
-                self.moves.push(moved.clone());
+                self.moves.push((**moved).clone());
             }
             Change::SetServer(server) => self.server = Some(server.clone()),
             Change::ClearServer => self.server = None,

@@ -224,7 +224,7 @@ pub enum Change {
     /// A checkpoint is gone, or never was.
     RemoveCheckpoint(CheckpointName),
     /// A disk has become another; what was known to lead away from that one is forgotten.
-    Move(Moved),
+    Move(Box<Moved>),
     /// The domain's NBD server is this.
     SetServer(NbdServer),
     /// The domain has no NBD server.

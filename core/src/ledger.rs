@@ -199,7 +199,11 @@ impl<'a> Ledger<'a> {
 
     /// What to write into the catalog, and what to tell the caller.
     pub(crate) fn close(mut self) -> (Vec<Change>, Altered) {
-        let mut changes: Vec<Change> = self.moves.drain(..).map(Change::Move).collect();
+        let mut changes: Vec<Change> = self
+            .moves
+            .drain(..)
+            .map(|moved| Change::Move(Box::new(moved)))
+            .collect();
         self.altered.gone = !self
             .snapshots
             .iter()

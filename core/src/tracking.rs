@@ -405,7 +405,7 @@ fn crossing(from: &Disk, to: Disk) -> Result<Crossing> {
 fn moved(crossing: &Crossing) -> Option<Change> {
     let from = crossing.from.source.clone()?;
     let disk = crossing.to.clone();
-    Some(Change::Move(Moved { from, disk }))
+    Some(Change::Move(Box::new(Moved { from, disk })))
 }
 
 fn past_warning(target: &str, why: &str) -> String {
