@@ -129,7 +129,7 @@ impl Pair {
         for (id, thin) in self.ids.iter().zip(&self.thins) {
             if self.dmsetup.thin(id)?.as_ref() != Some(thin) {
                 let what = "a snapshot was changed or removed while it was compared";
-                return Err(Error::new(ErrorKind::Busy, what));
+                return Err(Error::new(ErrorKind::Busy, what).hint("Try again."));
             }
         }
         Ok(())

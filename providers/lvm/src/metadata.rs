@@ -8,9 +8,9 @@
 //!
 //! So what a killed comparison left is known by that block. It is a copy of the pool's superblock of that moment, with
 //! the number of the block itself: any later snapshot has another, unless nothing at all has changed in the pool since.
-//! It is released by the next comparison, create or delete in the pool, if nobody reads the metadata. Whatever else is found there is somebody
-//! else's and left alone: also our own where we were killed in the moment between the two, and where the kill and the
-//! next comparison have different image directories. The error says how an operator releases it.
+//! It is released by the next comparison, create or delete in the pool, if nobody reads the metadata. Whatever else is
+//! found there is somebody else's and left alone: also our own where we were killed in the moment between the two, and
+//! where the kill and the next comparison have different image directories. The error says how an operator releases it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
@@ -139,8 +139,11 @@ pub(crate) fn tidy(id: &str, dir: &Path) -> Result<()> {
         return Ok(());
     }
     let file = lock(&path, &pool, Duration::ZERO)?;
-    clear(&dmsetup, &pool, &file)?;
-    marker::remove(&path)
+    let cleared = clear(&dmsetup, &pool, &file);
+    if cleared.is_ok() || !is_noted(&file) {
+        marker::remove(&path)?;
+    }
+    cleared
 }
 
 /// What the names of the files end with.

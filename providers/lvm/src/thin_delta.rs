@@ -23,6 +23,14 @@ const PROGRAM: Known = Known {
 /// The unit of `data_block_size`.
 const SECTOR: u64 = 512;
 
+/// The versions that miss changes, from the first on to before the second: what is mapped in scattered chunks they take for
+/// one run ("range mappings preprocessing" in their `CHANGES`).
+const MISSING_CHANGES: [Version; 2] = [[1, 0, 0], [1, 0, 6]];
+/// Older ones have had errors of other kinds.
+const OLDEST: Version = [0, 7, 0];
+
+type Version = [u64; 3];
+
 /// A `thin_delta` at hand.
 #[derive(Debug, Clone)]
 pub(crate) struct ThinDelta {
@@ -33,9 +41,24 @@ impl ThinDelta {
     /// Finds it.
     ///
     /// # Errors
-    /// `Unavailable` where there is none.
+    /// `Unavailable` where there is none, or one that is known to miss changes.
     pub(crate) fn find() -> Result<Self> {
-        PROGRAM.find().map(|program| Self { program })
+        let program = PROGRAM.find()?;
+        let output = duct::cmd!(&program, "--version")
+            .env("LC_ALL", "C")
+            .stdin_null()
+            .stdout_capture()
+            .stderr_capture()
+            .unchecked()
+            .run()
+            .map_err(|e| Error::io(format!("cannot run {}", program.display()), e))?;
+        must_be_sound(&String::from_utf8_lossy(&output.stdout)).map_err(|why| {
+            let what = format!("{} is not to be trusted: {why}", program.display());
+            Error::new(ErrorKind::Unavailable, what)
+                .retryable(false)
+                .hint(format!("Install version 1.0.6 or newer of {}.", PROGRAM.install))
+        })?;
+        Ok(Self { program })
     }
 
     /// Gives each range of bytes that may differ between these two devices of a pool whose metadata snapshot is reserved,
@@ -94,6 +117,31 @@ impl ThinDelta {
             .reader()
             .map_err(|e| Error::io(format!("cannot run {}", self.program.display()), e))
     }
+}
+
+/// Whether the version, as it is printed, misses no changes; else why.
+fn must_be_sound(printed: &str) -> std::result::Result<(), String> {
+    let version = version(printed).ok_or_else(|| format!("it calls its version {:?}", printed.trim()))?;
+    let [from, until] = MISSING_CHANGES;
+    let shown = version.map(|part| part.to_string()).join(".");
+    if (from..until).contains(&version) {
+        return Err(format!(
+            "version {shown} takes scattered chunks for one, and misses changes"
+        ));
+    }
+    if version < OLDEST {
+        return Err(format!("version {shown} is too old"));
+    }
+    Ok(())
+}
+
+/// `0.9.0`, `thin_delta 1.0.6`.
+fn version(printed: &str) -> Option<Version> {
+    let word = printed.lines().next()?.split_whitespace().next_back()?;
+    let mut parts = word.split('.').map(str::parse);
+    let mut part = || parts.next()?.ok();
+    let version = [part()?, part()?, part()?];
+    parts.next().is_none().then_some(version)
 }
 
 /// How far the document has been read.
@@ -245,6 +293,32 @@ mod tests {
         let nothing = r#"<superblock data_block_size="256"><diff left="2" right="3"></diff></superblock>"#;
         assert_eq!(read(nothing).unwrap(), []);
         assert_eq!(read(&nothing.replace("></diff>", "/>")).unwrap(), []);
+    }
+
+    #[test]
+    fn versions_that_miss_changes_are_known() {
+        for good in [
+            "0.7.0",
+            "0.9.0\n",
+            "thin_delta 1.0.6",
+            "1.0.12",
+            "thin_delta 1.1.0\n",
+            "2.0.0",
+        ] {
+            assert_eq!(must_be_sound(good), Ok(()), "{good}");
+        }
+        for bad in [
+            "1.0.0",
+            "thin_delta 1.0.5\n",
+            "0.6.3",
+            "",
+            "one",
+            "1.0",
+            "1.0.6.1",
+            "1.0.x",
+        ] {
+            assert!(must_be_sound(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

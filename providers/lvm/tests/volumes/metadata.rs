@@ -82,6 +82,12 @@ impl Two {
         path
     }
 
+    /// What is run in the place of `thin_delta`, of the same version.
+    fn thin_delta(&self, acts: &str) -> PathBuf {
+        let version = "[ \"$1\" = --version ] && exec /bin/thin_delta --version";
+        self.program("thin_delta", &format!("#!/bin/sh\n{version}\n{acts}\n"))
+    }
+
     /// Compares in a process of its own, with these in its environment.
     fn elsewhere(&self, variables: &[(&str, &str)]) -> Output {
         let record = self.rig.dir.path().join("record");
@@ -154,8 +160,8 @@ impl Two {
     fn killed_in_the_middle(&self) {
         let hold = self.rig.dir.path().join("hold");
         let wait = format!("while [ -e {} ]; do usleep 20000; done", hold.display());
-        let script = format!("#!/bin/sh\nkill -9 $PPID\n{wait}\nexec /bin/thin_delta \"$@\"\n");
-        let thin_delta = self.program("thin_delta", &script);
+        let acts = format!("kill -9 $PPID\n{wait}\nexec /bin/thin_delta \"$@\"");
+        let thin_delta = self.thin_delta(&acts);
         let output = self.elsewhere(&[("DISKSNAP_THIN_DELTA", thin_delta.to_str().unwrap())]);
         assert_eq!(output.status.signal(), Some(9), "{output:?}");
         assert!(held("pool").is_some());
@@ -246,16 +252,13 @@ async fn it_is_released_whatever_thin_delta_does() {
         ),
         (RELEASE, "only the beginning"),
     ] {
-        let path = two.program("thin_delta", &format!("#!/bin/sh\n{acts}\n"));
+        let path = two.thin_delta(acts);
         let said = two.fails(&[("DISKSNAP_THIN_DELTA", path.to_str().unwrap())]);
         assert!(said.contains(word), "{acts}: {said}");
         assert_eq!((held("pool"), two.noted()), (None, None), "{acts}");
     }
     // All was printed, of what was taken away meanwhile.
-    let path = two.program(
-        "thin_delta",
-        &format!("#!/bin/sh\n/bin/thin_delta \"$@\"\n{RELEASE}\n{CHANGE}\n{RESERVE}\n"),
-    );
+    let path = two.thin_delta(&format!("/bin/thin_delta \"$@\"\n{RELEASE}\n{CHANGE}\n{RESERVE}"));
     let said = two.fails(&[("DISKSNAP_THIN_DELTA", path.to_str().unwrap())]);
     assert!(said.contains("released the metadata snapshot"), "{said}");
     assert!(
@@ -263,6 +266,9 @@ async fn it_is_released_whatever_thin_delta_does() {
         "it is left alone"
     );
     run(RELEASE);
+    let path = two.program("thin_delta", "#!/bin/sh\necho thin_delta 1.0.5\n");
+    let said = two.fails(&[("DISKSNAP_THIN_DELTA", path.to_str().unwrap())]);
+    assert!(said.contains("unavailable") && said.contains("1.0.6"), "{said}");
     let said = two.fails(&[("DISKSNAP_THIN_DELTA", "/no/such/thin_delta")]);
     for word in [
         "unavailable",
