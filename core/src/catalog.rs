@@ -211,6 +211,10 @@ pub struct Part {
 /// One change of the catalog's records.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there are a handful at a time, and they are written and gone"
+)]
 pub enum Change {
     /// A snapshot has come to be, or replaces the record of the same id. `AlreadyExists` when its name is another's. One
     /// that is [`Snapshot::pinned`] has no name that counts: it is deleted for its users.
