@@ -287,7 +287,7 @@ async fn over_and_back(version: QemuVersion, disk: impl Fn(DiskSpec) -> DiskSpec
     is_off(&mut rig);
     let content = raw.content();
     for (byte, at) in [1, 2, 3, 4].map(|n| (n, usize::from(n) << 20)) {
-        assert_eq!(content[at..at + (64 << 10)], [byte; 64 << 10]);
+        assert!(content[at..at + (64 << 10)].iter().all(|found| *found == byte));
     }
     let again = rig.dispatcher.untrack(&rig.domain, "vda", true).await.unwrap();
     assert!(!again.now);
