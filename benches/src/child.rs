@@ -1,12 +1,14 @@
 //! What this program does when it starts itself: one act in a process of its own, whose time or memory is measured.
 
 use std::fs::{self, File};
+use std::io::{BufReader, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use disksnap_core::SnapshotName;
+use disksnap_checkpoint_set::json;
+use disksnap_core::{Redefine, SnapshotName};
 use disksnap_nbd::{BASE_ALLOCATION, BulkOptions, BulkReader, Chunk, Client, ConnectOptions, Uri};
 use tokio::runtime::Runtime;
 
@@ -19,6 +21,11 @@ pub(crate) const READ: &str = "child-read";
 pub(crate) const EXTENTS: &str = "child-extents";
 /// `ACT STATE-DIRECTORY DOMAIN.XML VERB`: one act of the dispatcher.
 pub(crate) const ACT: &str = "child-act";
+
+/// `CHANGES URI CONTEXT`: each changed range on a line, as `disksnap changes` prints them.
+pub(crate) const CHANGES: &str = "child-changes";
+/// `REDEFINE STATE-DIRECTORY DOMAIN.XML SET.JSON`: a set of checkpoints made known in one call.
+pub(crate) const REDEFINE: &str = "child-redefine";
 
 /// How many connections a read uses, as `disksnap read` does.
 const CONNECTIONS: usize = 4;
@@ -36,6 +43,11 @@ pub(crate) fn run_if_asked(arguments: &[String]) -> Result<bool> {
         [READ, uri, file] => read(uri, Some(Path::new(file)))?,
         [EXTENTS, uri] => Runtime::new()?.block_on(extents(uri))?,
         [ACT, state, domain, verb] => act(Path::new(state), Path::new(domain), verb)?,
+        [CHANGES, uri, context] => {
+            Runtime::new()?.block_on(changes(uri, context))?;
+            return Ok(true);
+        }
+        [REDEFINE, state, domain, set] => redefine(Path::new(state), Path::new(domain), Path::new(set))?,
         [lvm::TAKES, rounds] => {
             lvm::run_inside(rounds.parse()?)?;
             return Ok(true);
@@ -62,9 +74,9 @@ fn most_memory() -> Result<u64> {
     Ok(kib.context("/proc/self/status does not tell VmHWM")?.parse()?)
 }
 
-async fn connect(uri: &str, connections: usize) -> Result<Vec<Client>> {
+async fn connect(uri: &str, connections: usize, context: &str) -> Result<Vec<Client>> {
     let options = ConnectOptions {
-        meta_contexts: vec![BASE_ALLOCATION.to_owned()],
+        meta_contexts: vec![context.to_owned()],
         ..ConnectOptions::default()
     };
     let uri: Uri = uri.parse()?;
@@ -73,7 +85,7 @@ async fn connect(uri: &str, connections: usize) -> Result<Vec<Client>> {
 
 fn read(uri: &str, file: Option<&Path>) -> Result<()> {
     Runtime::new()?.block_on(async {
-        let clients = connect(uri, CONNECTIONS).await?;
+        let clients = connect(uri, CONNECTIONS, BASE_ALLOCATION).await?;
         let size = clients[0].size();
         let file = file.map(File::create).transpose()?;
         if let Some(file) = &file {
@@ -90,13 +102,33 @@ fn read(uri: &str, file: Option<&Path>) -> Result<()> {
 }
 
 async fn extents(uri: &str) -> Result<()> {
-    let clients = connect(uri, 1).await?;
+    let clients = connect(uri, 1, BASE_ALLOCATION).await?;
     let mut extents = clients[0].extents(BASE_ALLOCATION, 0..clients[0].size())?;
     let mut data = 0;
     while let Some(extent) = extents.next().await? {
         data += if extent.is_zero() { 0 } else { extent.length };
     }
     ensure!(data > 0, "the disk has data");
+    Ok(())
+}
+
+async fn changes(uri: &str, context: &str) -> Result<()> {
+    let clients = connect(uri, 1, context).await?;
+    let mut extents = clients[0].extents(context, 0..clients[0].size())?;
+    let mut out = BufWriter::with_capacity(64 << 10, std::io::stdout().lock());
+    while let Some(extent) = extents.next().await? {
+        if extent.is_dirty() {
+            writeln!(out, "vda  {}  {}", extent.offset, extent.length)?;
+        }
+    }
+    Ok(out.flush()?)
+}
+
+fn redefine(state: &Path, domain: &Path, set: &Path) -> Result<()> {
+    let scene = Scene::new(&fs::read_to_string(domain)?, state)?;
+    let set = json::read(BufReader::new(File::open(set)?))?;
+    let redefined = scene.dispatcher.redefine(&scene.domain, set, Redefine::default());
+    scene.runtime.block_on(redefined)?;
     Ok(())
 }
 

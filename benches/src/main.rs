@@ -6,12 +6,14 @@
 #![allow(clippy::print_stdout, reason = "a program for people, who read it")]
 
 mod bare;
+mod changes;
 mod child;
 mod lvm;
 mod memory;
 mod off;
 mod race;
 mod read;
+mod redefine;
 mod report;
 mod scene;
 mod snapshot;
@@ -26,12 +28,14 @@ use anyhow::{Result, bail};
 /// A part: its name, and what runs it with a directory for all its files.
 type Part = (&'static str, fn(&Path) -> Result<()>);
 
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 7] = [
     ("snapshot", snapshot::run),
     ("take", take::run),
     ("writes", writes::run),
     ("read", read::run),
     ("memory", memory::run),
+    ("changes", changes::run),
+    ("redefine", redefine::run),
 ];
 
 fn main() -> Result<()> {

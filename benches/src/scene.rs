@@ -9,6 +9,7 @@ use disksnap_catalog::{SqliteCatalog, StateDir};
 use disksnap_core::{
     DiskChoice, DiskSnapshot, Disks, Dispatcher, Domain, Registry, Snapshot, SnapshotName, SnapshotRequest,
 };
+use disksnap_dirty_bitmaps::DirtyBitmaps;
 use disksnap_hypervisor::{Paths, QemuConnector};
 use disksnap_qemu_fleece::QemuFleece;
 use disksnap_test_support::{DiskSpec, Qemu, QemuBuilder, StorageDaemon, StorageDaemonBuilder};
@@ -143,7 +144,8 @@ impl Scene {
             inner: Arc::new(connector.clone()),
             watch: timed(),
         };
-        let dispatcher = Dispatcher::new(registry, Arc::new(catalog), Arc::new(timed_connector));
+        let dispatcher = Dispatcher::new(registry, Arc::new(catalog), Arc::new(timed_connector))
+            .tracked_by(Arc::new(DirtyBitmaps));
         let domain = DomainDocument::parse(domain_xml)?.domain().clone();
         Ok(Self {
             runtime,
