@@ -151,9 +151,10 @@ impl FullReason {
         let has = |target: &str| domain.disks.iter().any(|disk| disk.target == target);
         let last = |target: &str| marks.iter().rfind(|mark| mark.target == target);
         let known = full.iter().filter_map(|target| {
-            let reason = match has(target) {
-                true => code(last(target)?.verdict),
-                false => GONE,
+            let reason = if has(target) {
+                code(last(target)?.verdict)
+            } else {
+                GONE
             };
             Some((target, reason))
         });
