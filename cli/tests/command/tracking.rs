@@ -1,6 +1,5 @@
 //! Raw disks whose bitmaps outlive QEMU, by the command: what it says, and killed at any moment.
 
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, Writer};
