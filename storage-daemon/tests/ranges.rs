@@ -49,22 +49,22 @@ fn told(name: &str) -> ServeNode {
 fn changed(
     size: u64,
     ranges: impl IntoIterator<Item = Result<Range<u64>>, IntoIter: Send + 'static>,
-) -> Option<Changed> {
-    Some(Changed {
+) -> Changed {
+    Changed {
         size,
         precision: Precision::Exact(4096),
         ranges: stream::iter(ranges).boxed(),
-    })
+    }
 }
 
-fn these(size: u64, ranges: &[Range<u64>]) -> Option<Changed> {
+fn these(size: u64, ranges: &[Range<u64>]) -> Changed {
     changed(size, ranges.iter().cloned().map(Ok).collect::<Vec<_>>())
 }
 
 impl Site {
-    async fn serve_told(&self, name: &str, image: &Image, changed: Option<Changed>) -> Result<()> {
+    async fn serve_told(&self, name: &str, image: &Image, changed: Changed) -> Result<()> {
         self.daemons
-            .serve(&self.domain, &told(name), image, changed)
+            .serve(&self.domain, &told(name), image, Some(changed))
             .await
     }
 
@@ -268,7 +268,7 @@ async fn an_error_among_the_ranges_is_an_error_and_nothing_is_served() {
     // Where nobody asks for a bitmap nothing is read.
     let never = changed(MIB, std::iter::from_fn(|| panic!("nobody wants to know")));
     site.daemons
-        .serve(&site.domain, &node("disk"), &raw, never)
+        .serve(&site.domain, &node("disk"), &raw, Some(never))
         .await
         .unwrap();
     assert_eq!(site.served().await, ["ds-disk"]);
