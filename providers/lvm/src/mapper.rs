@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use disksnap_core::{Error, ErrorKind, Result};
 
-use crate::program::Known;
+use crate::program::{Known, apart};
 
 const PROGRAM: Known = Known {
     name: "dmsetup",
@@ -134,7 +134,7 @@ impl Dmsetup {
             Some(file) => expression.stdin_file(file),
             None => expression.stdin_null(),
         };
-        let output = expression
+        let output = apart(&expression)
             // Its messages are told apart by their English words.
             .env("LC_ALL", "C")
             .stdout_capture()

@@ -28,6 +28,8 @@ use crate::marker;
 const PATIENCE: Duration = Duration::from_mins(1);
 /// The size in bytes of the metadata's blocks, always (`THIN_METADATA_BLOCK_SIZE`).
 const BLOCK: usize = 4096;
+/// What dmsetup says where the pool has one already (the kernel's `EBUSY`).
+const TAKEN: &str = "Device or resource busy";
 
 /// A metadata snapshot that is ours. Dropping it releases it.
 #[derive(Debug)]
@@ -53,7 +55,9 @@ impl<'a> Held<'a> {
         let reserved = clear(dmsetup, pool, &file).and_then(|()| {
             file.set_len(0).map_err(|e| cannot_note(&path, e))?;
             match dmsetup.message(pool, "reserve_metadata_snap", &file) {
-                Err(_) if dmsetup.held_root(pool)?.is_some() => Err(somebody_elses(pool)),
+                Err(error) if error.message().contains(TAKEN) => Err(somebody_elses(pool)),
+                // There was none just now: it is ours, and dmsetup has died after the kernel made it.
+                Err(_) if dmsetup.held_root(pool)?.is_some() => Ok(()),
                 other => other,
             }
         });
@@ -97,19 +101,20 @@ impl<'a> Held<'a> {
 
     fn give_back(&mut self) -> Result<()> {
         self.released = true;
-        let root = self.dmsetup.held_root(self.pool)?;
         // What was never read can only be ours: it was reserved in this very call.
-        let is_ours = match root {
-            Some(root) => self.block.is_empty() || read_block(self.pool, root)? == self.block,
-            None => false,
-        };
-        if !is_ours {
+        if !self.block.is_empty() && !self.is_there()? {
             marker::remove(&self.path)?;
             return Err(taken_away(self.pool));
         }
         self.dmsetup
             .message(self.pool, "release_metadata_snap", &self.file)?;
         marker::remove(&self.path)
+    }
+
+    /// Whether the one that the pool has is the one that was read.
+    fn is_there(&self) -> Result<bool> {
+        let root = self.dmsetup.held_root(self.pool)?;
+        root.map_or(Ok(false), |root| Ok(read_block(self.pool, root)? == self.block))
     }
 }
 

@@ -1,11 +1,23 @@
-//! Where the programs that this method runs are: in fixed places, or where the environment says.
+//! Where the programs that this method runs are: in fixed places, or where the environment says; and how a terminal's
+//! signals are kept from them.
 
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 
 use disksnap_core::{Error, ErrorKind, Result};
+use duct::Expression;
 
 /// Where they are looked for.
 const PLACES: [&str; 5] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin"];
+
+/// The same in a process group of its own: Ctrl-C, which this process outlives to bring its act to an end, goes to all of a
+/// terminal's group, and would end the program in the middle of that act.
+pub(crate) fn apart(expression: &Expression) -> Expression {
+    expression.before_spawn(|command| {
+        command.process_group(0);
+        Ok(())
+    })
+}
 
 /// A program that an operator may have to install.
 #[derive(Debug, Clone, Copy)]

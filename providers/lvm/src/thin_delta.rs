@@ -11,7 +11,7 @@ use quick_xml::Reader;
 use quick_xml::events::{BytesStart, Event};
 
 use crate::mapper::Pool;
-use crate::program::Known;
+use crate::program::{Known, apart};
 
 const PROGRAM: Known = Known {
     name: "thin_delta",
@@ -109,7 +109,7 @@ impl ThinDelta {
         let metadata = pool.metadata();
         let metadata = metadata.as_os_str();
         let arguments = ["-m", "--thin1", &left, "--thin2", &right].map(AsRef::as_ref);
-        duct::cmd(&self.program, arguments.into_iter().chain([metadata]))
+        apart(&duct::cmd(&self.program, arguments.into_iter().chain([metadata])))
             .env("LC_ALL", "C")
             .stdin_file(held)
             .stderr_capture()

@@ -280,6 +280,23 @@ async fn it_is_released_whatever_thin_delta_does() {
     two.works().await;
 }
 
+/// Ctrl-C ends what is in the terminal's process group, but not who runs it.
+#[tokio::test]
+#[ignore = "runs in the guest"]
+async fn what_it_runs_is_out_of_reach_of_a_terminal_and_may_die() {
+    let two = Two::new().await;
+    let apart = "read -r pid name state parent group rest < /proc/$$/stat\n[ $group = $$ ] || exit 9";
+    let reserved = "/bin/dmsetup \"$@\" || exit\ncase \"$*\" in *reserve_metadata_snap) kill -9 $$ ;; esac";
+    let dmsetup = two.program("dmsetup", &format!("#!/bin/sh\n{apart}\n{reserved}\n"));
+    let thin_delta = two.thin_delta(&format!("{apart}\nexec /bin/thin_delta \"$@\""));
+    let output = two.elsewhere(&[
+        ("DISKSNAP_DMSETUP", dmsetup.to_str().unwrap()),
+        ("DISKSNAP_THIN_DELTA", thin_delta.to_str().unwrap()),
+    ]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!((held("pool"), two.noted()), (None, None));
+}
+
 #[tokio::test]
 #[ignore = "runs in the guest"]
 async fn kills_at_any_command() {
