@@ -105,8 +105,8 @@ impl DiskSnapshot for LogicalVolume {
         _: Option<&[Prepared]>,
     ) -> Result<()> {
         // All that a request makes bears its id, wherever it is.
-        let marker = marker::path(host.image_dir(), id);
-        blocking(move || abort(id, &marker)).await
+        let dir = host.image_dir().to_owned();
+        blocking(move || abort(id, &dir)).await
     }
 
     async fn inspect(&self, _: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<Health> {
@@ -312,6 +312,7 @@ fn fitting(found: &Found, room: Option<u64>) -> Probe {
 }
 
 fn prepare_all(id: SnapshotId, dir: &Path, disks: &[DiskRequest]) -> Result<Vec<Prepared>> {
+    metadata::tidy(dir);
     let marker = marker::path(dir, id);
     let found = find_all(disks).into_iter().zip(disks);
     let found = found
@@ -322,7 +323,6 @@ fn prepare_all(id: SnapshotId, dir: &Path, disks: &[DiskRequest]) -> Result<Vec<
     for (unit, room) in units.iter().zip(rooms(&units)) {
         let refused = |unfit: Unfit| Error::from(unfit).with("disk", &unit[0].request.disk.target);
         agree(unit).map_err(refused)?;
-        unit[0].volume.tidy(dir);
         let planned = Planned::new(id, unit, room.map_err(refused)?, marker.clone());
         let planned = planned.ok_or_else(|| Error::new(ErrorKind::Internal, "a unit without disks"))?;
         Planned::write_back(unit)?;

@@ -15,6 +15,8 @@ const PROGRAM: Known = Known {
     elsewhere: "DISKSNAP_DMSETUP",
 };
 
+/// Where the kernel shows all block devices (its `Documentation/ABI/stable/sysfs-block`).
+const DEVICES: &str = "/sys/class/block";
 /// Device-mapper counts in these.
 const SECTOR: u64 = 512;
 
@@ -96,6 +98,21 @@ impl Dmsetup {
             chunk: sectors * SECTOR,
             name,
         })
+    }
+
+    /// The pool with this id, `None` where it is not active.
+    pub(crate) fn pool_with_id(&self, id: &str) -> Result<Option<Pool>> {
+        let failed = |e| Error::io(format!("cannot read {DEVICES}"), e);
+        for device in fs::read_dir(DEVICES).map_err(failed)? {
+            let device = device.map_err(failed)?.path();
+            // Most are no devices of device-mapper, and any may go meanwhile.
+            let told = |file: &str| fs::read_to_string(device.join(file));
+            if told("dm/uuid").is_ok_and(|uuid| uuid.trim() == id) {
+                let number = told("dev").map_err(failed)?;
+                return self.pool(number.trim()).map(Some);
+            }
+        }
+        Ok(None)
     }
 
     /// The block of the metadata in which a metadata snapshot begins, `None` where none is reserved.

@@ -8,7 +8,7 @@
 //!
 //! So what a killed comparison left is known by that block. It is a copy of the pool's superblock of that moment, with
 //! the number of the block itself: any later snapshot has another, unless nothing at all has changed in the pool since.
-//! It is released by the next comparison, create or delete in the pool, if nobody reads the metadata. Whatever else is
+//! It is released by the next comparison in the pool, or create, delete or abort in any, if nobody reads the metadata. Whatever else is
 //! found there is somebody else's and left alone: also our own where we were killed in the moment between the two, and
 //! where the kill and the next comparison have different image directories. The error says how an operator releases it.
 
@@ -127,28 +127,33 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Releases what a killed comparison left in the pool of the thin volume with this id, where that is known to be ours. Looks
-/// no further where no comparison was killed.
-pub(crate) fn tidy(id: &str, dir: &Path) -> Result<()> {
-    let mut files = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    if !files.any(|file| Path::new(&file.file_name()).extension() == Some(NOTED.as_ref())) {
-        return Ok(());
+/// Releases what killed comparisons left in any pool, where that is known to be ours. Runs nothing where none was killed.
+pub(crate) fn tidy(dir: &Path) {
+    for file in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if let Some(id) = file.file_name().to_str().and_then(pool_of) {
+            // It is no matter of the act that is at hand; the next comparison says what stands against it.
+            let _ = tidy_pool(id, &file.path());
+        }
     }
+}
+
+fn tidy_pool(id: &str, path: &Path) -> Result<()> {
     let dmsetup = Dmsetup::find()?;
-    let Some(thin) = dmsetup.thin(id)? else {
+    // One that is not active keeps what it has.
+    let Some(pool) = dmsetup.pool_with_id(id)? else {
         return Ok(());
     };
-    let pool = dmsetup.pool(&thin.pool)?;
-    let path = file_of(&pool, dir);
-    if !path.exists() {
-        return Ok(());
-    }
-    let file = lock(&path, &pool, Duration::ZERO)?;
+    let file = lock(path, &pool, Duration::ZERO)?;
     let cleared = clear(&dmsetup, &pool, &file);
     if cleared.is_ok() || !is_noted(&file) {
-        marker::remove(&path)?;
+        marker::remove(path)?;
     }
     cleared
+}
+
+/// The id of the pool whose file has this name.
+fn pool_of(name: &str) -> Option<&str> {
+    name.strip_prefix("lvm-")?.strip_suffix(NOTED)?.strip_suffix('.')
 }
 
 /// What the names of the files end with.

@@ -12,6 +12,7 @@ use crate::filling::{danger, pool_fault};
 use crate::find::{Found, Way};
 use crate::lvm2::Lvm;
 use crate::marker;
+use crate::metadata;
 use crate::settings::MARK;
 use crate::volume::Volume;
 
@@ -351,12 +352,12 @@ impl Made {
     /// `Busy` when something has it open, or it is being merged; `Broken` when it does not bear our tags any
     /// more, and then it is left alone.
     pub(crate) fn delete(&self, dir: &Path) -> Result<()> {
+        metadata::tidy(dir);
         let lvm = Lvm::find()?;
         let volumes = lvm.volumes_of(&self.group)?;
         let Some(volume) = self.among(&volumes) else {
             return Ok(());
         };
-        volume.tidy(dir);
         if !is_ours(volume, self.id) {
             let what = format!(
                 "the logical volume {} does not bear this snapshot's tags",
@@ -370,8 +371,11 @@ impl Made {
     }
 }
 
-/// Removes what a request has made, whatever it is, and lets no late take make more. Idempotent.
-pub(crate) fn abort(id: SnapshotId, marker: &Path) -> Result<()> {
+/// Removes what a request has made, whatever it is, and lets no late take make more. Idempotent. `dir` is the image
+/// directory.
+pub(crate) fn abort(id: SnapshotId, dir: &Path) -> Result<()> {
+    metadata::tidy(dir);
+    let marker = &marker::path(dir, id);
     let closed = marker::close(marker)?;
     let lvm = Lvm::find()?;
     let volumes = lvm.volumes()?;

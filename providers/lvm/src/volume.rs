@@ -1,12 +1,8 @@
 //! Logical volumes as lvm2 reports them (`lvs --reportformat json`, lvs(8), lvmreport(7)).
 
-use std::path::Path;
-
 use disksnap_core::{Error, ErrorKind, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
-
-use crate::metadata;
 
 /// What is asked of every volume. None of them is of a segment, so that each volume is one line.
 pub(crate) const FIELDS: [&str; 20] = [
@@ -92,14 +88,6 @@ impl Volume {
     /// The id of its device, its group's and its own.
     pub(crate) fn id(&self) -> String {
         format!("{}{}", self.group_uuid, self.uuid)
-    }
-
-    /// Gives its pool back what a killed comparison has left there. `dir` is the image directory.
-    pub(crate) fn tidy(&self, dir: &Path) {
-        if self.is_thin() {
-            // It is no matter of the act that is at hand; the next comparison says what stands against it.
-            let _ = metadata::tidy(&self.id(), dir);
-        }
     }
 
     pub(crate) fn is_thin_pool(&self) -> bool {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use disksnap_conformance::InactiveConnector;
-use disksnap_core::{Connector, DiskSnapshot, ErrorKind, Peer, Snapshot};
+use disksnap_core::{Connector, DiskSnapshot, ErrorKind, Peer, Snapshot, SnapshotId};
 use disksnap_lvm::LogicalVolume;
 use futures_util::TryStreamExt;
 
@@ -227,6 +227,21 @@ async fn what_a_killed_comparison_left_is_released_by_the_next() {
     std::fs::remove_file(&hold).unwrap();
     two.until_unread();
     two.rig.delete("third").await;
+    assert_eq!((held("pool"), two.noted()), (None, None));
+    two.works().await;
+
+    // So does undoing a create, wherever it was, and deleting what is gone.
+    two.killed_in_the_middle();
+    two.until_unread();
+    let control = two.rig.control().await;
+    let undone = LogicalVolume.abort(&*control, SnapshotId::random(), &[], None);
+    undone.await.unwrap();
+    assert_eq!((held("pool"), two.noted()), (None, None));
+    two.killed_in_the_middle();
+    two.until_unread();
+    let (id, mut gone) = (two.first.id, two.first.units[0].unit.clone());
+    gone.data["group"] = "gone".into();
+    LogicalVolume.delete(&*control, id, &gone).await.unwrap();
     assert_eq!((held("pool"), two.noted()), (None, None));
     two.works().await;
 }
