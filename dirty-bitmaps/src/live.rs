@@ -191,19 +191,24 @@ fn start_one(graph: &Graph, start: &Start, batch: &mut Batch) -> Result<()> {
         .hint("Choose another name for the checkpoint; `disksnap checkpoint validate` tells of bitmaps that nobody knows."));
     }
     let mut granularity = GRANULARITY;
+    // In one image the window undoes nothing: the guest may go on before that, and then only the new bitmap knows what
+    // it writes. `abort` merges that, and always follows. What is in an overlay is noted below when it is committed.
+    let on_top = next.name != now.name;
     if let Some((name, found)) = recording {
         granularity = found.granularity;
         batch.items.push(action("disable", on(&now.name, name)));
-        if next.name != now.name {
+        if on_top {
             // Whoever puts an image on top lets the bitmap go on there.
             batch.items.push(action("disable", on(&next.name, name)));
+            undo("enable", on(&now.name, name));
         }
-        undo("enable", on(&now.name, name));
     }
     batch
         .items
         .push(add(&next.name, starts, granularity, keeps(next), false));
-    undo("remove", on(&next.name, starts));
+    if on_top {
+        undo("remove", on(&next.name, starts));
+    }
     Ok(())
 }
 

@@ -5,9 +5,11 @@ mod rig;
 
 use std::collections::BTreeMap;
 
-use disksnap_core::Opened;
+use disksnap_core::{Command, Opened, Start, Tracker};
+use disksnap_dirty_bitmaps::DirtyBitmaps;
 use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, QemuVersion};
 use rig::Rig;
+use serde_json::json;
 
 const SIZE: u64 = 8 * MIB;
 
@@ -178,4 +180,38 @@ async fn two_tell_at_once_in_10_0() {
 #[tokio::test]
 async fn two_tell_at_once_in_7_2() {
     two_tell_at_once(QemuVersion::V7_2).await;
+}
+
+/// The guardian has let the guest go before the window takes back what it took: what is written then is not forgotten.
+#[tokio::test]
+async fn what_is_written_before_a_failed_window_is_undone_is_known() {
+    let qemu = Qemu::builder().disk(DiskSpec::new("vda", SIZE).qcow2()).start();
+    let rig = Rig::new(&qemu.domain_xml()).await;
+    rig.create("one", &["vda"], true).await.unwrap();
+    rig.delete("one").await;
+    qemu.disk("vda").fill(MIB, 64 * KIB, 1);
+    let control = rig.control();
+    let starts = [Start {
+        disk: rig.domain.disks[0].clone(),
+        top: None,
+        starts: Some("two".to_owned()),
+        recording: Some("one".to_owned()),
+        copy: Some("copy".to_owned()),
+    }];
+    let mut batch = DirtyBitmaps.start(&*control, &starts).await.unwrap().unwrap();
+    let take = Command::new(batch.execute, json!({ batch.list: batch.items }));
+    control.monitor(take).await.unwrap();
+    qemu.disk("vda").fill(2 * MIB, 64 * KIB, 2);
+    batch.undo.reverse();
+    for answer in control.monitor_each(batch.undo).await.unwrap() {
+        answer.unwrap();
+    }
+    qemu.disk("vda").fill(3 * MIB, 64 * KIB, 3);
+    DirtyBitmaps.abort(&*control, &starts).await.unwrap();
+    qemu.disk("vda").fill(4 * MIB, 64 * KIB, 4);
+    let node = qemu.format_node("vda");
+    assert_eq!(rig.bitmaps().await, [format!("{node}:one*")]);
+    rig.create("three", &["vda"], false).await.unwrap();
+    let changed = rig.changed("three", "vda", "one").await.unwrap();
+    assert_eq!(length(&changed), 256 * KIB, "{changed:?}");
 }
