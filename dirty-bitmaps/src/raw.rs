@@ -20,7 +20,7 @@ use disksnap_image_file::{
 use serde_json::{Value, json};
 
 use crate::DirtyBitmaps;
-use crate::chain::Chain;
+use crate::chain::{Chain, bitmap};
 use crate::live::{action, add, merge, on, refuse_busy, transact};
 
 /// The nodes of a raw disk: formats and protocols that show one file as it is.
@@ -485,6 +485,9 @@ fn carried(chain: &Chain<'_>, node: &str) -> Result<Option<Step>> {
 }
 
 /// Those that were taken along are not needed on the raw disk's own node any more.
+///
+/// The guardian may have let the guest go after they were taken along and before it crossed: what it wrote then is
+/// known by the old ones alone, and goes to the new ones before they are removed.
 async fn drop_carried(host: &dyn Host, crossing: &Crossing) -> Result<()> {
     let graph = Graph::read(host).await?;
     let Some(over) = over(&graph, crossing.through())? else {
@@ -492,9 +495,16 @@ async fn drop_carried(host: &dyn Host, crossing: &Crossing) -> Result<()> {
     };
     let mut actions = Vec::new();
     for below in over.data.iter().flat_map(|data| graph.primary_chain(data)) {
-        let there = |name: &str| over.node.bitmaps.iter().any(|bitmap| bitmap.name == name);
-        let twice = below.bitmaps.iter().filter(|b| !b.busy && there(&b.name));
-        actions.extend(twice.map(|bitmap| action("remove", on(&below.name, &bitmap.name))));
+        for old in below.bitmaps.iter().filter(|old| !old.busy) {
+            let Some(new) = bitmap(over.node, &old.name) else {
+                continue;
+            };
+            if !old.inconsistent && !new.inconsistent {
+                refuse_busy(new)?;
+                actions.push(merge(&over.node.name, &old.name, &[on(&below.name, &old.name)]));
+            }
+            actions.push(action("remove", on(&below.name, &old.name)));
+        }
     }
     transact(host, actions).await
 }

@@ -11,7 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use disksnap_core::{Crossed, Disk, ErrorKind, MergeOptions, RecoveredHow, Snapshot, Source};
+use disksnap_core::{
+    Crossed, Crossing, Disk, ErrorKind, MergeOptions, RawDisks, RecoveredHow, Snapshot, Source,
+};
+use disksnap_dirty_bitmaps::DirtyBitmaps;
 use disksnap_test_support::{DiskSpec, KIB, LoopFsKind, MIB, Qemu, QemuVersion, loop_fs, need};
 use rig::{Rig, by, name_of, request};
 use tempfile::TempDir;
@@ -334,6 +337,46 @@ async fn so_it_does_on_scsi() {
     rig.delete("one").await;
     qemu.quit();
     raw.is_the_same();
+}
+
+/// The guardian lets the guest go between the steps: what is written then only the old bitmaps know.
+#[tokio::test]
+async fn what_is_written_on_the_way_over_is_known() {
+    let raw = Raw::new(QemuVersion::V10_0);
+    let qemu = raw.start(|disk| disk);
+    let mut rig = Rig::new(&qemu.domain_xml()).await;
+    rig.create("one", &["vda"], true).await.unwrap();
+    rig.delete("one").await;
+    let (control, from) = (rig.control(), rig.domain.disks[0].clone());
+    let planned = DirtyBitmaps.plan(&*control, &from, &raw.qcow2()).await;
+    let (to, _) = planned.unwrap();
+    let crossing = Crossing {
+        id: uuid::Uuid::new_v4(),
+        from,
+        to,
+        node: "over".to_owned(),
+        made: true,
+    };
+    let steps = DirtyBitmaps.prepare(&*control, &crossing).await.unwrap();
+    let (last, first) = steps.split_last().unwrap();
+    for step in first {
+        control.monitor(step.command.clone()).await.unwrap();
+    }
+    qemu.disk("vda").fill(MIB, 64 * KIB, 1);
+    control.monitor(last.command.clone()).await.unwrap();
+    qemu.disk("vda").fill(2 * MIB, 64 * KIB, 2);
+    let crossed = DirtyBitmaps.has_crossed(&*control, &crossing).await.unwrap();
+    assert_eq!(crossed, Some(true));
+    // Again, as after a kill: nothing is left to be done.
+    for _ in 0..2 {
+        DirtyBitmaps.clear(&*control, &crossing, true).await.unwrap();
+        assert_eq!(rig.bitmaps().await, ["over:one*"]);
+    }
+    rig.stand_on(&[crossing.to]);
+    rig.create("two", &["vda"], false).await.unwrap();
+    let changed = rig.changed("two", "vda", "one").await.unwrap();
+    let told: u64 = changed.iter().map(|(range, _)| range.end - range.start).sum();
+    assert_eq!(told, 128 * KIB);
 }
 
 /// QEMU cannot open a qcow2 over a node that an iothread keeps: nothing is changed, and it says what to do.
