@@ -11,8 +11,9 @@ use std::path::Path;
 
 use async_trait::async_trait;
 use disksnap_core::{Changed, Compare, Error, ErrorKind, Host, Peer, Precision, Result};
-use disksnap_image_file::{FileInImage, QemuImg, SameFile, guest_ranges};
+use disksnap_image_file::{FileInImage, QemuImg, SameFile, guest_ranges, opened};
 
+use crate::find::{Found, Way};
 use crate::lvm2::Lvm;
 use crate::mapper::{Dmsetup, Thin};
 use crate::metadata::Held;
@@ -26,9 +27,28 @@ use crate::{blocking, remembered};
 #[derive(Debug)]
 pub(crate) struct Comparing;
 
-/// Whether this method compares this snapshot with others of the volume.
-pub(crate) fn can_compare(made: &Made) -> bool {
-    made.thin && made.images.iter().all(|image| image.inside.is_none())
+/// Whether a snapshot of these disks could be compared with others of the volume: all of them, or none. Tried, not guessed:
+/// what keeps all comparisons from succeeding is known before a snapshot is kept for one.
+pub(crate) fn is_possible(unit: &[&Found]) -> bool {
+    let on_thin = |found: &&Found| found.way == Way::Thin && found.inside.is_none();
+    let mapped = |found: &&Found| {
+        // qemu-img would need a secret to map it; of a raw one, the guest's disk begins behind a header.
+        let plain = !found.encrypted && !found.request.disk.encrypted;
+        plain
+            && (found.format == "raw"
+                || QemuImg::find().is_some() && opened(&[image(found)], |_| None).is_ok())
+    };
+    unit.iter().all(on_thin)
+        && unit.iter().all(mapped)
+        && Dmsetup::find().is_ok()
+        && ThinDelta::find().is_ok()
+}
+
+fn image(found: &Found) -> FileInImage {
+    FileInImage {
+        path: found.volume.path.clone().into(),
+        format: found.format.clone(),
+    }
 }
 
 #[async_trait]
@@ -60,12 +80,13 @@ fn file(made: &Made, target: &str) -> Result<FileInImage> {
     let name = made.full_name();
     let image = made.images.iter().find(|image| image.target == target);
     match image {
-        Some(image) if made.thin && image.inside.is_none() => Ok(FileInImage {
+        Some(image) if made.comparable => Ok(FileInImage {
             path: made.path.clone(),
             format: image.format.clone(),
         }),
         Some(_) => Err(unsupported(format!(
-            "the snapshot {name} is not a thin one of a volume that is the disk {target} or its image"
+            "the snapshot {name} cannot be compared: it is no thin one of a volume that is the disk {target} or its image, or \
+             what tells how two differ was not there when it was taken"
         ))),
         None => Err(unsupported(format!(
             "the snapshot {name} is not of the disk {target}"

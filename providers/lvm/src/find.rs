@@ -56,6 +56,8 @@ pub(crate) struct Found {
     pub(crate) below: Vec<FileInside>,
     /// The virtual size in bytes, where it is known.
     pub(crate) size: Option<u64>,
+    /// Whether the image's header says that its content is encrypted.
+    pub(crate) encrypted: bool,
     /// What the operator should know.
     pub(crate) warnings: Vec<String>,
 }
@@ -208,6 +210,7 @@ pub(crate) fn find(
         format: content.format,
         below: content.below,
         size: content.size,
+        encrypted: content.encrypted,
         warnings,
     })
 }
@@ -218,6 +221,7 @@ struct Content {
     below: Vec<FileInside>,
     /// The virtual size in bytes.
     size: Option<u64>,
+    encrypted: bool,
     /// What is to be known of the image.
     lazy: Option<String>,
 }
@@ -228,6 +232,7 @@ impl Content {
             format: image.format().to_owned(),
             below,
             size: Some(image.size()),
+            encrypted: image.qcow2.as_ref().is_some_and(|header| header.encrypted),
             lazy: image.lazy_warning(),
         }
     }
@@ -245,6 +250,7 @@ fn content(disk: &Disk, place: &Place, volume: &Volume) -> Result<Content, Unfit
             format: "raw".to_owned(),
             below: Vec::new(),
             size: Some(volume.size),
+            encrypted: false,
             lazy: None,
         }),
         Some("raw" | "qcow2") => {

@@ -39,7 +39,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
 
-use crate::compare::{Comparing, can_compare};
+use crate::compare::{Comparing, is_possible};
 use crate::find::{Found, Place, Way, find};
 use crate::lvm2::Lvm;
 use crate::revert::Merging;
@@ -130,10 +130,11 @@ impl DiskSnapshot for LogicalVolume {
         None
     }
 
-    /// For thin snapshots of a volume that is the disk, or the image of one; not for an image in a file system on it.
+    /// For thin snapshots of a volume that is the disk, or the image of one, where all was there that tells how they differ;
+    /// not for an image in a file system on it.
     fn compare(&self, unit: &Unit) -> Option<Arc<dyn Compare>> {
         let made: Made = remembered(&unit.data).ok()?;
-        can_compare(&made).then(|| Arc::new(Comparing) as Arc<dyn Compare>)
+        made.comparable.then(|| Arc::new(Comparing) as Arc<dyn Compare>)
     }
 }
 
@@ -152,10 +153,8 @@ fn capabilities(way: Way, inside: bool) -> Vec<Capability> {
     if !inside {
         capabilities.extend([Capability::DirectRead, Capability::Revert]);
     }
-    match way {
-        Way::Classic => capabilities.push(Capability::GuestSafe),
-        Way::Thin if !inside => capabilities.push(Capability::Compare),
-        Way::Thin => {}
+    if way == Way::Classic {
+        capabilities.push(Capability::GuestSafe);
     }
     capabilities
 }
@@ -197,7 +196,7 @@ fn probe_all(state: &RunState, disks: &[DiskRequest], live: Vec<Told>) -> Vec<Pr
         let n = n.ok_or_else(|| "the volume has just changed".to_owned())?;
         let room = rooms[n].clone()?;
         agree(&units[n])?;
-        Ok(fitting(found, room))
+        Ok(fitting(found, &units[n], room))
     };
     let probe = |found: &Fits<Found>| match found {
         Ok(found) => of_unit(found).unwrap_or_else(|unfit: Unfit| unfit.into()),
@@ -271,7 +270,10 @@ fn agree(unit: &[&Found]) -> Fits<()> {
     })
 }
 
-fn fitting(found: &Found, room: Option<u64>) -> Probe {
+/// What is told of a disk that suits, one of a unit.
+fn fitting(found: &Found, unit: &[&Found], room: Option<u64>) -> Probe {
+    let mut capabilities = capabilities(found.way, found.inside.is_some());
+    capabilities.extend(is_possible(unit).then_some(Capability::Compare));
     let name = found.volume.full_name();
     let mut details = BTreeMap::from([
         ("volume".to_owned(), name.clone()),
@@ -304,7 +306,7 @@ fn fitting(found: &Found, room: Option<u64>) -> Probe {
             None => Fit::Natural,
         },
         unit: found.unit(),
-        capabilities: capabilities(found.way, found.inside.is_some()),
+        capabilities,
         effect,
         details,
         warnings: found.warnings.clone(),

@@ -7,6 +7,7 @@ use disksnap_core::{Error, ErrorKind, FileInside, Health, Result, SnapshotId};
 use disksnap_image_file::Unfit;
 use serde::{Deserialize, Serialize};
 
+use crate::compare::is_possible;
 use crate::device::{Named, of_path};
 use crate::filling::{danger, pool_fault};
 use crate::find::{Found, Way};
@@ -40,6 +41,8 @@ pub(crate) struct Planned {
     /// A file of the file system on the volume, where the images are in one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     file: Option<PathBuf>,
+    #[serde(default)]
+    comparable: bool,
     pub(crate) images: Vec<Image>,
 }
 
@@ -72,6 +75,10 @@ pub(crate) struct Made {
     /// The percentage from which on its filling is told.
     #[serde(default = "default_mark")]
     warn: u8,
+    /// Whether others of the volume can be compared with it; tried, since that takes more than making one. A record of old
+    /// does not say so.
+    #[serde(default)]
+    pub(crate) comparable: bool,
     pub(crate) images: Vec<Image>,
 }
 
@@ -177,6 +184,7 @@ impl Planned {
             warn: unit.first()?.settings.warn,
             marker,
             file: file_in(unit).map(Path::to_owned),
+            comparable: is_possible(unit),
             images: unit.iter().map(image).collect(),
         })
     }
@@ -242,6 +250,7 @@ impl Planned {
             path,
             thin: self.room.is_none(),
             warn: self.warn,
+            comparable: self.comparable,
             images: self.images.clone(),
         })
     }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use disksnap_conformance::InactiveConnector;
-use disksnap_core::{Connector, DiskSnapshot, ErrorKind, Peer, Snapshot, SnapshotId};
+use disksnap_core::{Capability, Connector, DiskSnapshot, ErrorKind, Peer, Snapshot, SnapshotId};
 use disksnap_lvm::LogicalVolume;
 use futures_util::TryStreamExt;
 
@@ -45,6 +45,19 @@ async fn one_comparison() {
     let told =
         told.unwrap_or_else(|error| panic!("{}: {error} {:?}", error.kind().as_str(), error.next_step()));
     told.ranges.try_collect::<Vec<_>>().await.unwrap();
+}
+
+/// The same, for a probe.
+#[tokio::test]
+#[ignore = "runs in the guest"]
+async fn one_probe() {
+    let Some(disk) = std::env::var_os("DISKSNAP_PROBED") else {
+        return;
+    };
+    let rig = Rig::new(vec![block("vda", &PathBuf::from(disk))]);
+    let told = rig.probe(&[]).await;
+    assert!(told[0].capabilities.contains(&Capability::Revert), "{told:?}");
+    assert!(!told[0].capabilities.contains(&Capability::Compare), "{told:?}");
 }
 
 /// Two snapshots to compare, in this process or in another.
@@ -291,6 +304,28 @@ async fn it_is_released_whatever_thin_delta_does() {
         "device-mapper-persistent-data",
     ] {
         assert!(said.contains(word), "{said}");
+    }
+    two.works().await;
+}
+
+/// A snapshot that would never be compared is not offered as one.
+#[tokio::test]
+#[ignore = "runs in the guest"]
+async fn nothing_is_offered_without_what_does_it() {
+    let two = Two::new().await;
+    let old = two.program("thin_delta", "#!/bin/sh\necho thin_delta 1.0.5\n");
+    for (variable, program) in [
+        ("DISKSNAP_THIN_DELTA", old.to_str().unwrap()),
+        ("DISKSNAP_THIN_DELTA", "/no/such/thin_delta"),
+        ("DISKSNAP_DMSETUP", "/no/such/dmsetup"),
+    ] {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "metadata::one_probe", "--ignored", "--nocapture"])
+            .env("DISKSNAP_PROBED", &two.disk)
+            .env(variable, program)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{program}: {output:?}");
     }
     two.works().await;
 }
