@@ -10,6 +10,9 @@ use crate::map::{From, Piece};
 use crate::packed::Packed;
 use crate::{FileInImage, SameFile};
 
+/// How many compressed clusters are looked at before others are let on.
+const AT_ONCE: usize = 1024;
+
 /// The files that both images have, by their places in the two.
 #[derive(Debug)]
 pub(crate) struct Alike(BTreeMap<(usize, usize), Pair>);
@@ -43,7 +46,7 @@ impl Alike {
     }
 
     /// Which parts of `range` of the guest's disk, that lies in a piece of either image, are not known to be equal.
-    pub(crate) fn differing(
+    pub(crate) async fn differing(
         &mut self,
         range: &Range<u64>,
         pieces: [Piece; 2],
@@ -70,7 +73,7 @@ impl Alike {
             // One image by itself, with all its tables.
             (Some(pair), _, _) if pair.differs.is_empty() => {}
             (Some(pair), Some(offset), Some(in_later)) if offset == in_later => pair.at(offset, range, told),
-            (Some(pair), None, None) => pair.packed(range, told).map_err(unread)?,
+            (Some(pair), None, None) => pair.packed(range, told).await.map_err(unread)?,
             _ => told.push_back(range.clone()),
         }
         Ok(())
@@ -82,42 +85,46 @@ impl Pair {
     fn at(&self, offset: u64, range: &Range<u64>, told: &mut VecDeque<Range<u64>>) {
         let end = offset.saturating_add(range.end - range.start);
         let of_guest = |at: u64| at.clamp(offset, end) - offset + range.start;
-        let within = self.within(offset..end);
+        let within = within(&self.differs, offset..end);
         told.extend(within.map(|differs| of_guest(differs.start)..of_guest(differs.end)));
     }
 
-    fn within(&self, range: Range<u64>) -> impl Iterator<Item = &Range<u64>> {
-        let (start, end) = (range.start, range.end);
-        let first = self.differs.partition_point(|differs| differs.end <= start);
-        self.differs[first..]
-            .iter()
-            .take_while(move |differs| differs.start < end)
-    }
-
     /// What differs of a range of the guest's that both have compressed: by whole clusters.
-    fn packed(&mut self, range: &Range<u64>, told: &mut VecDeque<Range<u64>>) -> std::io::Result<()> {
+    ///
+    /// A range may be all of the disk, so that this lets others on from time to time.
+    async fn packed(&mut self, range: &Range<u64>, told: &mut VecDeque<Range<u64>>) -> std::io::Result<()> {
         let Some([earlier, later]) = &mut self.packed else {
             told.push_back(range.clone());
             return Ok(());
         };
         let cluster = earlier.cluster();
-        let mut differing = Vec::new();
-        let mut at = range.start;
+        let (mut at, mut looked_at) = (range.start, 0_usize);
         while at < range.end {
             let end = (at / cluster + 1).saturating_mul(cluster).min(range.end);
-            differing.push((at..end, earlier.find(at)?, later.find(at)?));
+            let (was, is) = (earlier.find(at)?, later.find(at)?);
+            let stays = was.filter(|was| Some(was) == is.as_ref());
+            let is_equal = stays.is_some_and(|place| within(&self.differs, place).next().is_none());
+            match told.back_mut() {
+                _ if is_equal => {}
+                Some(last) if last.end == at => last.end = end,
+                _ => told.push_back(at..end),
+            }
             at = end;
+            looked_at += 1;
+            if looked_at.is_multiple_of(AT_ONCE) {
+                tokio::task::yield_now().await;
+            }
         }
-        let equal = |place: &Option<Range<u64>>, other: &Option<Range<u64>>| {
-            place == other
-                && place
-                    .as_ref()
-                    .is_some_and(|place| self.within(place.clone()).next().is_none())
-        };
-        differing.retain(|(_, place, other)| !equal(place, other));
-        told.extend(differing.into_iter().map(|(range, ..)| range));
         Ok(())
     }
+}
+
+/// Those of these that lie in a range, in part at least.
+fn within(differs: &[Range<u64>], range: Range<u64>) -> impl Iterator<Item = &Range<u64>> {
+    let first = differs.partition_point(|differs| differs.end <= range.start);
+    differs[first..]
+        .iter()
+        .take_while(move |differs| differs.start < range.end)
 }
 
 async fn collected(mut ranges: Ranges) -> Result<Vec<Range<u64>>> {

@@ -166,7 +166,7 @@ impl Walk {
             return Ok(false);
         };
         let range = a.start.max(b.start)..a.end.min(b.end);
-        self.alike.differing(&range, [a, b], &mut self.ready)?;
+        self.alike.differing(&range, [a, b], &mut self.ready).await?;
         (self.maps, self.pieces) = (Some(maps), Some([a, b]));
         Ok(true)
     }

@@ -34,8 +34,8 @@ pub(crate) struct Packed {
     l1_entries: u64,
     /// How long an entry of an L2 table is.
     entry: u64,
-    /// The L2 table that was read last, and where it is.
-    table: (u64, Vec<u8>),
+    /// The L2 table that was asked for last, by its place in the L1 table; empty where there is none.
+    table: Option<(u64, Vec<u8>)>,
 }
 
 impl Packed {
@@ -66,7 +66,7 @@ impl Packed {
             l1: number::<8>(&header, 40),
             l1_entries: number::<4>(&header, 36),
             entry: if incompatible & EXTENDED == 0 { 8 } else { 16 },
-            table: (0, Vec::new()),
+            table: None,
         }))
     }
 
@@ -83,24 +83,33 @@ impl Packed {
     pub(crate) fn find(&mut self, at: u64) -> io::Result<Option<Range<u64>>> {
         let cluster = at >> self.kind.cluster_bits;
         let entries = self.cluster() / self.entry;
-        if cluster / entries >= self.l1_entries {
-            return Ok(None);
+        let (wanted, index) = (cluster / entries, cluster % entries * self.entry);
+        let entry = match &self.table {
+            Some((of, table)) if *of == wanted => entry_of(table, index),
+            _ => {
+                let table = self.read(wanted)?;
+                let entry = entry_of(&table, index);
+                self.table = Some((wanted, table));
+                entry
+            }
+        };
+        Ok((entry & PACKED != 0).then(|| self.place(entry)))
+    }
+
+    /// The L2 table with this place in the L1 table; nothing where there is none.
+    fn read(&self, place: u64) -> io::Result<Vec<u8>> {
+        if place >= self.l1_entries {
+            return Ok(Vec::new());
         }
         let mut of_table = [0; 8];
-        self.file
-            .read_exact_at(&mut of_table, self.l1 + cluster / entries * 8)?;
-        let table = u64::from_be_bytes(of_table) & TABLE;
-        if table == 0 {
-            return Ok(None);
+        self.file.read_exact_at(&mut of_table, self.l1 + place * 8)?;
+        let at = u64::from_be_bytes(of_table) & TABLE;
+        let mut table = Vec::new();
+        if at != 0 {
+            table.resize(1 << self.kind.cluster_bits, 0);
+            self.file.read_exact_at(&mut table, at)?;
         }
-        if self.table.0 != table {
-            let mut bytes = vec![0; 1 << self.kind.cluster_bits];
-            self.file.read_exact_at(&mut bytes, table)?;
-            self.table = (table, bytes);
-        }
-        let index = usize::try_from(cluster % entries * self.entry).unwrap_or(usize::MAX);
-        let entry = number::<8>(&self.table.1, index);
-        Ok((entry & PACKED != 0).then(|| self.place(entry)))
+        Ok(table)
     }
 
     /// The offset is in the lower bits, however many the size of a cluster leaves it, and how many sectors of 512 bytes
@@ -111,6 +120,11 @@ impl Packed {
         let more = (entry & (PACKED - 1)) >> bits;
         offset..(offset / 512 + 1 + more) * 512
     }
+}
+
+/// The entry of an L2 table at this byte, 0 where the table has none.
+fn entry_of(table: &[u8], at: u64) -> u64 {
+    number::<8>(table, usize::try_from(at).unwrap_or(usize::MAX - 8))
 }
 
 /// The number in so many bytes at this place, the highest first.
