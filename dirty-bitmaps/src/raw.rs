@@ -604,11 +604,26 @@ fn past_at_rest(disk: &Disk) -> Result<Option<String>> {
         // Whoever needs it says what is wrong with it.
         return Ok(None);
     };
-    let failed = |e| Error::io(format!("cannot look at {} and its data", image.display()), e);
-    if !written_past(&image, &data).map_err(failed)? {
+    let past = match written_past(&image, &data) {
+        Ok(past) => past,
+        // The raw disk is not there now. The next act looks at it again, and this one goes on with the others.
+        Err(error) if is_missing(&error) && image.exists() => return Ok(None),
+        Err(error) => {
+            let failed = format!("cannot look at {} and its data", image.display());
+            return Err(Error::io(failed, error));
+        }
+    };
+    if !past || is_new(&image)? {
         return Ok(None);
     }
-    renew(&image).map(|anew| anew.then(|| format!("{} was written to by something else", said.source)))
+    refuse_open(&image)?;
+    let why = format!("{} was written to by something else", said.source);
+    renew(&image, why).map(Some)
+}
+
+fn is_missing(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | NotADirectory)
 }
 
 /// Whether the domain runs on the raw disk itself.
@@ -625,27 +640,26 @@ fn past_now(graph: &Graph, disk: &Disk) -> Result<Option<String>> {
     if open(&image) || !open(data) {
         return Ok(None);
     }
-    renew_now(&image)?;
-    Ok(Some(format!("the domain runs on {} itself", data.display())))
+    let why = format!("the domain runs on {} itself", data.display());
+    if is_new(&image)? {
+        return Ok(Some(why));
+    }
+    renew(&image, why).map(Some)
 }
 
-/// Makes the qcow2 anew, where it is not; nobody may have it open. Whether it was not.
-fn renew(image: &Path) -> Result<bool> {
-    if is_new(image)? {
-        return Ok(false);
-    }
-    refuse_open(image)?;
-    renew_now(image)?;
-    Ok(true)
-}
-
-fn renew_now(image: &Path) -> Result<()> {
-    if is_new(image)? {
-        return Ok(());
-    }
-    renew_raw_data_qcow2(image).map_err(|e| Error::io(format!("cannot make {} anew", image.display()), e))
+/// Makes the qcow2 anew; nobody may have it open. Why, and what else is to be told of it.
+fn renew(image: &Path, why: String) -> Result<String> {
+    let shorter = renew_raw_data_qcow2(image)
+        .map_err(|e| Error::io(format!("cannot make {} anew", image.display()), e))?;
+    Ok(match shorter {
+        None => why,
+        Some(length) => {
+            format!("{why} (it has {length} bytes now, fewer than the guest's disk, which keeps its size)")
+        }
+    })
 }
 
 fn is_new(image: &Path) -> Result<bool> {
-    raw_data_qcow2_is_new(image).map_err(|e| Error::io(format!("cannot read {}", image.display()), e))
+    raw_data_qcow2_is_new(image)
+        .map_err(|e| Error::io(format!("cannot read {} and its data", image.display()), e))
 }

@@ -5,7 +5,7 @@
 //! named, and not even opened.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -225,7 +225,8 @@ pub fn is_in_use(path: &Path) -> bool {
     matches!(locked, Err(rustix::io::Errno::AGAIN | rustix::io::Errno::ACCESS))
 }
 
-/// Whether such an image is as it was made: without bitmaps, and with all of the raw disk mapped.
+/// Whether such an image is as it was made: without bitmaps, with all of the raw disk mapped, and none of that past its
+/// end.
 ///
 /// # Errors
 /// The operating system's.
@@ -235,6 +236,12 @@ pub fn raw_data_qcow2_is_new(image: &Path) -> io::Result<bool> {
     let Some(layout) = Layout::of(header.size) else {
         return Ok(false);
     };
+    let Some(data) = header.data_file.and_then(|name| named(image, &name)) else {
+        return Ok(false);
+    };
+    if length_of(&data)? > header.size {
+        return Ok(false);
+    }
     let length = layout.clusters() * CLUSTER;
     if autoclear(&file)? != RAW || file.metadata()?.len() != length {
         return Ok(false);
@@ -258,21 +265,37 @@ fn mapped(cluster: u64) -> u64 {
     COPIED | (cluster * CLUSTER)
 }
 
+/// The bytes of a raw file or device.
+fn length_of(data: &Path) -> io::Result<u64> {
+    let metadata = fs::metadata(data)?;
+    if metadata.is_file() {
+        return Ok(metadata.len());
+    }
+    File::open(data)?.seek(SeekFrom::End(0))
+}
+
 /// Makes such an image anew in its place, for the raw disk as it is now: without bitmaps, and without what it says
 /// reads as zeroes. As a whole or not at all; owner and mode stay.
 ///
+/// Where the raw disk has grown the image is as large, else what is past its end would be cut off. Where it is shorter
+/// the image keeps its size: that may be mended yet, and the guest would find its disk cut off meanwhile. Then the
+/// answer is the raw disk's length in bytes.
+///
 /// # Errors
 /// `InvalidInput` where it is no such image; the operating system's.
-pub fn renew_raw_data_qcow2(image: &Path) -> io::Result<()> {
+pub fn renew_raw_data_qcow2(image: &Path) -> io::Result<Option<u64>> {
     let image = &image.canonicalize()?;
     let old = File::open(image)?;
     let header = Qcow2::read(&old)?;
-    let Some(data) = header.data_file.filter(|_| header.external_data) else {
+    let name = header.data_file.filter(|_| header.external_data);
+    let found = name.and_then(|data| Some((named(image, &data)?, data)));
+    let Some((path, data)) = found else {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             "the image keeps its data in itself",
         ));
     };
+    let length = length_of(&path)?;
     let name = image.file_name().unwrap_or_default().to_string_lossy();
     let new = image.with_file_name(format!(".{name}.disksnap-new"));
     match fs::remove_file(&new) {
@@ -285,7 +308,7 @@ pub fn renew_raw_data_qcow2(image: &Path) -> io::Result<()> {
         .create_new(true)
         .mode(metadata.mode() & 0o777)
         .open(&new)?;
-    let made = write_raw_data_qcow2(&file, header.size, &data).and_then(|()| {
+    let made = write_raw_data_qcow2(&file, header.size.max(length), &data).and_then(|()| {
         let own = file.metadata()?;
         if (own.uid(), own.gid()) != (metadata.uid(), metadata.gid()) {
             std::os::unix::fs::fchown(&file, Some(metadata.uid()), Some(metadata.gid()))?;
@@ -296,7 +319,7 @@ pub fn renew_raw_data_qcow2(image: &Path) -> io::Result<()> {
         // What is wrong is told; that the rest of it could not be removed either is nothing besides.
         let _ = fs::remove_file(&new);
     }
-    made
+    made.map(|()| Some(length).filter(|length| length.next_multiple_of(512) < header.size))
 }
 
 #[cfg(test)]
@@ -435,6 +458,30 @@ mod tests {
         assert!(!info.contains("c1"), "{info}");
         let entries = fs::read_dir(dir.path()).unwrap().count();
         assert_eq!(entries, 2);
+    }
+
+    #[test]
+    fn it_is_never_shorter_than_its_raw_disk() {
+        need!("qemu-img");
+        let dir = tempfile::tempdir().unwrap();
+        let (image, raw) = (dir.path().join("a.qcow2"), dir.path().join("a.raw"));
+        fs::write(&raw, content(1000)).unwrap();
+        let file = File::create(&image).unwrap();
+        write_raw_data_qcow2(&file, 1000, raw.to_str().unwrap()).unwrap();
+        assert!(raw_data_qcow2_is_new(&image).unwrap(), "rounded up");
+        let whole = content((1 << 20) + 100);
+        fs::write(&raw, &whole).unwrap();
+        assert!(!raw_data_qcow2_is_new(&image).unwrap(), "past its end");
+        assert_eq!(renew_raw_data_qcow2(&image).unwrap(), None);
+        assert!(raw_data_qcow2_is_new(&image).unwrap());
+        let text = image.to_str().unwrap();
+        let compare = ["compare", "-f", "qcow2", "-F", "raw", text, raw.to_str().unwrap()];
+        run(QemuVersion::V10_0, "qemu-img", &compare);
+        fs::write(&raw, &whole[..4096]).unwrap();
+        assert_eq!(renew_raw_data_qcow2(&image).unwrap(), Some(4096));
+        assert!(raw_data_qcow2_is_new(&image).unwrap(), "it keeps its size");
+        let info = run(QemuVersion::V10_0, "qemu-img", &["info", text]);
+        assert!(info.contains("(1049088 bytes)"), "{info}");
     }
 
     #[test]
