@@ -2,10 +2,12 @@
 //!
 //! One step after another: nobody writes meanwhile, and each is such that the whole can be done again.
 
+use std::path::Path;
+
 use disksnap_core::{
     DirtyBitmap, Disk, Ending, Error, ErrorKind, Result, SCRATCH_BITMAP, Source, Start, Trackable, Tracked,
 };
-use disksnap_image_file::QemuImg;
+use disksnap_image_file::{QemuImg, raw_data_of};
 use serde::Deserialize;
 
 use crate::{GRANULARITY, OLD_QCOW2};
@@ -135,7 +137,11 @@ pub(crate) async fn look(disks: &[&Disk]) -> Result<Vec<Tracked>> {
 
 async fn look_at(disk: &Disk) -> Result<Tracked> {
     let found = match image_of(disk) {
-        Ok(path) => layers_of(&path).await,
+        // `qemu-img info` does not look at it.
+        Ok(path) => match missing_data(&path) {
+            Some(why) => return Ok(nothing(why)),
+            None => layers_of(&path).await,
+        },
         Err(why) => return Ok(nothing(why)),
     };
     match found {
@@ -144,6 +150,16 @@ async fn look_at(disk: &Disk) -> Result<Tracked> {
         Err(error) if error.kind() == ErrorKind::Unavailable => Err(error),
         Err(error) => Ok(nothing(Trackable::Unreachable(error.to_string()))),
     }
+}
+
+/// Why a qcow2 that keeps its data in a raw disk cannot be reached: that is not there.
+fn missing_data(path: &str) -> Option<Trackable> {
+    let data = raw_data_of(Path::new(path)).ok().flatten()?;
+    let error = data.metadata().err()?;
+    Some(Trackable::Unreachable(format!(
+        "its data in {} cannot be looked at: {error}",
+        data.display()
+    )))
 }
 
 fn nothing(trackable: Trackable) -> Tracked {
@@ -281,7 +297,7 @@ async fn undo(path: &str, start: &Start, starts: &str) -> Result<()> {
     let overlay = start.top.as_deref().filter(|top| *top != path);
     let noted_in = overlay.unwrap_or(path);
     // One that has not come to be, or is gone, took what it noted along.
-    if overlay.is_some_and(|overlay| !std::path::Path::new(overlay).exists()) {
+    if overlay.is_some_and(|overlay| !Path::new(overlay).exists()) {
         return Ok(());
     }
     // Where the new one is not there nobody knows what was written since it stopped the other: that must not go on

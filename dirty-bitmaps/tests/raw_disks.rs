@@ -419,6 +419,11 @@ async fn what_was_written_past_the_qcow2_is_noticed_at_rest() {
     qemu.quit();
     is_off(&mut rig);
     assert_eq!(verdicts(&rig).await, ["one=ok"]);
+    let away = raw.dir.path().join("away");
+    fs::rename(raw.image(), &away).unwrap();
+    assert_eq!(verdicts(&rig).await, ["one=unreachable"]);
+    fs::rename(&away, raw.image()).unwrap();
+    assert_eq!(verdicts(&rig).await, ["one=ok"]);
 
     let file = fs::OpenOptions::new().write(true).open(raw.image()).unwrap();
     file.write_all_at(&[7; 512], MIB).unwrap();
