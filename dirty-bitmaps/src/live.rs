@@ -11,6 +11,7 @@ use disksnap_hypervisor::graph::{Bitmap, Node};
 use serde_json::{Value, json};
 
 use crate::chain::{Chain, bitmap};
+use crate::raw::past_now;
 use crate::widen::{self, BySize};
 use crate::{GRANULARITY, OLD_QCOW2};
 
@@ -274,10 +275,19 @@ pub(crate) async fn abort(host: &dyn Host, starts: &[Start]) -> Result<()> {
             Ok(chain) => actions.extend(undone(&chain, start)),
             // A disk that is not there any more took its bitmaps along.
             Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+            Err(error) => refuse_unless_past(&graph, &start.disk, error)?,
         }
     }
     transact(host, actions).await
+}
+
+/// Where the domain runs on the raw disk itself, the qcow2's bitmaps are not in this hypervisor, and do not know what it
+/// writes: they are given up, so that nobody relies on what could not be done with them.
+fn refuse_unless_past(graph: &Graph, disk: &Disk, error: Error) -> Result<()> {
+    if error.kind() == ErrorKind::Invalid && past_now(graph, disk)?.is_some() {
+        return Ok(());
+    }
+    Err(error)
 }
 
 /// What takes one start back: the new bitmap's content goes to the one before, which goes on.
@@ -326,7 +336,10 @@ pub(crate) async fn end(host: &dyn Host, endings: &[Ending]) -> Result<()> {
             Ok(chain) => chain,
             // A disk that is not there any more took its bitmaps along.
             Err(error) if error.kind() == ErrorKind::NotFound && !error.is_retryable() => continue,
-            Err(error) => return Err(error),
+            Err(error) => {
+                refuse_unless_past(&graph, &ending.disk, error)?;
+                continue;
+            }
         };
         let known = known(&chain, ending).map_err(|e| e.with("disk", &ending.disk.target))?;
         found.push((ending, chain, known));

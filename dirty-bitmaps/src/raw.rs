@@ -626,8 +626,8 @@ fn is_missing(error: &std::io::Error) -> bool {
     matches!(error.kind(), NotFound | NotADirectory)
 }
 
-/// Whether the domain runs on the raw disk itself.
-fn past_now(graph: &Graph, disk: &Disk) -> Result<Option<String>> {
+/// Whether the domain runs on the raw disk itself. Then the qcow2 is made anew, without bitmaps.
+pub(crate) fn past_now(graph: &Graph, disk: &Disk) -> Result<Option<String>> {
     let image = path_of(disk)?;
     let Some(data) = disk.data_store.as_ref().and_then(|data| data.source.path()) else {
         return Ok(None);

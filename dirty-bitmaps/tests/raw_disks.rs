@@ -489,6 +489,32 @@ async fn a_domain_that_runs_past_the_qcow2_is_noticed() {
     assert_eq!(error.kind(), ErrorKind::Broken, "{error}");
 }
 
+/// Nothing stands in the way of giving a checkpoint up, and what is left is not told as if it knew.
+#[tokio::test]
+async fn a_checkpoint_is_removed_while_the_domain_runs_past_the_qcow2() {
+    let raw = Raw::new(QemuVersion::V10_0);
+    let qemu = raw.start(|disk| disk);
+    let mut rig = Rig::new(&qemu.domain_xml()).await;
+    qemu.quit();
+    is_off(&mut rig);
+    track(&mut rig, &raw).await;
+    let qemu = raw.start_through();
+    goes_on(&mut rig, &qemu);
+    for name in ["one", "two", "three"] {
+        rig.create(name, &["vda"], true).await.unwrap();
+        rig.delete(name).await;
+    }
+    qemu.quit();
+    let qemu = raw.start(|disk| disk);
+    goes_on(&mut rig, &qemu);
+    let name = rig::checkpoint("two");
+    let removed = rig.dispatcher.remove_checkpoint(&rig.domain, &name).await;
+    removed.unwrap();
+    qemu.quit();
+    is_off(&mut rig);
+    assert_eq!(verdicts(&rig).await, ["one=missing", "three=missing"]);
+}
+
 #[tokio::test]
 async fn what_cannot_be_is_refused_and_nothing_is_left() {
     let raw = Raw::new(QemuVersion::V10_0);
