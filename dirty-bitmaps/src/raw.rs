@@ -541,12 +541,18 @@ fn over<'g>(graph: &'g Graph, through: &Disk) -> Result<Option<Over<'g>>> {
     }))
 }
 
+/// Whether two paths lead to one file or device. A device may have several nodes: a hypervisor can have a `/dev` of its
+/// own.
 fn same_file(a: &Path, b: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    match (a.metadata(), b.metadata()) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => a == b,
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    if a == b {
+        return true;
     }
+    let (Ok(a), Ok(b)) = (a.metadata(), b.metadata()) else {
+        return false;
+    };
+    let device = |m: &std::fs::Metadata| m.file_type().is_block_device();
+    (a.dev(), a.ino()) == (b.dev(), b.ino()) || (device(&a) && device(&b) && a.rdev() == b.rdev())
 }
 
 fn take_away(graph: &Graph, crossing: &Crossing) -> Result<Vec<Step>> {

@@ -221,6 +221,7 @@ pub fn is_in_use(path: &Path) -> bool {
     let Ok(file) = OpenOptions::new().read(true).write(true).open(path) else {
         return false;
     };
+    // Only for a moment. `fcntl_getlk` would take none, but panics on QEMU's locks, whose pid is -1.
     let locked = fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive);
     matches!(locked, Err(rustix::io::Errno::AGAIN | rustix::io::Errno::ACCESS))
 }
