@@ -156,6 +156,15 @@ fn undefine(from: &Transaction<'_>, domain: &DomainId) -> Outcome<()> {
              then forgets them here. The disks keep their bitmaps.",
         );
     }
+    let kept = count("pinned")?;
+    if kept > 0 {
+        let why =
+            format!("what was kept of {kept} deleted snapshots is still there; the domain was left as it is");
+        return busy(
+            why,
+            "Any act on the domain deletes it, or tells why it cannot: `disksnap checkpoint validate`.",
+        );
+    }
     if intents > 0 {
         let why = format!("{intents} acts on the domain have not come to their end; it was left as it is");
         return busy(why, "Run `disksnap recover` first.");

@@ -127,7 +127,8 @@ impl Catalog for MemoryCatalog {
     async fn undefine(&self, domain: &DomainId) -> Result<()> {
         let mut records = self.records();
         let of = records.domains.get(&domain.uuid);
-        let (snapshots, checkpoints) = of.map_or((0, 0), |d| (d.snapshots.len(), d.checkpoints.len()));
+        let held = |d: &OfDomain| (d.snapshots.len() + d.pinned.len(), d.checkpoints.len());
+        let (snapshots, checkpoints) = of.map_or((0, 0), held);
         if snapshots + checkpoints > 0 {
             let why = format!("the domain has {snapshots} snapshots and {checkpoints} checkpoints");
             return Err(Error::new(ErrorKind::Busy, why).with("domain", domain));

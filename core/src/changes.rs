@@ -114,10 +114,10 @@ impl Dispatcher {
         if let Health::Broken(why) | Health::Gone(why) = health.await.map_err(|e| e.by(method))? {
             return Err(Error::new(
                 ErrorKind::Broken,
-                format!("the snapshot that the checkpoint is, is no good any more: {why}"),
+                format!("the snapshot that the checkpoint is, cannot be used: {why}"),
             )
             .with("disk", &disk.target)
-            .hint("Take a full backup of this disk; `disksnap checkpoint drop-broken` drops what cannot be told since."));
+            .hint("Mend that, or take a full backup of this disk."));
         }
         let later = Peer {
             snapshot: snapshot.id,
@@ -174,7 +174,7 @@ fn bitmaps_since(
         return Err(Error::new(
             ErrorKind::Unsupported,
             format!(
-                "the checkpoint is a kept snapshot, which only one of the same method is compared with, and this one is {}",
+                "the checkpoint is a kept snapshot, which this one, by {}, cannot be compared with",
                 disk.method
             ),
         )
@@ -182,7 +182,7 @@ fn bitmaps_since(
     };
     let marks = lineage.since(target, &from.name, last)?;
     let bitmaps = marks.iter().filter(|mark| mark.mark.bitmap().is_some());
-    if bitmaps.clone().skip(1).any(|mark| mark.anew) || disk.untold {
+    if marks.iter().skip(1).any(|mark| mark.anew) || disk.untold {
         return Err(Error::new(
             ErrorKind::Broken,
             "what has changed between the checkpoint and the snapshot is not known: a bitmap in between was lost",

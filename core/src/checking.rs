@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::dispatcher::Held;
 use crate::{
-    Change, Checkpoint, CheckpointName, Control, DirtyBitmap, Dispatcher, Domain, Ending, Health, Inspected,
-    Lineage, Mark, Result, SnapshotId, Trackable, Tracked,
+    Change, Checkpoint, CheckpointName, Control, DirtyBitmap, DiskSnapshotRecord, Dispatcher, Domain, Ending,
+    Health, Lineage, Mark, Result, Snapshot, SnapshotId, Trackable, Tracked,
 };
 
 /// What was found of one mark.
@@ -112,6 +112,52 @@ pub struct Dropped {
     pub full: Vec<String>,
 }
 
+/// What is to be dropped where it cannot be trusted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Dropping<'a> {
+    /// Of these disks; of all when none is named.
+    targets: &'a [String],
+    /// Kept snapshots that are not there too, and not only those that no record knows any more.
+    kept: bool,
+    /// Bitmaps that no checkpoint knows too.
+    unknown: bool,
+}
+
+impl<'a> Dropping<'a> {
+    fn all(unknown: bool) -> Self {
+        Self {
+            targets: &[],
+            kept: true,
+            unknown,
+        }
+    }
+
+    /// What a revert of these disks has ended.
+    pub(crate) fn reverted(targets: &'a [String]) -> Self {
+        Self {
+            targets,
+            kept: false,
+            unknown: false,
+        }
+    }
+
+    fn of(&self, target: &String) -> bool {
+        self.targets.is_empty() || self.targets.contains(target)
+    }
+
+    fn means(&self, lineage: &Lineage, mark: &CheckedMark, known: &BTreeSet<SnapshotId>) -> bool {
+        let disk = lineage
+            .get(&mark.checkpoint)
+            .ok()
+            .and_then(|c| c.disk(&mark.target));
+        let ended = match disk.map(|disk| &disk.mark) {
+            Some(Mark::Pinned(id)) => self.kept || !known.contains(id),
+            _ => true,
+        };
+        ended && self.of(&mark.target)
+    }
+}
+
 impl Dispatcher {
     /// Looks at every mark of every checkpoint; changes nothing.
     ///
@@ -213,12 +259,19 @@ impl Dispatcher {
             if !pinned.contains(&snapshot.id) {
                 continue;
             }
-            let Inspected { snapshot, health } = self.look(control, snapshot).await?;
-            for (disk, health) in snapshot.disks.iter().zip(health) {
-                let verdict = match health {
-                    Health::Active | Health::Endangered(_) => MarkVerdict::Ok,
-                    Health::Broken(_) => MarkVerdict::Inconsistent,
-                    Health::Gone(_) => MarkVerdict::Missing,
+            for disk in &snapshot.disks {
+                let pinned = |c: &Checkpoint| {
+                    c.disk(&disk.target).map(|d| &d.mark) == Some(&Mark::Pinned(snapshot.id))
+                };
+                if !lineage.checkpoints().iter().any(pinned) {
+                    continue;
+                }
+                let verdict = match self.health(control, &snapshot, disk).await {
+                    Ok(Health::Active | Health::Endangered(_)) => MarkVerdict::Ok,
+                    Ok(Health::Gone(_)) => MarkVerdict::Missing,
+                    // It may be good again tomorrow (a volume that is not active): only who removes the checkpoint ends it.
+                    Ok(Health::Broken(why)) => unreachable_kept(disk, &snapshot, &why),
+                    Err(error) => unreachable_kept(disk, &snapshot, &error.to_string()),
                 };
                 found.insert((snapshot.id, disk.target.clone()), verdict);
             }
@@ -235,29 +288,38 @@ impl Dispatcher {
     /// `Busy` where a bitmap is being exported. The records are as they were then.
     pub async fn drop_broken(&self, domain: &Domain, unknown: bool) -> Result<Dropped> {
         let held = self.hold(domain).await.map_err(|e| e.during("drop-broken"))?;
-        let dropped = self.drop_broken_held(&held, domain, &[], unknown).await;
+        let dropped = self
+            .drop_broken_held(&held, domain, &Dropping::all(unknown))
+            .await;
         dropped.map_err(|e| e.during("drop-broken").with("domain", &domain.id))
     }
 
-    /// Of these disks; of all when none is named.
     pub(crate) async fn drop_broken_held(
         &self,
         held: &Held,
         domain: &Domain,
-        targets: &[String],
-        unknown: bool,
+        what: &Dropping<'_>,
     ) -> Result<Dropped> {
         let control = &*held.control;
         self.refuse_while_merging(&domain.id).await?;
         let lineage = Lineage::new(self.catalog.checkpoints(&domain.id).await?)?;
         let mut validation = self.validate_held(control, domain, &lineage).await?;
-        let meant = |target: &String| targets.is_empty() || targets.contains(target);
-        validation.marks.retain(|mark| meant(&mark.target));
-        validation.full.retain(meant);
+        let known: BTreeSet<SnapshotId> = self
+            .all_snapshots(&domain.id)
+            .await?
+            .iter()
+            .map(|s| s.id)
+            .collect();
+        validation.marks.retain(|mark| what.means(&lineage, mark, &known));
+        validation.full.retain(|target| what.of(target));
         let marks = broken(&lineage, &validation)?;
         let mut dropped = Dropped {
             full: validation.full,
-            unknown: if unknown { validation.unknown } else { Vec::new() },
+            unknown: if what.unknown {
+                validation.unknown
+            } else {
+                Vec::new()
+            },
             ..Dropped::default()
         };
         let set = without(&lineage, &marks);
@@ -281,7 +343,7 @@ impl Dispatcher {
             let mut changes = self.moved_back(domain, &lineage, &marks, &kept).await?;
             changes.push(Change::SetCheckpoints(set));
             self.end_marks(control, domain, endings, changes).await?;
-            self.free_unpinned(held, domain).await?;
+            self.free_unpinned(held, &domain.id).await?;
         }
         dropped.marks = marks;
         Ok(dropped)
@@ -314,15 +376,13 @@ impl Dispatcher {
             let Some(after) = snapshot.after.clone().filter(|name| lineage.get(name).is_ok()) else {
                 continue;
             };
-            let before: BTreeSet<&CheckpointName> = lineage.back_from(&after)?.map(|c| &c.name).collect();
             for disk in &mut snapshot.disks {
-                // A kept snapshot knows nothing that a later one would need.
-                let is_bitmap = |mark: &CheckedMark| {
-                    let checkpoint = lineage.get(&mark.checkpoint).ok();
-                    checkpoint.is_some_and(|c| c.bitmap(&mark.target).is_some())
-                };
+                // The bitmap that recorded until the instant; those before it are asked for by their checkpoints' names.
+                let last = lineage
+                    .back_from(&after)?
+                    .find(|c| c.bitmap(&disk.target).is_some());
                 let lost = |mark: &CheckedMark| {
-                    mark.target == disk.target && before.contains(&mark.checkpoint) && is_bitmap(mark)
+                    mark.target == disk.target && last.is_some_and(|last| last.name == mark.checkpoint)
                 };
                 disk.untold |= marks.iter().any(lost);
             }
@@ -333,6 +393,16 @@ impl Dispatcher {
         }
         Ok(changes)
     }
+}
+
+/// Tells why a kept snapshot cannot be trusted now.
+fn unreachable_kept(disk: &DiskSnapshotRecord, snapshot: &Snapshot, why: &str) -> MarkVerdict {
+    tracing::warn!(
+        "{}: the snapshot {} that is kept for a checkpoint cannot be used now: {why}",
+        disk.target,
+        snapshot.name
+    );
+    MarkVerdict::Unreachable
 }
 
 fn ending(domain: &Domain, target: &str, bitmap: &str) -> Option<Ending> {

@@ -137,7 +137,8 @@ pub struct CheckpointDisk {
     /// The mark is in the hypervisor's memory alone, and ends with that hypervisor: the disk's format has no place for it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub volatile: bool,
-    /// The mark of the checkpoint before was lost, so that what changed in between is not known.
+    /// The bitmap before was lost, or is of a content that was put back since, so that what changed in between is not known.
+    /// A kept snapshot is compared for all that; only what bitmaps tell does not reach across it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub anew: bool,
 }

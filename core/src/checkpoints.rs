@@ -102,6 +102,7 @@ impl Dispatcher {
                 done.added.push(checkpoint.name.clone());
                 continue;
             };
+            carry_kept(checkpoint, old);
             if !how.replace {
                 complete(checkpoint, old)?;
             }
@@ -123,7 +124,7 @@ impl Dispatcher {
             drop(known);
             let change = [Change::SetCheckpoints(set)];
             self.catalog.settle(Uuid::nil(), &domain.id, &change).await?;
-            self.free_unpinned(&held, domain).await?;
+            self.free_unpinned(&held, &domain.id).await?;
         }
         Ok(done)
     }
@@ -223,6 +224,13 @@ fn refuse_lacking(set: &[Checkpoint], known: &HashMap<&CheckpointName, &Checkpoi
         .hint("Give the whole set; or say --replace, and they are forgotten."))
 }
 
+/// Most forms have no words for a kept snapshot: what they do not say of it is no wish to give it up.
+fn carry_kept(given: &mut Checkpoint, known: &Checkpoint) {
+    let untold = |disk: &&CheckpointDisk| disk.mark.bitmap().is_none() && given.disk(&disk.target).is_none();
+    let untold: Vec<CheckpointDisk> = known.disks.iter().filter(untold).cloned().collect();
+    given.disks.extend(untold);
+}
+
 /// Fills in what is known of a checkpoint and was not said; refuses what contradicts it.
 fn complete(given: &mut Checkpoint, known: &Checkpoint) -> Result<()> {
     let mut wrong = None;
@@ -251,10 +259,6 @@ fn complete(given: &mut Checkpoint, known: &Checkpoint) -> Result<()> {
             None => wrong = Some(format!("the disk {} besides", disk.target)),
         }
     }
-    // Most forms have no words for a kept snapshot.
-    let untold = |disk: &&CheckpointDisk| disk.mark.bitmap().is_none() && given.disk(&disk.target).is_none();
-    let untold: Vec<CheckpointDisk> = known.disks.iter().filter(untold).cloned().collect();
-    given.disks.extend(untold);
     if let Some(gone) = known.disks.iter().find(|disk| given.disk(&disk.target).is_none()) {
         wrong = Some(format!("nothing of the disk {}", gone.target));
     }

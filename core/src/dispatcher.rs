@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use crate::marking::Marking;
 use crate::names::nearest;
+use crate::pinning::without_name;
 use crate::resolve::resolve;
 use crate::standing::Standing;
 use crate::window::{self, Instantly, Take};
@@ -222,10 +223,8 @@ impl Dispatcher {
         let control = self.connector.control(domain).await?;
         let held = Held::new(control, lock);
         self.settle_leftovers(&held, &domain.id).await?;
-        // A kill between the end of a checkpoint and that of what was kept for it. Nobody waits for that.
-        if let Err(error) = self.free_unpinned(&held, domain).await {
-            tracing::warn!("what was kept for a checkpoint that is no more stays: {error}");
-        }
+        // A kill between the end of a checkpoint and that of what was kept for it.
+        self.free_unpinned(&held, &domain.id).await?;
         Ok(held)
     }
 
@@ -248,6 +247,20 @@ impl Dispatcher {
         let existing = self.catalog.snapshots(&domain.id).await?;
         if let Some(snapshot) = existing.iter().find(|s| s.id == request.id) {
             return Ok(snapshot.clone());
+        }
+        if self
+            .catalog
+            .pinned(&domain.id)
+            .await?
+            .iter()
+            .any(|s| s.id == request.id)
+        {
+            return Err(Error::new(
+                ErrorKind::AlreadyExists,
+                "the snapshot of this request was deleted, and is kept for a checkpoint",
+            )
+            .with("id", request.id)
+            .hint("Ask with a new id."));
         }
         let name = request.name.clone().unwrap_or_else(|| request.id.into());
         if existing.iter().any(|s| s.name == name) {
@@ -463,10 +476,7 @@ impl Dispatcher {
             .await?;
         let rest = self.delete_units(held, snapshot).await?;
         self.drop_written(control, &intent.domain, snapshot).await?;
-        changes.push(match rest.units.as_slice() {
-            [] => Change::RemoveSnapshot(snapshot.id),
-            _ => Change::AddSnapshot(Box::new(rest)),
-        });
+        changes.push(without_name(rest));
         self.catalog.settle(intent.id, &intent.domain.id, &changes).await
     }
 

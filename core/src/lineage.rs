@@ -158,6 +158,14 @@ impl Lineage {
         Ok(places.map(|n| &self.checkpoints[n]))
     }
 
+    /// The checkpoint before this one that covers the disk.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such checkpoint.
+    pub fn before(&self, name: &CheckpointName, target: &str) -> Result<Option<&Checkpoint>> {
+        Ok(self.back_from(name)?.skip(1).find(|c| c.disk(target).is_some()))
+    }
+
     /// The checkpoint before this one whose bitmap knows what was written to the disk from then on.
     ///
     /// # Errors

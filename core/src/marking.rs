@@ -125,6 +125,8 @@ impl Dispatcher {
             begins,
             ..Marking::default()
         };
+        // Also where no checkpoint asks: what was written past a raw disk's qcow2 is not read through it.
+        marking.warnings.extend(self.renew_past(control, domain).await?);
         if marking.begins.is_none() && marking.after.is_none() {
             return Ok(marking);
         }
@@ -135,7 +137,6 @@ impl Dispatcher {
             )
             .hint("Choose another name, or remove that checkpoint first; it is never replaced."));
         }
-        marking.warnings.extend(self.renew_past(control, domain).await?);
         let disks: Vec<_> = plan.disks.iter().map(|planned| &planned.request.disk).collect();
         let looked = self
             .tracker()?
@@ -176,7 +177,7 @@ impl Dispatcher {
                     size: tracked.size,
                     mark,
                     volatile,
-                    anew: anew && !pinned,
+                    anew,
                 });
             }
             // A bitmap that stops at the instant needs no copy, nor one that nobody changes meanwhile.

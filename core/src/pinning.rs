@@ -5,10 +5,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use uuid::Uuid;
+
 use crate::dispatcher::Held;
 use crate::ledger::remove;
 use crate::{
-    Act, Checkpoint, CheckpointName, Dispatcher, Domain, DomainId, Error, ErrorKind, Mark, Result, Snapshot,
+    Change, Checkpoint, CheckpointName, Dispatcher, DomainId, Error, ErrorKind, Mark, Result, Snapshot,
     SnapshotId, Unit, UnitRecord,
 };
 
@@ -50,6 +52,14 @@ impl Pins {
     }
 }
 
+/// What to record of a snapshot that was deleted: what is left of it, if anything is.
+pub(crate) fn without_name(rest: Snapshot) -> Change {
+    match rest.units.as_slice() {
+        [] => Change::RemoveSnapshot(rest.id),
+        _ => Change::AddSnapshot(Box::new(rest)),
+    }
+}
+
 impl Dispatcher {
     /// The snapshots of a domain and what is kept of deleted ones, oldest first.
     pub(crate) async fn all_snapshots(&self, domain: &DomainId) -> Result<Vec<Snapshot>> {
@@ -86,32 +96,29 @@ impl Dispatcher {
         Ok(rest)
     }
 
-    /// Deletes what was kept for checkpoints that are no more. Idempotent.
-    pub(crate) async fn free_unpinned(&self, held: &Held, domain: &Domain) -> Result<()> {
-        let kept = self.catalog.pinned(&domain.id).await?;
+    /// Deletes what was kept for checkpoints that are no more. What cannot be deleted now is told, and the next act on the
+    /// domain tries again: nobody waits for it, and the record without a checkpoint says that it is to be done.
+    pub(crate) async fn free_unpinned(&self, held: &Held, domain: &DomainId) -> Result<()> {
+        let kept = self.catalog.pinned(domain).await?;
         if kept.is_empty() {
             return Ok(());
         }
-        let pins = self.pins(&domain.id).await?;
+        let pins = self.pins(domain).await?;
         for snapshot in kept {
             let mut units = snapshot.units.iter();
             if units.all(|record| pins.need(snapshot.id, &record.unit)) {
                 continue;
             }
-            let intent = self
-                .intend(
-                    domain,
-                    Act::Delete {
-                        snapshot: snapshot.id,
-                    },
-                )
-                .await?;
-            let freed = self.finish_delete(held, &intent, &snapshot).await;
-            freed.map_err(|error| {
-                error
-                    .with("snapshot", &snapshot.name)
-                    .hint("The checkpoint is removed; the next act on the domain deletes what was kept for it, and so does `disksnap recover`.")
-            })?;
+            match self.delete_units(held, &snapshot).await {
+                Ok(rest) => {
+                    let change = [without_name(rest)];
+                    self.catalog.settle(Uuid::nil(), domain, &change).await?;
+                }
+                Err(error) => tracing::warn!(
+                    "what was kept of the snapshot {} for a checkpoint that is no more cannot be deleted yet: {error}",
+                    snapshot.name
+                ),
+            }
         }
         Ok(())
     }

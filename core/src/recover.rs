@@ -65,6 +65,7 @@ impl Dispatcher {
         for intent in self.leftovers(&*held.control, &domain.id).await? {
             all.push(self.settle_one(&held, &intent).await);
         }
+        self.free_unpinned(&held, &domain.id).await?;
         Ok(all)
     }
 
@@ -106,6 +107,13 @@ impl Dispatcher {
         if left.iter().any(|intent| matches!(intent.act, Act::Merge { .. })) {
             control.come_to_rest().await?;
         }
+        // Before bitmaps are written to, which hides when a raw disk was written past them.
+        let writes = |intent: &&Intent| matches!(intent.act, Act::Create { .. } | Act::EndMarks { .. });
+        if let Some(intent) = left.iter().find(writes) {
+            for warning in self.renew_past(control, &intent.domain).await? {
+                tracing::warn!("{warning}");
+            }
+        }
         Ok(left)
     }
 
@@ -132,7 +140,6 @@ impl Dispatcher {
             }
             Act::EndMarks { .. } => {
                 self.redo_end_marks(control, intent).await?;
-                self.free_unpinned(held, &intent.domain).await?;
                 Ok(RecoveredHow::Finished)
             }
             Act::Cross { crossing, changes } => {

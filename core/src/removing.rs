@@ -50,7 +50,7 @@ impl Dispatcher {
             changes.push(Change::AddCheckpoint(Box::new(child)));
         }
         self.end_marks(control, domain, endings, changes).await?;
-        self.free_unpinned(held, domain).await
+        self.free_unpinned(held, &domain.id).await
     }
 
     /// Removes what a snapshot that has been merged kept for checkpoints that are no more: it is in the layer that the guest
@@ -181,8 +181,8 @@ fn reparented(lineage: &Lineage, removal: &Removal, name: &CheckpointName) -> Re
     let mut changed = removal.children.clone();
     for target in anew {
         for checkpoint in lineage.checkpoints() {
-            let before = lineage.bitmap_before(&checkpoint.name, target)?;
-            if checkpoint.bitmap(target).is_none() || before.is_none_or(|before| before.name != *name) {
+            let before = lineage.before(&checkpoint.name, target)?;
+            if checkpoint.disk(target).is_none() || before.is_none_or(|before| before.name != *name) {
                 continue;
             }
             if !changed.iter().any(|known| known.name == checkpoint.name) {
@@ -222,6 +222,13 @@ fn forget(
             inherited.heir = heir(lineage, name, &disk.target)?;
             changed = true;
         }
+        let mut marks = lineage
+            .back_from(&after)?
+            .filter(|c| c.disk(&disk.target).is_some());
+        if marks.next().is_some_and(|last| last.name == *name) && begins_anew(lineage, name, &disk.target) {
+            disk.untold = true;
+            changed = true;
+        }
         let mut covering = lineage
             .back_from(&after)?
             .filter(|c| c.bitmap(&disk.target).is_some());
@@ -236,10 +243,6 @@ fn forget(
                 bitmap: bitmap.to_owned(),
                 heir: heir(lineage, name, &disk.target)?,
             });
-            changed = true;
-        }
-        if is_last && begins_anew(lineage, name, &disk.target) {
-            disk.untold = true;
             changed = true;
         }
         // What it holds is in the mark before from now on, with what was written after the snapshot: more, never less.

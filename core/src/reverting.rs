@@ -5,10 +5,12 @@ use std::time::SystemTime;
 
 use uuid::Uuid;
 
+use crate::checking::Dropping;
 use crate::dispatcher::Held;
 use crate::ledger::{Altered, Entry, Ledger, chosen, refuse_exported};
 use crate::{
-    Act, Disk, Dispatcher, Domain, Effect, Error, ErrorKind, Intent, Result, Revert, Snapshot, SnapshotName,
+    Act, Change, CheckpointName, Disk, Dispatcher, Domain, DomainId, Effect, Error, ErrorKind, Intent,
+    Lineage, Result, Revert, Snapshot, SnapshotName,
 };
 
 impl Dispatcher {
@@ -44,7 +46,14 @@ impl Dispatcher {
         let own = domain.disks.iter().filter(|d| snapshot.disk(&d.target).is_some());
         let standing = self.standing(&domain.id).await?;
         standing.refuse_stale(&state, own.clone())?;
-        own.clone().try_for_each(|disk| refuse_tracked(&snapshot, disk))?;
+        let reverted: Vec<String> = entries.iter().flat_map(Entry::targets).collect();
+        // A document may have lost where a disk's data is, and an overlay does not say it.
+        let moved = standing.moves.iter().map(|moved| &moved.disk);
+        let mut all = own
+            .clone()
+            .chain(moved)
+            .filter(|disk| reverted.contains(&disk.target));
+        all.try_for_each(|disk| refuse_tracked(&snapshot, disk))?;
         for entry in &entries {
             self.reverting(entry)?;
             let disk = &entry.unit.disks[0].target;
@@ -58,11 +67,41 @@ impl Dispatcher {
             since: SystemTime::now(),
             act: Act::Revert {
                 snapshot: snapshot.id,
-                targets: entries.iter().flat_map(Entry::targets).collect(),
+                targets: reverted,
             },
         };
         self.catalog.intend(&intent).await?;
         self.finish_revert(held, &intent, &snapshot, &entries).await
+    }
+
+    /// The kept snapshots that are of a content which the revert has taken back: a bitmap from before, which is put back with
+    /// the image, knows nothing of what was written until them.
+    async fn overtaken(
+        &self,
+        domain: &DomainId,
+        snapshot: &Snapshot,
+        targets: &[String],
+    ) -> Result<Vec<Change>> {
+        let lineage = Lineage::new(self.catalog.checkpoints(domain).await?)?;
+        let mut before: Vec<&CheckpointName> = snapshot.checkpoint.iter().collect();
+        if let Some(after) = snapshot.after.as_ref().filter(|name| lineage.get(name).is_ok()) {
+            before.extend(lineage.back_from(after)?.map(|checkpoint| &checkpoint.name));
+        }
+        let mut changes = Vec::new();
+        for checkpoint in lineage
+            .checkpoints()
+            .iter()
+            .filter(|c| !before.contains(&&c.name))
+        {
+            let mut cut = checkpoint.clone();
+            for disk in cut.disks.iter_mut().filter(|disk| targets.contains(&disk.target)) {
+                disk.anew |= disk.mark.bitmap().is_none();
+            }
+            if cut != *checkpoint {
+                changes.push(Change::AddCheckpoint(Box::new(cut)));
+            }
+        }
+        Ok(changes)
     }
 
     /// What the disks' bitmaps tell is of a content that is no more: the checkpoints that cannot be trusted after a revert are
@@ -83,8 +122,15 @@ impl Dispatcher {
             now.replace_disk(disk.clone());
         }
         let dropped = match self.tracker {
-            Some(_) if altered.deferred.is_empty() => self.drop_broken_held(held, &now, targets, false).await,
-            _ => return,
+            Some(_) if altered.deferred.is_empty() => {
+                let what = Dropping::reverted(targets);
+                self.drop_broken_held(held, &now, &what).await
+            }
+            Some(_) => {
+                let warning = "which checkpoints outlive the revert is known once it is done: see `disksnap checkpoint validate` then";
+                return altered.warnings.push(warning.to_owned());
+            }
+            None => return,
         };
         match dropped {
             Ok(dropped) => altered.warnings.extend(dropped.marks.iter().map(|mark| {
@@ -127,14 +173,16 @@ impl Dispatcher {
                     return Err(error.by(&entry.method).leaving(Effect::Unknown));
                 }
                 Err(error) => {
-                    let (changes, _) = ledger.close();
+                    let (mut changes, _) = ledger.close();
+                    changes.extend(self.overtaken(domain, snapshot, &done).await?);
                     self.catalog.settle(intent.id, domain, &changes).await?;
                     return Err(partly(error.by(&entry.method), &done));
                 }
             }
             done.extend(entry.targets());
         }
-        let (changes, mut altered) = ledger.close();
+        let (mut changes, mut altered) = ledger.close();
+        changes.extend(self.overtaken(domain, snapshot, &done).await?);
         self.catalog.settle(intent.id, domain, &changes).await?;
         self.cut_off_by_revert(held, &intent.domain, &done, &mut altered)
             .await;

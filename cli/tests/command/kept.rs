@@ -1,6 +1,6 @@
 //! Checkpoints that are kept snapshots: of btrfs under a real QEMU that runs, and with it off.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use disksnap_test_support::{DiskSpec, KIB, LoopFsKind, MIB, Qemu, loop_fs, need};
 use serde_json::{Value, json};
@@ -57,6 +57,15 @@ impl Stage {
     }
 }
 
+/// A subvolume with an empty qcow2 image in it.
+fn subvolume(fs: &Path) -> PathBuf {
+    let images = fs.join("images");
+    run("btrfs", &["subvolume", "create", &arg(&images)]);
+    let image = arg(&images.join("vdb.qcow2"));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "16M"]);
+    images
+}
+
 /// A raw and a qcow2 disk in one subvolume of a btrfs.
 fn machine(images: &Path) -> Qemu {
     let raw = images.join("vda.raw");
@@ -90,19 +99,7 @@ fn kept(fs: &Path) -> usize {
 fn what_changed_is_told_by_comparing_and_the_snapshot_goes_with_its_checkpoint() {
     need!("btrfs");
     let fs = loop_fs(LoopFsKind::Btrfs, 512 * MIB, "");
-    let images = fs.path().join("images");
-    run("btrfs", &["subvolume", "create", &arg(&images)]);
-    run(
-        "qemu-img",
-        &[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            &arg(&images.join("vdb.qcow2")),
-            "16M",
-        ],
-    );
+    let images = subvolume(fs.path());
     let machine = machine(&images);
     let site = Site::new();
     let xml = arg(&machine.domain_xml_file());
@@ -161,19 +158,7 @@ fn what_changed_is_told_by_comparing_and_the_snapshot_goes_with_its_checkpoint()
 fn a_snapshot_by_another_method_is_refused_with_the_way_out() {
     need!("btrfs");
     let fs = loop_fs(LoopFsKind::Btrfs, 512 * MIB, "");
-    let images = fs.path().join("images");
-    run("btrfs", &["subvolume", "create", &arg(&images)]);
-    run(
-        "qemu-img",
-        &[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            &arg(&images.join("vdb.qcow2")),
-            "16M",
-        ],
-    );
+    let images = subvolume(fs.path());
     let machine = machine(&images);
     let site = Site::new();
     let xml = arg(&machine.domain_xml_file());
@@ -190,4 +175,59 @@ fn a_snapshot_by_another_method_is_refused_with_the_way_out() {
         refused.contains("kept snapshot") && refused.contains("next:"),
         "{refused}"
     );
+}
+
+/// A bitmap that a revert has put back with its image knows nothing of what was written before the kept snapshot that comes
+/// after it: nothing is told by it since then.
+#[test]
+fn after_a_revert_no_older_bitmap_stands_in_for_a_kept_snapshot() {
+    need!("btrfs");
+    let fs = loop_fs(LoopFsKind::Btrfs, 512 * MIB, "");
+    let images = subvolume(fs.path());
+    let image = arg(&images.join("vdb.qcow2"));
+    let site = Site::new();
+    let xml = site.file(
+        "off.xml",
+        &format!(
+            "<domain type='qemu'><name>off</name><uuid>5d6a3b5e-0c0e-4b8a-9a55-0c2f6f0d2a12</uuid><devices>\
+             <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>\
+             <target dev='vdb' bus='virtio'/></disk></devices></domain>"
+        ),
+    );
+    let write = |at: &str| {
+        run(
+            "qemu-io",
+            &["-f", "qcow2", "-c", &format!("write -P 7 {at} 64k"), &image],
+        )
+    };
+    let create = |name: &str, method: &str, more: &[&str]| {
+        let disk = format!("vdb,method={method}");
+        let words = ["snapshot", "create", "-d", &xml, "--name", name, "--disk", &disk];
+        site.ok(&[&words[..], more].concat());
+    };
+    create("monday", "reflink", &["--checkpoint"]);
+    create("base", "btrfs", &[]);
+    write("1M");
+    create("tuesday", "btrfs", &["--checkpoint"]);
+    write("2M");
+    let changes = ["changes", "-d", &xml, "--from", "tuesday", "--to"];
+    create("wednesday", "reflink", &[]);
+    let told = site.ok(&[&changes[..], &["wednesday"]].concat());
+    assert!(told.contains("2097152") && told.contains("'monday'"), "{told}");
+    site.ok(&["snapshot", "revert", "-d", &xml, "base"]);
+    write("3M");
+    create("thursday", "reflink", &[]);
+    // What was written at 1M is in tuesday's, not in thursday's, and monday's bitmap does not know of it.
+    let refused = site.run(&[&changes[..], &["thursday"]].concat());
+    assert_ne!(
+        refused.code,
+        Some(0),
+        "{}",
+        String::from_utf8_lossy(&refused.stdout)
+    );
+    create("friday", "btrfs", &[]);
+    let told = site.ok(&[&changes[..], &["friday"]].concat());
+    for at in ["1048576", "3145728"] {
+        assert!(told.contains(at), "{told}");
+    }
 }

@@ -33,6 +33,21 @@ impl FakeTracker {
             .collect()
     }
 
+    /// As somebody would disable it.
+    pub(crate) fn stop(&self, target: &str, name: &str) {
+        self.set(target, name, false);
+    }
+
+    /// As somebody would enable it.
+    pub(crate) fn record(&self, target: &str, name: &str) {
+        self.set(target, name, true);
+    }
+
+    fn set(&self, target: &str, name: &str, records: bool) {
+        let mut all = self.bitmaps.lock().unwrap();
+        all.get_mut(target).unwrap().insert(name.to_owned(), records);
+    }
+
     /// As a crash would lose it.
     pub(crate) fn lose(&self, target: &str, name: &str) {
         self.bitmaps.lock().unwrap().get_mut(target).unwrap().remove(name);
