@@ -23,7 +23,8 @@ pub struct SameFile {
     pub earlier: usize,
     /// Which of the later image's files it is.
     pub later: usize,
-    /// What differs between the two, in the file's own bytes, and the size of the later one's file.
+    /// What differs between the two, in the file's own bytes, and the size of the later one's file. What the longer one has
+    /// beyond the other's end is among it: an image reads zeros beyond its file's end.
     pub changed: Changed,
 }
 

@@ -169,13 +169,15 @@ fn same(earlier: &Copy, later: &Copy) -> Vec<SameFile> {
     same
 }
 
-/// What differs, in blocks of 512 bytes.
+/// What differs, in blocks of 512 bytes, up to where the longer one ends.
 fn differing(earlier: &Path, later: &Path) -> Changed {
     let [before, after] = [earlier, later].map(|path| std::fs::read(path).unwrap());
     let mut differing: Vec<Range<u64>> = Vec::new();
-    for at in (0..after.len()).step_by(512) {
-        let end = (at + 512).min(after.len());
-        if before.get(at..end) == Some(&after[at..end]) {
+    let whole = before.len().max(after.len());
+    for at in (0..whole).step_by(512) {
+        let end = (at + 512).min(whole);
+        let same = before.get(at..end).zip(after.get(at..end));
+        if same.is_some_and(|(before, after)| before == after) {
             continue;
         }
         match differing.last_mut() {
@@ -350,6 +352,23 @@ async fn of_a_cluster_that_stays_where_it_is_only_the_blocks_are_told_that_diffe
         bench.check(&later, &over).await,
         [0..64 * KIB, 192 * KIB..256 * KIB]
     );
+}
+
+/// A file that is cut off reads zeros beyond its end, though its tables are the same.
+#[tokio::test]
+async fn what_is_cut_off_is_told() {
+    let mut bench = simple();
+    bench.io(&["write -P 9 3M 64k"]);
+    let earlier = bench.copy();
+    let file = std::fs::OpenOptions::new().write(true).open(&bench.files[0].path);
+    let file = file.unwrap();
+    let length = file.metadata().unwrap().len();
+    file.set_len(length / (64 * KIB) * (64 * KIB) - 4 * KIB).unwrap();
+    let later = bench.copy();
+    assert!(earlier.1 != later.1, "nothing was cut off");
+    for (earlier, later) in [(&earlier, &later), (&later, &earlier)] {
+        assert!(!bench.check(earlier, later).await.is_empty());
+    }
 }
 
 #[tokio::test]

@@ -19,14 +19,17 @@ use std::path::Path;
 use async_trait::async_trait;
 use disksnap_core::{Changed, Compare, Error, ErrorKind, Health, Host, Peer, Ranges, Result, Unit};
 use disksnap_image_file::{FileInImage, Qcow2, QemuImg, SameFile, guest_ranges, opened};
-use futures_util::StreamExt;
 use futures_util::future::ready;
 use futures_util::stream::once;
+use futures_util::{StreamExt, TryStreamExt};
 
 use crate::extents::Extents;
 use crate::file_changes::TwoStates;
 use crate::snapshot::{Made, MadeImage};
 use crate::{blocking, remembered};
+
+/// A guest's disk is whole sectors, the last one filled up with zeros.
+const SECTOR: u64 = 512;
 
 /// What tells how two snapshots differ.
 #[derive(Debug)]
@@ -164,7 +167,7 @@ impl Found {
         let raw = |files: &[FileInImage]| matches!(files, [only] if only.format == "raw");
         if raw(&self.earlier) && raw(&self.later) && self.same.len() == 1 {
             let (_, _, files) = self.same.remove(0);
-            return Ok(files.changed());
+            return Ok(of_disk(files.changed()));
         }
         let qemu_img = QemuImg::find().ok_or_else(|| {
             let why =
@@ -177,6 +180,18 @@ impl Found {
             changed: files.changed(),
         });
         guest_ranges(&qemu_img, &self.earlier, &self.later, same.collect()).await
+    }
+}
+
+/// Of what differs in a raw file, what a guest sees: up to the end of its last sector.
+fn of_disk(changed: Changed) -> Changed {
+    let end = changed.size.next_multiple_of(SECTOR);
+    let clipped = changed
+        .ranges
+        .map_ok(move |range| range.start..range.end.min(end));
+    Changed {
+        ranges: clipped.try_filter(|range| ready(!range.is_empty())).boxed(),
+        ..changed
     }
 }
 

@@ -49,7 +49,7 @@ impl TwoStates {
         })
     }
 
-    /// What differs in the file.
+    /// What differs in the file, up to where the longer one of the two ends.
     pub(crate) fn changed(self) -> Changed {
         let size = self.later.size();
         let (to, receiver) = mpsc::channel(WAITING);
@@ -87,7 +87,7 @@ impl TwoStates {
             }
             at = to;
         }
-        telling.tell(common..is);
+        telling.tell(common..was.max(is));
         Ok(())
     }
 

@@ -97,6 +97,29 @@ async fn nothing_is_missed_of_a_qcow2_image() {
     }
 }
 
+/// A file that is cut off reads zeros beyond its end, though its tables are the same.
+#[tokio::test]
+async fn what_is_cut_off_is_told() {
+    need!("btrfs", "qemu-img");
+    let fs = btrfs();
+    let images = create(&fs.path().join("images"));
+    qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "8M"], &images).unwrap();
+    let image = images.join("a.qcow2");
+    io(
+        &image,
+        &["write -P 1 0 64k".to_owned(), "write -P 9 3M 64k".to_owned()],
+    );
+    let rig = Rig::off(Btrfs, vec![disk("vda", "qcow2", &image)]);
+    let whole = rig.create("whole").await;
+    let file = fs::OpenOptions::new().write(true).open(&image).unwrap();
+    let length = file.metadata().unwrap().len();
+    file.set_len(length / (64 << 10) * (64 << 10) - 4096).unwrap();
+    let cut = rig.create("cut").await;
+    for (was, is) in [(&whole, &cut), (&cut, &whole)] {
+        assert!(!assert_told(&rig, was, is, "cut off").await.is_empty());
+    }
+}
+
 /// An overlay comes between, is written to, and is committed again: the layers of the two snapshots are others.
 #[tokio::test]
 async fn nothing_is_missed_of_a_chain() {
