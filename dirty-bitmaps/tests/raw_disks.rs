@@ -12,7 +12,8 @@ use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use disksnap_core::{
-    Crossed, Crossing, Disk, ErrorKind, MergeOptions, RawDisks, RecoveredHow, Snapshot, Source,
+    Crossed, Crossing, Disk, Ending, ErrorKind, MergeOptions, RawDisks, RecoveredHow, Snapshot, Source,
+    Start, Tracker,
 };
 use disksnap_dirty_bitmaps::DirtyBitmaps;
 use disksnap_test_support::{DiskSpec, KIB, LoopFsKind, MIB, Qemu, QemuVersion, loop_fs, need};
@@ -489,7 +490,7 @@ async fn a_domain_that_runs_past_the_qcow2_is_noticed() {
     assert_eq!(error.kind(), ErrorKind::Broken, "{error}");
 }
 
-/// Nothing stands in the way of giving a checkpoint up, and what is left is not told as if it knew.
+/// Nothing stands in the way of giving a checkpoint up, nor of settling what was begun before; and what is left is not told as if it knew.
 #[tokio::test]
 async fn a_checkpoint_is_removed_while_the_domain_runs_past_the_qcow2() {
     let raw = Raw::new(QemuVersion::V10_0);
@@ -507,12 +508,29 @@ async fn a_checkpoint_is_removed_while_the_domain_runs_past_the_qcow2() {
     qemu.quit();
     let qemu = raw.start(|disk| disk);
     goes_on(&mut rig, &qemu);
-    let name = rig::checkpoint("two");
+    let name = rig::checkpoint("one");
     let removed = rig.dispatcher.remove_checkpoint(&rig.domain, &name).await;
     removed.unwrap();
+    // What was begun before, and is settled now.
+    let (control, disk) = (rig.control(), rig.domain.disks[0].clone());
+    let ending = Ending {
+        disk: disk.clone(),
+        bitmap: "three".to_owned(),
+        into: Some("two".to_owned()),
+        record: true,
+    };
+    DirtyBitmaps.end(&*control, &[ending]).await.unwrap();
+    let start = Start {
+        disk,
+        top: None,
+        starts: Some("four".to_owned()),
+        recording: Some("three".to_owned()),
+        copy: None,
+    };
+    DirtyBitmaps.abort(&*control, &[start]).await.unwrap();
     qemu.quit();
     is_off(&mut rig);
-    assert_eq!(verdicts(&rig).await, ["one=missing", "three=missing"]);
+    assert_eq!(verdicts(&rig).await, ["two=missing", "three=missing"]);
 }
 
 #[tokio::test]
