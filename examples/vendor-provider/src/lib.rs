@@ -20,7 +20,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use disksnap_core::{Access, Capability, Compare, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host, Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, Taken, TakePlan, Unit};
+use disksnap_core::{
+    Access, Capability, Compare, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit, Health, Host,
+    Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan, Taken,
+    Unit,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::array::{Array, Copy};
