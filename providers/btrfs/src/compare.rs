@@ -24,12 +24,9 @@ use futures_util::stream::once;
 use futures_util::{StreamExt, TryStreamExt};
 
 use crate::extents::Extents;
-use crate::file_changes::TwoStates;
+use crate::file_changes::{SECTOR, TwoStates};
 use crate::snapshot::{Made, MadeImage};
 use crate::{blocking, remembered};
-
-/// A guest's disk is whole sectors, the last one filled up with zeros.
-const SECTOR: u64 = 512;
 
 /// What tells how two snapshots differ.
 #[derive(Debug)]

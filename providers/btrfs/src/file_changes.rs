@@ -15,6 +15,8 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use crate::differences::{Joining, differences};
 use crate::extents::{Extents, Window};
 
+/// A guest's disk is whole sectors, the last one filled up with zeros.
+pub(crate) const SECTOR: u64 = 512;
 /// How many ranges wait at most for whoever wants them.
 const WAITING: usize = 1024;
 /// How often a place of a file is looked at that balancing moves at that very moment.
@@ -49,7 +51,7 @@ impl TwoStates {
         })
     }
 
-    /// What differs in the file, up to where the longer one of the two ends.
+    /// What differs in the file, up to the end of the last sector of the longer one of the two.
     pub(crate) fn changed(self) -> Changed {
         let size = self.later.size();
         let (to, receiver) = mpsc::channel(WAITING);
@@ -87,7 +89,10 @@ impl TwoStates {
             }
             at = to;
         }
-        telling.tell(common..was.max(is));
+        if was != is {
+            // With what the last sector of a guest's disk has beyond the file.
+            telling.tell(common..was.max(is).next_multiple_of(SECTOR));
+        }
         Ok(())
     }
 

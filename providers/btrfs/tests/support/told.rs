@@ -9,6 +9,9 @@ use futures_util::TryStreamExt;
 
 use super::rig::{Rig, file, qemu_img};
 
+/// A guest's disk is made of these.
+const SECTOR: u64 = 512;
+
 pub fn peer(snapshot: &Snapshot) -> Peer {
     Peer {
         snapshot: snapshot.id,
@@ -33,7 +36,7 @@ pub async fn ranges(rig: &Rig, earlier: &Snapshot, later: &Snapshot) -> Vec<Rang
     assert!(matches!(precision, Precision::Superset(_)));
     assert_eq!(Some(size), later.disk("vda").unwrap().size);
     let ranges: Vec<Range<u64>> = ranges.try_collect().await.unwrap();
-    let sound = |range: &Range<u64>| range.start < range.end && range.end <= size;
+    let sound = |range: &Range<u64>| range.start < range.end && range.end <= size.next_multiple_of(SECTOR);
     assert!(ranges.iter().all(sound), "{ranges:?} of {size}");
     assert!(
         ranges.windows(2).all(|two| two[0].end < two[1].start),
@@ -58,7 +61,7 @@ pub async fn assert_told(rig: &Rig, earlier: &Snapshot, later: &Snapshot, what: 
     told
 }
 
-/// What a guest would read.
+/// What a guest would read: whole sectors, the last one filled up with zeros.
 pub fn content(rig: &Rig, snapshot: &Snapshot) -> Vec<u8> {
     let from = file(snapshot, "vda");
     let format = match &snapshot.disk("vda").unwrap().access {
@@ -66,7 +69,10 @@ pub fn content(rig: &Rig, snapshot: &Snapshot) -> Vec<u8> {
         other => panic!("it is reached by {other:?}"),
     };
     if format == "raw" {
-        return fs::read(from).unwrap();
+        let mut content = fs::read(from).unwrap();
+        let sectors = (content.len() as u64).next_multiple_of(SECTOR);
+        content.resize(usize::try_from(sectors).unwrap(), 0);
+        return content;
     }
     let (from, to) = (from.to_str().unwrap(), rig.dir.path().join("content.raw"));
     let convert = ["convert", "-f", format, "-O", "raw", from, to.to_str().unwrap()];
