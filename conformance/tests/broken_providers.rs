@@ -7,7 +7,7 @@ mod unmoved;
 use std::path::Path;
 use std::sync::Arc;
 
-use broken::{Broken, Call, Comparing, Fault, Hands, Mishap, Slip, Subtle, Wrong};
+use broken::{Broken, Call, Fault, Hands, Mishap, Slip, Subtle, Wrong};
 use disksnap_conformance::{Fixture, Outcome, RawFiles, Report, run};
 use disksnap_core::{Capability, DiskSnapshot};
 use disksnap_memory::Memory;
@@ -90,7 +90,7 @@ caught! {
 
 fn comparing(dir: &Path, wrong: Wrong) -> Arc<dyn Fixture> {
     let capabilities = CAPABILITIES.into_iter().chain([Capability::Compare]);
-    let make = move || Arc::new(Comparing(wrong)) as Arc<dyn DiskSnapshot>;
+    let make = move || Arc::new(Subtle(Slip::Compares(wrong))) as Arc<dyn DiskSnapshot>;
     Arc::new(RawFiles::new(dir, capabilities, make))
 }
 

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use serde::{Deserialize, Serialize};
 
 use crate::dispatcher::Held;
+use crate::pinning::Pins;
 use crate::{
-    Change, Checkpoint, CheckpointName, Control, DirtyBitmap, DiskSnapshotRecord, Dispatcher, Domain, Ending,
-    Health, Lineage, Mark, Result, Snapshot, SnapshotId, Trackable, Tracked,
+    Change, Checkpoint, CheckpointName, Control, DirtyBitmap, Dispatcher, Domain, Ending, Health, Lineage,
+    Mark, Result, Snapshot, SnapshotId, Trackable, Tracked, Unit, UnitRecord,
 };
 
 /// What was found of one mark.
@@ -233,47 +234,36 @@ impl Dispatcher {
         Ok(validation)
     }
 
-    /// The snapshots that are checkpoints' marks, looked at disk by disk.
+    /// The snapshots that are checkpoints' marks, looked at: by disk.
     async fn pinned_health(
         &self,
         control: &dyn Control,
         domain: &Domain,
         lineage: &Lineage,
     ) -> Result<HashMap<(SnapshotId, String), MarkVerdict>> {
-        let marks = lineage
-            .checkpoints()
-            .iter()
-            .flat_map(|c| &c.disks)
-            .map(|disk| &disk.mark);
-        let pinned: BTreeSet<SnapshotId> = marks
-            .filter_map(|mark| match mark {
-                Mark::Pinned(id) => Some(*id),
-                Mark::Bitmap(_) => None,
-            })
-            .collect();
         let mut found = HashMap::new();
-        if pinned.is_empty() {
+        let pins = Pins::of(lineage.checkpoints());
+        if pins.is_empty() {
             return Ok(found);
         }
         for snapshot in self.all_snapshots(&domain.id).await? {
-            if !pinned.contains(&snapshot.id) {
-                continue;
-            }
-            for disk in &snapshot.disks {
-                let pinned = |c: &Checkpoint| {
-                    c.disk(&disk.target).map(|d| &d.mark) == Some(&Mark::Pinned(snapshot.id))
-                };
-                if !lineage.checkpoints().iter().any(pinned) {
+            for UnitRecord { method, unit } in &snapshot.units {
+                if !pins.need(snapshot.id, unit) {
                     continue;
                 }
-                let verdict = match self.health(control, &snapshot, disk).await {
+                let health = match self.registry.get(method) {
+                    Ok(provider) => provider.inspect(control, snapshot.id, unit).await,
+                    Err(error) => Err(error),
+                };
+                let verdict = match health {
                     Ok(Health::Active | Health::Endangered(_)) => MarkVerdict::Ok,
                     Ok(Health::Gone(_)) => MarkVerdict::Missing,
                     // It may be good again tomorrow (a volume that is not active): only who removes the checkpoint ends it.
-                    Ok(Health::Broken(why)) => unreachable_kept(disk, &snapshot, &why),
-                    Err(error) => unreachable_kept(disk, &snapshot, &error.to_string()),
+                    Ok(Health::Broken(why)) => unreachable_kept(unit, &snapshot, &why),
+                    Err(error) => unreachable_kept(unit, &snapshot, &error.by(method).to_string()),
                 };
-                found.insert((snapshot.id, disk.target.clone()), verdict);
+                let disks = unit.disks.iter();
+                found.extend(disks.map(|disk| ((snapshot.id, disk.target.clone()), verdict)));
             }
         }
         Ok(found)
@@ -340,8 +330,7 @@ impl Dispatcher {
                 .filter_map(|found| ending(domain, &found.target, &found.name)),
         );
         if !marks.is_empty() || !endings.is_empty() {
-            let mut changes = self.moved_back(domain, &lineage, &marks, &kept).await?;
-            changes.push(Change::SetCheckpoints(set));
+            let changes = self.given_up(domain, &lineage, &marks).await?;
             self.end_marks(control, domain, endings, changes).await?;
             self.free_unpinned(held, &domain.id).await?;
         }
@@ -396,10 +385,11 @@ impl Dispatcher {
 }
 
 /// Tells why a kept snapshot cannot be trusted now.
-fn unreachable_kept(disk: &DiskSnapshotRecord, snapshot: &Snapshot, why: &str) -> MarkVerdict {
+fn unreachable_kept(unit: &Unit, snapshot: &Snapshot, why: &str) -> MarkVerdict {
+    let targets: Vec<&str> = unit.disks.iter().map(|disk| disk.target.as_str()).collect();
     tracing::warn!(
         "{}: the snapshot {} that is kept for a checkpoint cannot be used now: {why}",
-        disk.target,
+        targets.join(", "),
         snapshot.name
     );
     MarkVerdict::Unreachable

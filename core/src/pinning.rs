@@ -19,7 +19,7 @@ use crate::{
 pub(crate) struct Pins(HashMap<SnapshotId, Vec<(String, CheckpointName)>>);
 
 impl Pins {
-    fn of(checkpoints: &[Checkpoint]) -> Self {
+    pub(crate) fn of(checkpoints: &[Checkpoint]) -> Self {
         let mut pins: HashMap<SnapshotId, Vec<(String, CheckpointName)>> = HashMap::new();
         for checkpoint in checkpoints {
             for disk in &checkpoint.disks {
@@ -47,8 +47,13 @@ impl Pins {
         names.into_iter().cloned().collect()
     }
 
-    fn need(&self, id: SnapshotId, unit: &Unit) -> bool {
+    /// Whether a unit of a snapshot is any checkpoint.
+    pub(crate) fn need(&self, id: SnapshotId, unit: &Unit) -> bool {
         self.on(id, unit).next().is_some()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }
 

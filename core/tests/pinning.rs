@@ -6,8 +6,8 @@ mod scene;
 use std::sync::Arc;
 
 use disksnap_core::{
-    Alias, Catalog, CheckpointName, Deleted, ErrorKind, ExportDisk, ExportRequest, Health, Mark, MarkVerdict,
-    NewCheckpoint, Redefine, Result, RunState, Snapshot, SnapshotRequest,
+    Alias, Catalog, CheckpointName, Deleted, Deletion, ErrorKind, ExportDisk, ExportRequest, Health, Mark,
+    MarkVerdict, NewCheckpoint, Redefine, Result, RunState, Snapshot, SnapshotRequest,
 };
 use scene::{FakeMethod, FakeTracker, Plan, Scene, by, name_of, named};
 
@@ -39,6 +39,11 @@ async fn names(scene: &Scene) -> Vec<String> {
 
 async fn kept(scene: &Scene) -> Vec<Snapshot> {
     scene.catalog.pinned(&scene.domain.id).await.unwrap()
+}
+
+async fn delete(scene: &Scene, name: &str) -> Deletion {
+    let deleted = scene.dispatcher.delete(&scene.domain, &name_of(name)).await;
+    deleted.unwrap()
 }
 
 async fn remove(scene: &Scene, name: &str) -> Result<()> {
@@ -92,15 +97,14 @@ async fn deleting_it_keeps_what_the_checkpoint_is_and_removing_that_frees_it() {
     let both = [("vda", "a"), ("vdb", "b")];
     scene.create(&marked("mon", &both)).await.unwrap();
     scene.log.take();
-    let mon = name_of("mon");
-    let deletion = scene.dispatcher.delete(&scene.domain, &mon).await.unwrap();
+    let deletion = delete(&scene, "mon").await;
     assert_eq!(
         (deletion.deleted, deletion.kept_for),
         (Deleted::Now, vec![checkpoint("mon")])
     );
     assert_eq!(scene.of_methods(), ["b.delete"]);
     assert!(names(&scene).await.is_empty());
-    let again = scene.dispatcher.delete(&scene.domain, &mon).await.unwrap();
+    let again = delete(&scene, "mon").await;
     assert_eq!(again.deleted, Deleted::Before);
     // The name and the alias are free.
     scene.create(&named("mon", [by("vda", "a")])).await.unwrap();
@@ -123,11 +127,7 @@ async fn removing_the_checkpoint_first_leaves_an_ordinary_snapshot() {
     remove(&scene, "mon").await.unwrap();
     assert!(scene.of_methods().is_empty());
     assert_eq!(names(&scene).await, ["mon"]);
-    let deletion = scene
-        .dispatcher
-        .delete(&scene.domain, &name_of("mon"))
-        .await
-        .unwrap();
+    let deletion = delete(&scene, "mon").await;
     assert!(deletion.kept_for.is_empty());
     assert_eq!(scene.of_methods(), ["a.delete vda"]);
     assert!(kept(&scene).await.is_empty());
@@ -137,11 +137,7 @@ async fn removing_the_checkpoint_first_leaves_an_ordinary_snapshot() {
 async fn what_could_not_be_freed_goes_with_the_next_act() {
     let (scene, _) = scene();
     scene.create(&marked("mon", &[("vda", "a")])).await.unwrap();
-    scene
-        .dispatcher
-        .delete(&scene.domain, &name_of("mon"))
-        .await
-        .unwrap();
+    delete(&scene, "mon").await;
     scene.log.fail("a.delete vda", 1);
     remove(&scene, "mon").await.unwrap();
     assert!(
@@ -165,11 +161,7 @@ async fn what_could_not_be_freed_goes_with_the_next_act() {
 async fn a_kill_between_the_two_ends_leaves_nothing_for_good() {
     let (scene, _) = scene();
     scene.create(&marked("mon", &[("vda", "a")])).await.unwrap();
-    scene
-        .dispatcher
-        .delete(&scene.domain, &name_of("mon"))
-        .await
-        .unwrap();
+    delete(&scene, "mon").await;
     // As the checkpoint's end alone would leave it.
     let gone = [disksnap_core::Change::RemoveCheckpoint(checkpoint("mon"))];
     let nil = uuid::Uuid::nil();
@@ -189,11 +181,7 @@ async fn what_changed_is_told_by_comparing_also_with_a_deleted_one() {
     let told = |from: &Snapshot, to: &Snapshot| Some(format!("{} to {}", alias(from), alias(to)));
     assert_eq!(exported(&scene, &wed, "mon").await.unwrap(), told(&mon, &wed));
     assert_eq!(exported(&scene, &wed, "tue").await.unwrap(), told(&tue, &wed));
-    scene
-        .dispatcher
-        .delete(&scene.domain, &name_of("mon"))
-        .await
-        .unwrap();
+    delete(&scene, "mon").await;
     assert_eq!(exported(&scene, &wed, "mon").await.unwrap(), told(&mon, &wed));
     assert_eq!(
         exported(&scene, &tue, "tue").await.unwrap_err().kind(),
@@ -243,11 +231,7 @@ async fn one_that_cannot_be_used_now_is_told_and_kept() {
     let health = a.health();
     let (scene, _) = Scene::new(RunState::Running, [a]).tracked();
     scene.create(&marked("mon", &[("vda", "a")])).await.unwrap();
-    scene
-        .dispatcher
-        .delete(&scene.domain, &name_of("mon"))
-        .await
-        .unwrap();
+    delete(&scene, "mon").await;
     let tue = scene.create(&named("tue", [by("vda", "a")])).await.unwrap();
     *health.lock().unwrap() = Health::Broken("the volume is not active".to_owned());
     let found = scene.dispatcher.validate(&scene.domain).await.unwrap();
@@ -264,11 +248,7 @@ async fn the_same_request_again_does_not_touch_what_is_kept() {
     let (scene, _) = scene();
     let request = marked("mon", &[("vda", "a")]);
     scene.create(&request).await.unwrap();
-    scene
-        .dispatcher
-        .delete(&scene.domain, &name_of("mon"))
-        .await
-        .unwrap();
+    delete(&scene, "mon").await;
     scene.log.take();
     let error = scene.create(&request).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyExists);
@@ -341,11 +321,7 @@ async fn a_set_without_the_kept_snapshots_leaves_them_and_forgetting_frees_them(
         .create(&marked("mon", &[("vda", "a"), ("vdb", "b")]))
         .await
         .unwrap();
-    scene
-        .dispatcher
-        .delete(&scene.domain, &name_of("mon"))
-        .await
-        .unwrap();
+    delete(&scene, "mon").await;
     // As libvirt's documents have it: nothing of vda.
     let mut set = scene.catalog.checkpoints(&scene.domain.id).await.unwrap();
     set[0].disks.retain(|disk| disk.target == "vdb");

@@ -11,7 +11,7 @@ use disksnap_core::{
     Command, Crossing, DataStore, DeviceKind, Disk, Error, ErrorKind, Host, RawDisks, Result, RunState,
     SCRATCH_BITMAP, SnapshotId, Source, Step,
 };
-use disksnap_hypervisor::graph::{Device, Node};
+use disksnap_hypervisor::graph::{Device, Node, same_file};
 use disksnap_hypervisor::{DiskNodes, Graph};
 use disksnap_image_file::{
     Called, MadeFile, can_tell_written_past, is_in_use, raw_data_of, raw_data_qcow2_is_new,
@@ -539,20 +539,6 @@ fn over<'g>(graph: &'g Graph, through: &Disk) -> Result<Option<Over<'g>>> {
             graph.primary_chain(top).iter().any(|n| n.name == node.name)
         }),
     }))
-}
-
-/// Whether two paths lead to one file or device. A device may have several nodes: a hypervisor can have a `/dev` of its
-/// own.
-fn same_file(a: &Path, b: &Path) -> bool {
-    use std::os::unix::fs::{FileTypeExt, MetadataExt};
-    if a == b {
-        return true;
-    }
-    let (Ok(a), Ok(b)) = (a.metadata(), b.metadata()) else {
-        return false;
-    };
-    let device = |m: &std::fs::Metadata| m.file_type().is_block_device();
-    (a.dev(), a.ino()) == (b.dev(), b.ino()) || (device(&a) && device(&b) && a.rdev() == b.rdev())
 }
 
 fn take_away(graph: &Graph, crossing: &Crossing) -> Result<Vec<Step>> {

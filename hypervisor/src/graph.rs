@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 mod lookup;
 mod read;
 
-pub use lookup::DiskNodes;
+pub use lookup::{DiskNodes, same_file};
 
 /// A node of the block graph.
 #[derive(Debug, Clone, PartialEq)]

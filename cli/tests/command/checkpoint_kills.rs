@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, QemuBuilder, pattern::Random};
 use serde_json::{Value, json};
 
-use crate::kills::kill_after;
+use crate::kills::{kill_after, wait_running};
 use crate::site::{Site, arg};
 use crate::strike::{Strike, When};
 
@@ -207,17 +207,9 @@ impl Scene {
         assert_eq!(self.qemu.qmp("query-jobs", json!({})), json!([]), "{at}");
     }
 
-    fn wait_running(&self) {
-        let since = Instant::now();
-        while self.qemu.status() != "running" {
-            assert!(since.elapsed() < Duration::from_mins(2), "the guest stands still");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
     /// After a kill: every second time `recover`, else whatever comes next settles what was left.
     fn settle(&mut self, round: usize) {
-        self.wait_running();
+        wait_running(&self.qemu);
         self.write();
         if round.is_multiple_of(2) {
             self.site.ok(&["recover"]);
@@ -430,7 +422,7 @@ fn what_is_dropped_when_killed_is_dropped_whole_or_as_it_was() {
         scene.next();
         let marks = scene.stop_recording("vda");
         let killed = scene.strike(&drop_broken, at);
-        scene.wait_running();
+        wait_running(&scene.qemu);
         scene.write();
         if round % 2 == 0 {
             scene.site.ok(&["recover"]);

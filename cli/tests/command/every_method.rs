@@ -14,7 +14,7 @@ use crate::site::{Site, arg, list, program};
 const SIZE: u64 = 8 * MIB;
 
 /// A domain that is off, with this image as its disk `vda`.
-fn off(site: &Site, image: &Path, format: &str) -> String {
+pub(crate) fn off(site: &Site, image: &Path, format: &str) -> String {
     let xml = format!(
         "<domain type='qemu'><name>off</name><uuid>6f3c5a4e-0000-4000-8000-000000000002</uuid><devices>\
          <disk type='file' device='disk'><driver name='qemu' type='{format}'/><source file='{}'/>\

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use disksnap_test_support::{DiskSpec, KIB, LoopFsKind, MIB, Qemu, loop_fs, need};
 use serde_json::{Value, json};
 
-use crate::site::{Site, arg, run};
+use crate::every_method::off;
+use crate::programs::program as run;
+use crate::site::{Site, arg};
 
 const SIZE: u64 = 16 * MIB;
 const DISKS: [&str; 2] = ["vda", "vdb"];
@@ -16,6 +18,11 @@ struct Stage {
 }
 
 impl Stage {
+    fn of(xml: String) -> Self {
+        let site = Site::new();
+        Self { site, xml }
+    }
+
     /// A snapshot of both disks by btrfs.
     fn create(&self, name: &str, more: &[&str]) -> Value {
         let disks = ["vda,method=btrfs", "vdb,method=btrfs"];
@@ -91,8 +98,7 @@ fn scribble(machine: &Qemu, seed: u8) {
 
 /// The subvolumes of the file system beside that of the images.
 fn kept(fs: &Path) -> usize {
-    let list = run("btrfs", &["subvolume", "list", &arg(fs)]);
-    String::from_utf8(list).unwrap().lines().count() - 1
+    run("btrfs", &["subvolume", "list", &arg(fs)]).lines().count() - 1
 }
 
 #[test]
@@ -101,9 +107,7 @@ fn what_changed_is_told_by_comparing_and_the_snapshot_goes_with_its_checkpoint()
     let fs = loop_fs(LoopFsKind::Btrfs, 512 * MIB, "");
     let images = subvolume(fs.path());
     let machine = machine(&images);
-    let site = Site::new();
-    let xml = arg(&machine.domain_xml_file());
-    let stage = Stage { site, xml };
+    let stage = Stage::of(arg(&machine.domain_xml_file()));
     scribble(&machine, 1);
     let made = stage.create("monday", &["--checkpoint"]);
     assert_eq!(made["checkpoint"], "monday");
@@ -160,9 +164,7 @@ fn a_snapshot_by_another_method_is_refused_with_the_way_out() {
     let fs = loop_fs(LoopFsKind::Btrfs, 512 * MIB, "");
     let images = subvolume(fs.path());
     let machine = machine(&images);
-    let site = Site::new();
-    let xml = arg(&machine.domain_xml_file());
-    let stage = Stage { site, xml };
+    let stage = Stage::of(arg(&machine.domain_xml_file()));
     stage.create("monday", &["--checkpoint"]);
     scribble(&machine, 1);
     let fleece = "vdb,method=qemu-fleece";
@@ -186,14 +188,7 @@ fn after_a_revert_no_older_bitmap_stands_in_for_a_kept_snapshot() {
     let images = subvolume(fs.path());
     let image = arg(&images.join("vdb.qcow2"));
     let site = Site::new();
-    let xml = site.file(
-        "off.xml",
-        &format!(
-            "<domain type='qemu'><name>off</name><uuid>5d6a3b5e-0c0e-4b8a-9a55-0c2f6f0d2a12</uuid><devices>\
-             <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>\
-             <target dev='vdb' bus='virtio'/></disk></devices></domain>"
-        ),
-    );
+    let xml = off(&site, Path::new(&image), "qcow2");
     let write = |at: &str| {
         run(
             "qemu-io",
@@ -201,7 +196,7 @@ fn after_a_revert_no_older_bitmap_stands_in_for_a_kept_snapshot() {
         )
     };
     let create = |name: &str, method: &str, more: &[&str]| {
-        let disk = format!("vdb,method={method}");
+        let disk = format!("vda,method={method}");
         let words = ["snapshot", "create", "-d", &xml, "--name", name, "--disk", &disk];
         site.ok(&[&words[..], more].concat());
     };

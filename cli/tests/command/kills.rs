@@ -34,7 +34,7 @@ pub(crate) fn kill_after(site: &Site, delay: Duration, arguments: &[&str]) -> bo
 }
 
 /// The guest runs, at the latest once the guardian has acted.
-fn wait_running(qemu: &Qemu) {
+pub(crate) fn wait_running(qemu: &Qemu) {
     let since = Instant::now();
     while qemu.status() != "running" {
         assert!(

@@ -4,7 +4,8 @@
 use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu};
 use serde_json::{Value, json};
 
-use crate::site::{Site, arg, run};
+use crate::programs::program as run;
+use crate::site::{Site, arg};
 
 const DISKS: [&str; 2] = ["vda", "vdb"];
 const SIZE: u64 = 32 * MIB;
@@ -76,7 +77,7 @@ impl Host {
 /// What an export says has changed: offset and length.
 fn changed(uri: &str, checkpoint: &str) -> Vec<(usize, usize)> {
     let context = format!("--map=qemu:dirty-bitmap:{checkpoint}");
-    let map: Value = serde_json::from_slice(&run("nbdinfo", &["--json", &context, uri])).unwrap();
+    let map: Value = serde_json::from_str(&run("nbdinfo", &["--json", &context, uri])).unwrap();
     let number = |extent: &Value, key: &str| usize::try_from(extent[key].as_u64().unwrap()).unwrap();
     let dirty = map
         .as_array()

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use disksnap_test_support::tools;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -128,15 +127,4 @@ pub(crate) fn list(dir: &Path) -> Vec<PathBuf> {
 /// The path of a domain's XML as an argument.
 pub(crate) fn arg(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
-}
-
-/// What a program of the tests says; it must do well.
-pub(crate) fn run(program: &str, words: &[&str]) -> Vec<u8> {
-    let output = Command::new(tools::program(program))
-        .args(words)
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {words:?}: {said}");
-    output.stdout
 }

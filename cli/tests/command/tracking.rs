@@ -1,10 +1,10 @@
 //! Raw disks whose bitmaps outlive QEMU, by the command: what it says, and killed at any moment.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, Writer};
 
-use crate::kills::kill_after;
+use crate::kills::{kill_after, wait_running};
 use crate::site::{Site, arg};
 
 const SIZE: u64 = 8 * MIB;
@@ -79,19 +79,6 @@ fn a_raw_disk_is_tracked_and_untracked_with_its_document() {
         before.replace("      <backingStore/>\n", "")
     );
     assert!(!site.path("a.qcow2").exists());
-}
-
-/// The guest runs, at the latest once the guardian has acted.
-fn wait_running(qemu: &Qemu) {
-    let since = Instant::now();
-    while qemu.status() != "running" {
-        assert!(
-            since.elapsed() < Duration::from_mins(2),
-            "the guest stays {}",
-            qemu.status()
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// Either way the guest goes on, every write is in the raw disk, and what is begun is finished or undone.

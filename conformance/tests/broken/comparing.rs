@@ -1,14 +1,9 @@
-//! The method `memory`, comparing its copies by reading them; with one fault.
+//! What compares the copies of `memory`, by reading them; with one fault.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use async_trait::async_trait;
-use disksnap_core::{
-    Capability, Changed, Compare, DiskRequest, DiskSnapshot, Health, Host, Merge, Method, Peer, Precision,
-    Prepared, Probe, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
-};
-use disksnap_memory::Memory;
+use disksnap_core::{Changed, Compare, Host, Peer, Precision, Result};
 use futures_util::stream;
 
 use super::file_of;
@@ -31,80 +26,9 @@ pub(crate) enum Wrong {
     Unpromised,
 }
 
+/// Compares so.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Comparing(pub(crate) Wrong);
-
-#[async_trait]
-impl DiskSnapshot for Comparing {
-    fn method(&self) -> Method {
-        let mut method = Memory.method();
-        method.capabilities.push(Capability::Compare);
-        method
-    }
-
-    async fn probe(&self, host: &dyn Host, disks: &[DiskRequest]) -> Result<Vec<Probe>> {
-        let mut probes = Memory.probe(host, disks).await?;
-        if self.0 != Wrong::Unpromised {
-            probes
-                .iter_mut()
-                .filter(|probe| !probe.capabilities.is_empty())
-                .for_each(|probe| probe.capabilities.push(Capability::Compare));
-        }
-        Ok(probes)
-    }
-
-    async fn prepare(&self, host: &dyn Host, id: SnapshotId, disks: &[DiskRequest]) -> Result<Vec<Prepared>> {
-        Memory.prepare(host, id, disks).await
-    }
-
-    fn take_plan(&self, prepared: &Prepared) -> Result<TakePlan> {
-        Memory.take_plan(prepared)
-    }
-
-    async fn take(&self, host: &dyn Host, prepared: &Prepared) -> Result<Taken> {
-        Memory.take(host, prepared).await
-    }
-
-    async fn complete(
-        &self,
-        host: &dyn Host,
-        id: SnapshotId,
-        prepared: &Prepared,
-        taken: &Taken,
-    ) -> Result<Unit> {
-        Memory.complete(host, id, prepared, taken).await
-    }
-
-    async fn abort(
-        &self,
-        host: &dyn Host,
-        id: SnapshotId,
-        disks: &[DiskRequest],
-        prepared: Option<&[Prepared]>,
-    ) -> Result<()> {
-        Memory.abort(host, id, disks, prepared).await
-    }
-
-    async fn inspect(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<Health> {
-        Memory.inspect(host, id, unit).await
-    }
-
-    async fn delete(&self, host: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()> {
-        Memory.delete(host, id, unit).await
-    }
-
-    fn revert(&self, unit: &Unit) -> Option<Arc<dyn Revert>> {
-        Memory.revert(unit)
-    }
-
-    fn merge(&self, _: &Unit) -> Option<Arc<dyn Merge>> {
-        None
-    }
-
-    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
-        (self.0 != Wrong::NotOffered).then(|| Arc::new(*self) as Arc<dyn Compare>)
-    }
-}
 
 #[async_trait]
 impl Compare for Comparing {

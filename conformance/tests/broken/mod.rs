@@ -17,7 +17,7 @@ use disksnap_core::{
 use disksnap_memory::Memory;
 use serde_json::json;
 
-pub(crate) use comparing::{Comparing, Wrong};
+pub(crate) use comparing::Wrong;
 pub(crate) use handing::Hands;
 pub(crate) use subtle::{Call, Mishap, Slip, Subtle};
 

@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Affected, Batch, Command, Compare, DiskRequest, DiskSnapshot, ErrorKind, Health, Host, Merge, Method,
-    OptionDoc, Peer, Prepared, Probe, Progress, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
+    Affected, Batch, Capability, Command, Compare, DiskRequest, DiskSnapshot, ErrorKind, Health, Host, Merge,
+    Method, OptionDoc, Peer, Prepared, Probe, Progress, Result, Revert, SnapshotId, TakePlan, Taken, Unit,
 };
 use disksnap_memory::Memory;
 
+use super::comparing::{Comparing, Wrong};
 use super::file_of;
 use super::handing::{HandOver, Hands};
 
@@ -54,6 +55,8 @@ pub(crate) enum Slip {
     BlindToDamage,
     /// A revert hands the domain another image, so.
     Reverts(Hands),
+    /// It compares its copies, so.
+    Compares(Wrong),
     /// Something is left lying about by this call when that befalls it.
     Litters(Call, Mishap),
 }
@@ -180,6 +183,9 @@ impl DiskSnapshot for Subtle {
                 help: "does nothing".to_owned(),
             });
         }
+        if let Slip::Compares(_) = self.0 {
+            method.capabilities.push(Capability::Compare);
+        }
         method
     }
 
@@ -189,6 +195,12 @@ impl DiskSnapshot for Subtle {
             for probe in &mut probes {
                 probe.effect.clear();
             }
+        }
+        if let Slip::Compares(wrong) = self.0
+            && wrong != Wrong::Unpromised
+        {
+            let fit = probes.iter_mut().filter(|probe| !probe.capabilities.is_empty());
+            fit.for_each(|probe| probe.capabilities.push(Capability::Compare));
         }
         Ok(probes)
     }
@@ -314,8 +326,12 @@ impl DiskSnapshot for Subtle {
             .then(|| Arc::new(Merges) as Arc<dyn Merge>)
     }
 
-    fn compare(&self, unit: &Unit) -> Option<Arc<dyn Compare>> {
-        Memory.compare(unit)
+    fn compare(&self, _: &Unit) -> Option<Arc<dyn Compare>> {
+        match self.0 {
+            Slip::Compares(Wrong::NotOffered) => None,
+            Slip::Compares(wrong) => Some(Arc::new(Comparing(wrong))),
+            _ => None,
+        }
     }
 }
 

@@ -311,8 +311,10 @@ fn ambiguous(path: &Path, found: &[DiskNodes]) -> Error {
     .hint("Say which with the disk's <alias name='…'/>.")
 }
 
-/// Whether two paths lead to one file or device, as far as can be seen from here.
-fn same_file(a: &Path, b: &Path) -> bool {
+/// Whether two paths lead to one file or device, as far as can be seen from here. A device may have several nodes: a
+/// hypervisor can have a `/dev` of its own.
+#[must_use]
+pub fn same_file(a: &Path, b: &Path) -> bool {
     if a == b {
         return true;
     }

@@ -13,12 +13,11 @@
 //! in the subvolume, by names that change on the way, and all of an image that was put back. It takes `CAP_SYS_ADMIN`,
 //! as searching does.
 
-use std::fs::File;
 use std::path::Path;
 
 use async_trait::async_trait;
 use disksnap_core::{Changed, Compare, Error, ErrorKind, Health, Host, Peer, Ranges, Result, Unit};
-use disksnap_image_file::{FileInImage, Qcow2, QemuImg, SameFile, guest_ranges, opened};
+use disksnap_image_file::{FileInImage, QemuImg, SameFile, guest_ranges, opened};
 use futures_util::future::ready;
 use futures_util::stream::once;
 use futures_util::{StreamExt, TryStreamExt};
@@ -132,15 +131,9 @@ fn pairs<T: PartialEq>(earlier: &[T], later: &[T]) -> Vec<(usize, usize)> {
 /// Whether a disk whose image is made of these files could be compared with another one. Tried, not guessed.
 pub(crate) fn is_possible(files: &[FileInImage]) -> bool {
     let raw = matches!(files, [only] if only.format == "raw");
-    let mapped =
-        || QemuImg::find().is_some() && opened(files, |_| None).is_ok() && !files.iter().any(is_encrypted);
+    // Nothing that is encrypted is opened by its record alone.
+    let mapped = || QemuImg::find().is_some() && opened(files, |_| None).is_ok();
     (raw || mapped()) && files.iter().all(|file| Extents::open(&file.path).is_ok())
-}
-
-/// Whether `qemu-img` would need a secret to map it.
-fn is_encrypted(file: &FileInImage) -> bool {
-    let header = || Qcow2::read(&File::open(&file.path)?);
-    file.format == "qcow2" && header().is_ok_and(|header| header.encrypted)
 }
 
 /// The files of an image in a snapshot, the top one first.

@@ -2,11 +2,12 @@
 
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use disksnap_core::{BackingStore, DataStore, Disk, Error, ErrorKind, Result, Source};
+use disksnap_hypervisor::graph::same_file;
 use disksnap_image_file::{Qcow2, plain};
 use disksnap_nbd::Uri;
 use serde::{Deserialize, Serialize};
@@ -114,18 +115,6 @@ pub(crate) fn disk_of(template: &Disk, layers: &[Layer]) -> Disk {
         disk.backing = backing_store(below).map(|store| *store);
     }
     disk
-}
-
-/// Whether two paths lead to one file or device, as far as can be seen from here.
-pub(crate) fn same_file(a: &Path, b: &Path) -> bool {
-    if a == b {
-        return true;
-    }
-    let (Ok(a), Ok(b)) = (fs::metadata(a), fs::metadata(b)) else {
-        return false;
-    };
-    let device = |m: &fs::Metadata| m.file_type().is_block_device();
-    (a.dev(), a.ino()) == (b.dev(), b.ino()) || (device(&a) && device(&b) && a.rdev() == b.rdev())
 }
 
 fn is_device(path: &Path) -> bool {

@@ -4,10 +4,10 @@ use std::path::Path;
 
 use disksnap_core::{Command, Disk, DiskNode, Error, ErrorKind, Host, Result, RunState, Source};
 use disksnap_hypervisor::Graph;
-use disksnap_hypervisor::graph::{Bitmap, Node};
+use disksnap_hypervisor::graph::{Bitmap, Node, same_file};
 use serde_json::{Value, json};
 
-use crate::layer::{self, Layer, same_file, unfit};
+use crate::layer::{self, Layer, unfit};
 use crate::names::{FLEECES, OURS};
 use crate::remote;
 

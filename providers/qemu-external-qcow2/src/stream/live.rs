@@ -4,12 +4,11 @@ use std::path::Path;
 
 use disksnap_core::{Command, Error, ErrorKind, Host, Progress, Result};
 use disksnap_hypervisor::Graph;
-use disksnap_hypervisor::graph::Node;
+use disksnap_hypervisor::graph::{Node, same_file};
 use disksnap_hypervisor::jobs::{self, Job};
 use serde_json::json;
 
 use crate::bitmaps;
-use crate::layer::same_file;
 use crate::merge::Live;
 use crate::place::flush;
 use crate::record::Record;
