@@ -1,0 +1,39 @@
+//! disksnap's backup client: `disksnap backup`.
+//!
+//! It pulls snapshots into a **repository**: per domain a row of **points** in time, per point and disk one qcow2 image, full
+//! or an increment over the image of an earlier point, beside the digests of what is in it and a manifest. The images are
+//! standard ones: QEMU opens any of them as it is. It is built on disksnap's public interface alone.
+//!
+//! | file | what is in it |
+//! | --- | --- |
+//! | `store`, `local` | where a repository's objects lie: the trait, and a directory of this host |
+//! | `repository`, `manifest` | domains, points and their chains; what is written down of a point |
+//! | `image`, `qcow2` | writing an image and its digests in one pass, so that it can be taken up again |
+//! | `digests` | the digests of an image's chunks as a file, and what they come to over a chain |
+//! | `chain` | reading a disk as it was at a point, each chunk checked |
+//! | `progress` | what long acts tell, and how they are stopped |
+//!
+//! The formats are described in `docs/backup-format.md`.
+
+mod chain;
+mod digests;
+mod image;
+mod local;
+mod manifest;
+mod progress;
+mod repository;
+mod store;
+
+pub use chain::{ChainReader, Layer, content_digest};
+pub use digests::Digest;
+pub use disksnap::{Error, ErrorKind, Piece, Result};
+pub use image::{Compression, ImageKeys, ImageSpec, ImageState, ImageSummary, ImageWriter};
+pub use local::LocalStore;
+pub use manifest::{DiskEntry, FileEntry, Level, MachineEntry, Manifest};
+pub use progress::{Event, Phase, Silent, Watcher, stopped};
+pub use repository::{DomainFolder, ListedPoint, PointSpec, Repository};
+pub use store::{Blob, BlobWriter, Store, StoreLock};
+
+/// The unit that images are written and checked in, in bytes: a cluster of the images, and what one digest is of. What
+/// lies between two multiples of it is one chunk; a disk's last chunk may be shorter.
+pub const CHUNK: u64 = 64 << 10;
