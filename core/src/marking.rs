@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use crate::{
-    Act, Capability, Checkpoint, CheckpointDisk, CheckpointName, Control, Dispatcher, Domain, Ending, Error,
+    Act, Capability, Checkpoint, CheckpointDisk, CheckpointName, Control, Disk, Dispatcher, Domain, Ending, Error,
     ErrorKind, Intent, Lineage, Mark, NewCheckpoint, Part, Plan, Result, SCRATCH_BITMAP, Snapshot,
     SnapshotId, SnapshotName, SnapshotRequest, Start, Trackable, Tracked, Tracker,
 };
@@ -163,7 +163,11 @@ impl Dispatcher {
                 .as_ref()
                 .filter(|_| !pinned)
                 .map(ToString::to_string);
-            if marking.begins.is_some() {
+            let starts = match starts {
+                Some(_) if request.checkpoint_where_possible && marking.left_out(disk, tracked) => None,
+                starts => starts,
+            };
+            if marking.begins.is_some() && (pinned || starts.is_some()) {
                 let (mark, volatile) = match &starts {
                     Some(bitmap) => {
                         let volatile = volatile(&disk.target, tracked, &mut marking.warnings)?;
@@ -190,11 +194,26 @@ impl Dispatcher {
                 recording,
             });
         }
+        if marking.disks.is_empty() {
+            marking.begins = None;
+        }
         Ok(marking)
     }
 }
 
 impl Marking {
+    /// Whether no bitmap can begin on this disk, which is then warned of.
+    fn left_out(&mut self, disk: &Disk, tracked: &Tracked) -> bool {
+        let (Trackable::No(why) | Trackable::Unreachable(why)) = &tracked.trackable else {
+            return false;
+        };
+        self.warnings.push(format!(
+            "{}: the checkpoint does not cover this disk: {why}",
+            disk.target
+        ));
+        true
+    }
+
     /// The bitmap of the disk's last checkpoint, if it can be trusted to have recorded until now.
     fn recording(&mut self, lineage: &Lineage, target: &str, tracked: &Tracked) -> Option<String> {
         let last = lineage.recording_of(target)?;

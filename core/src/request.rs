@@ -29,6 +29,10 @@ pub struct SnapshotRequest {
     /// The checkpoint that begins at the snapshot's instant, on all its disks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<NewCheckpoint>,
+    /// Leave out of the checkpoint the disks on which none can begin, and warn of it, rather than refuse. Where it can begin
+    /// on no disk, none does.
+    #[serde(default)]
+    pub checkpoint_where_possible: bool,
 }
 
 /// What a checkpoint that begins with a snapshot is called.
@@ -52,6 +56,7 @@ impl Default for SnapshotRequest {
             mountpoints: Vec::new(),
             deadline: DEADLINE,
             checkpoint: None,
+            checkpoint_where_possible: false,
         }
     }
 }
