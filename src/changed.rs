@@ -3,7 +3,7 @@
 use disksnap_core::Result;
 use disksnap_nbd::ExtentStream;
 
-use crate::reader::of_nbd;
+use crate::disk::of_nbd;
 
 /// A range of a disk that was written, zeroed or discarded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,7 +16,7 @@ pub struct ChangedExtent {
 
 /// The changed ranges of a disk: sorted, disjoint, each as long as it can be; in memory that does not grow with the disk.
 ///
-/// See [`SnapshotReader::changes`](crate::SnapshotReader::changes).
+/// See [`DiskReader::changes`](crate::DiskReader::changes).
 #[derive(Debug)]
 pub struct ChangeStream {
     extents: ExtentStream,

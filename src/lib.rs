@@ -11,13 +11,16 @@
 //! same program watches over it.
 
 mod changed;
+mod disk;
 mod domain;
 mod open;
 mod reader;
+mod remote;
 mod save;
 mod update;
 
 pub use changed::{ChangeStream, ChangedExtent};
+pub use disk::{DiskReader, Piece, Pieces};
 pub use disksnap_catalog::{SqliteCatalog, StateDir};
 pub use disksnap_checkpoint_set as checkpoint_set;
 pub use disksnap_core::*;
@@ -27,7 +30,8 @@ pub use disksnap_xml as xml;
 pub use disksnap_xml::DomainDocument;
 pub use domain::read_document;
 pub use open::{Disksnap, methods};
-pub use reader::{Piece, Pieces, SnapshotReader, nbd_uri};
+pub use reader::{SnapshotReader, nbd_uri};
+pub use remote::RemoteDisk;
 
 // A dependency that nothing names is not linked, and then registers nothing, silently.
 #[cfg(feature = "btrfs")]

@@ -80,7 +80,8 @@ impl Disksnap {
         SnapshotReader::open(&self.dispatcher, domain, name, target, None).await
     }
 
-    /// The same, for reading what has changed since a checkpoint: [`SnapshotReader::changes`] tells where.
+    /// The same, for reading what has changed since a checkpoint: [`DiskReader::changes`](crate::DiskReader::changes) tells
+    /// where, [`DiskReader::changed_pieces`](crate::DiskReader::changed_pieces) what.
     ///
     /// # Errors
     /// Those of [`Disksnap::read`]; `NotFound` for an unknown checkpoint; `Invalid` when it does not cover the disk or

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use disksnap_core::{Error, ErrorKind, Result};
 use tempfile::NamedTempFile;
 
-use crate::reader::run_blocking;
+use crate::disk::run_blocking;
 
 /// Runs of zeroes of this length and alignment, in bytes, become holes.
 const BLOCK: usize = 4096;

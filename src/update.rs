@@ -9,8 +9,8 @@ use disksnap_core::{Disk, Error, Result};
 use disksnap_xml::DomainDocument;
 
 use crate::Disksnap;
+use crate::disk::run_blocking;
 use crate::domain::is_path;
-use crate::reader::run_blocking;
 
 impl Disksnap {
     /// Writes into a domain's document that it uses these disks now (`modifiedDisk`), where `given` leads, as for

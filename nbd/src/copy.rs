@@ -9,12 +9,9 @@ use bytes::Bytes;
 
 use crate::client::{Client, Content, PendingRead};
 use crate::error::{Error, Result};
-use crate::extents::{BASE_ALLOCATION, ExtentStream};
+use crate::extents::BASE_ALLOCATION;
+use crate::selection::{Changed, Piece, Selection};
 use crate::wire::Command;
-
-/// A changed extent shorter than this is read without asking where it is zero: one round trip
-/// instead of two.
-const WORTH_ASKING: u64 = 256 << 10;
 
 /// How to read in bulk.
 #[derive(Debug, Clone)]
@@ -32,6 +29,13 @@ pub struct BulkOptions {
     /// Read only what is dirty in this context (see
     /// [`dirty_bitmap_context`](crate::dirty_bitmap_context)), and say nothing of the rest.
     pub only_changed: Option<String>,
+    /// With [`BulkOptions::only_changed`]: ranges that are read as if they were dirty, such as what a disk has grown by.
+    /// What of them lies outside the range being read is left alone; they may overlap.
+    pub also: Vec<Range<u64>>,
+    /// Chunks begin and end at multiples of this, in bytes, or where the range being read does; 0 and 1: anywhere. What has
+    /// changed is rounded out, and the rest of its unit is read from the export; zeroes are told in whole units. A unit that
+    /// does not fit into one read is told in several chunks.
+    pub round_to: u64,
 }
 
 impl Default for BulkOptions {
@@ -43,6 +47,8 @@ impl Default for BulkOptions {
             in_flight_bytes: 4 << 20,
             skip_zeroes: true,
             only_changed: None,
+            also: Vec::new(),
+            round_to: 1,
         }
     }
 }
@@ -88,7 +94,7 @@ impl Chunk {
 /// Reads a range of an export from its start to its end.
 ///
 /// The chunks come in order and without overlap, and cover the range (or what has changed of it)
-/// without a gap.
+/// without a gap. To take up a reading again, read from the end of the last chunk.
 ///
 /// ```no_run
 /// # async fn example(uri: &disksnap_nbd::Uri) -> disksnap_nbd::Result<()> {
@@ -134,27 +140,27 @@ impl BulkReader {
         let client = &clients[0];
         client.check_range(Command::Read, range.start, range.end.saturating_sub(range.start))?;
         let allocation = options.skip_zeroes && client.has_context(BASE_ALLOCATION);
-        let source = match &options.only_changed {
-            Some(context) => Source::Changed {
-                dirty: client.extents(context, range)?,
+        let unit = options.round_to.max(1);
+        let selection = match &options.only_changed {
+            Some(context) => Selection::Changed {
+                changed: Changed::new(
+                    client.extents(context, range.clone())?,
+                    &options.also,
+                    range,
+                    unit,
+                ),
                 within: None,
                 allocation,
             },
-            None if allocation => Source::Allocation(client.extents(BASE_ALLOCATION, range)?),
-            None => Source::Whole(range),
+            None => Selection::whole(client, range, unit, allocation)?,
         };
-        let align = client.alignment();
-        // Alignment may widen a read on both sides.
-        let most = clients.iter().map(Client::max_payload).min().unwrap_or(align);
-        let most = most.saturating_sub(2 * align).max(align);
-        let request_size = u64::from(options.request_size).next_multiple_of(align);
-        let request_size = request_size.clamp(align, most / align * align);
+        let request_size = request_size(&clients, options);
         let depth = options.in_flight.max(1).saturating_mul(clients.len());
         let window = options.in_flight_bytes.saturating_mul(clients.len() as u64);
         let planner = Planner {
             clients,
             turn: 0,
-            source,
+            selection,
             piece: None,
             request_size,
         };
@@ -230,6 +236,18 @@ impl BulkReader {
     }
 }
 
+/// The length of one read: what is asked for, as far as every connection allows it, in whole units.
+fn request_size(clients: &[Client], options: &BulkOptions) -> u64 {
+    let align = clients[0].alignment();
+    // Alignment may widen a read on both sides.
+    let most = clients.iter().map(Client::max_payload).min().unwrap_or(align);
+    let most = most.saturating_sub(2 * align).max(align);
+    let fits = options.round_to.is_multiple_of(align) && (1..=most).contains(&options.round_to);
+    let step = if fits { options.round_to } else { align };
+    let wanted = u64::from(options.request_size).next_multiple_of(step);
+    wanted.clamp(step, most / step * step)
+}
+
 /// A chunk to come.
 #[derive(Debug)]
 enum Slot {
@@ -290,23 +308,17 @@ fn is_zero(bytes: &[u8]) -> bool {
 struct Planner {
     clients: Vec<Client>,
     turn: usize,
-    source: Source,
+    selection: Selection,
     /// What is left of the piece being cut into reads.
     piece: Option<Piece>,
     request_size: u64,
-}
-
-#[derive(Debug)]
-struct Piece {
-    range: Range<u64>,
-    zero: bool,
 }
 
 impl Planner {
     async fn next_slot(&mut self) -> Result<Option<Slot>> {
         loop {
             let Some(piece) = &mut self.piece else {
-                match self.source.next().await? {
+                match self.selection.next().await? {
                     Some(piece) => self.piece = Some(piece),
                     None => return Ok(None),
                 }
@@ -335,61 +347,4 @@ impl Planner {
             }
         }
     }
-}
-
-/// Where the pieces come from.
-#[derive(Debug)]
-enum Source {
-    Whole(Range<u64>),
-    Allocation(ExtentStream),
-    Changed {
-        dirty: ExtentStream,
-        /// The allocation within a long dirty extent.
-        within: Option<Box<ExtentStream>>,
-        allocation: bool,
-    },
-}
-
-impl Source {
-    async fn next(&mut self) -> Result<Option<Piece>> {
-        match self {
-            Self::Whole(range) if range.is_empty() => Ok(None),
-            Self::Whole(range) => Ok(Some(Piece {
-                range: std::mem::take(range),
-                zero: false,
-            })),
-            Self::Allocation(extents) => next_allocated(extents).await,
-            Self::Changed {
-                dirty,
-                within,
-                allocation,
-            } => loop {
-                if let Some(extents) = within {
-                    if let Some(piece) = next_allocated(extents).await? {
-                        return Ok(Some(piece));
-                    }
-                    *within = None;
-                }
-                let Some(extent) = dirty.next_piece().await? else {
-                    return Ok(None);
-                };
-                if !extent.is_dirty() {
-                    continue;
-                }
-                let range = extent.offset..extent.end();
-                if !*allocation || extent.length < WORTH_ASKING {
-                    return Ok(Some(Piece { range, zero: false }));
-                }
-                *within = Some(Box::new(dirty.other(BASE_ALLOCATION, range)?));
-            },
-        }
-    }
-}
-
-async fn next_allocated(extents: &mut ExtentStream) -> Result<Option<Piece>> {
-    let extent = extents.next_piece().await?;
-    Ok(extent.map(|extent| Piece {
-        range: extent.offset..extent.end(),
-        zero: extent.is_zero(),
-    }))
 }

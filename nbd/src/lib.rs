@@ -37,6 +37,7 @@ mod extents;
 #[doc(hidden)]
 pub mod fuzzing;
 mod handshake;
+mod selection;
 mod tls;
 mod uri;
 mod wire;
