@@ -189,7 +189,7 @@ impl DomainDocument {
         Self::parse(edit.apply())
     }
 
-    fn element<'a, 't>(&self, tree: &'a Tree<'t>, target: &str) -> Result<Elem<'a, 't>> {
+    pub(crate) fn element<'a, 't>(&self, tree: &'a Tree<'t>, target: &str) -> Result<Elem<'a, 't>> {
         self.domain.disk(target)?;
         for elem in disk_elements(tree.root()) {
             if elem.child("target")?.and_then(|t| t.attr("dev")) == Some(target) {

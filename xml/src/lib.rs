@@ -2,7 +2,7 @@
 //!
 //! | document | read | written |
 //! | --- | --- | --- |
-//! | `<domain>` | [`DomainDocument::parse`] | edits in place: [`DomainDocument::with_exports`], … |
+//! | `<domain>` | [`DomainDocument::parse`] | edits in place: [`DomainDocument::with_exports`], …, [`DomainDocument::restored`] |
 //! | `<domainblocksnapshot>` | [`snapshot_request`] | [`snapshot_document`], [`snapshots_document`] |
 //! | `<blockexport>` | [`export_request`] | [`export_document`] |
 //! | `<domaincheckpoint>`, `<domaincheckpoints>` | [`checkpoints`] | [`checkpoints_document`] |
@@ -25,6 +25,7 @@ mod domain;
 mod edit;
 mod limits;
 mod lists;
+mod machine;
 mod method;
 mod source;
 mod splice;
@@ -42,6 +43,7 @@ pub use limits::{
     MAX_ATTRIBUTES, MAX_BYTES, MAX_DEPTH, MAX_MARKUP, MAX_NAMESPACES, MAX_SET_BYTES, MAX_SET_MARKUP,
 };
 pub use lists::{methods_document, plan_document};
+pub use machine::{EfiVariables, RestoredAs, RestoredDisk, Tpm, TpmPlace};
 pub use method::disk_snapshot_element;
 pub use source::{backing_store_element, source_element};
 pub use write::Element;

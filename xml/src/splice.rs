@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use disksnap_core::Result;
 
-use crate::limits::tag_name;
+use crate::limits::{Scanner, tag_name};
 use crate::tree::{Elem, WHITE};
 use crate::write::{Element, Layout, escape};
 
@@ -131,6 +131,22 @@ impl<'t> Edit<'t> {
             }
             self.put(content..close, text);
         }
+        Ok(())
+    }
+
+    /// Puts a text in the place of all that is inside an element.
+    pub(crate) fn set_text(&mut self, elem: Elem<'_, '_>, text: &str) -> Result<()> {
+        let text = escape(text)?;
+        let Range { start, end } = elem.range();
+        let raw = &self.text[start..end];
+        if let Some(open) = raw.strip_suffix("/>") {
+            let close = format!(">{text}</{}>", tag_name(&raw[1..]));
+            self.put(start + open.len()..end, close);
+            return Ok(());
+        }
+        let open = Scanner::new(raw).next().map_or(0, |tag| tag.end);
+        let close = raw.rfind("</").unwrap_or(raw.len());
+        self.put(start + open..start + close, text);
         Ok(())
     }
 

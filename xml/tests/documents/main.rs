@@ -6,6 +6,7 @@ mod domain;
 mod edits;
 mod faults;
 mod limits;
+mod machine;
 mod outputs;
 mod reference;
 mod requests;
@@ -16,3 +17,5 @@ mod schema;
 const ACTIVE: &str = include_str!("../samples/active.xml");
 /// A disk with a source of every type.
 const SOURCES: &str = include_str!("../samples/sources.xml");
+/// What else makes a machine than disks, and disksnap's own elements.
+const MACHINE: &str = include_str!("../samples/machine.xml");
