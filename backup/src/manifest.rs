@@ -1,9 +1,11 @@
 //! What is written down of a point in time: `manifest.json`, schema 1 (`docs/backup-format.md`).
 
+use std::collections::BTreeSet;
 use std::time::SystemTime;
 
-use disksnap::{CheckpointName, Consistency, DomainId, SnapshotName};
+use disksnap::{CheckpointName, Consistency, DomainId, Error, ErrorKind, Result, SnapshotName};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use uuid::Uuid;
 
 use crate::{Compression, Digest};
@@ -118,6 +120,169 @@ pub struct MachineEntry {
     /// The files of the TPM's state, where the domain has an emulated one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tpm: Vec<FileEntry>,
+}
+
+/// What a manifest says that it is.
+const FORMAT: &str = "disksnap-backup";
+
+/// The schema that is written, and the newest that is read.
+const VERSION: u64 = 1;
+
+impl Manifest {
+    /// Its file's name in the point's folder.
+    pub const FILE: &'static str = "manifest.json";
+
+    /// The largest file that is read as one, in bytes.
+    pub(crate) const LIMIT: u64 = 16 << 20;
+
+    /// The disk of this target.
+    #[must_use]
+    pub fn disk(&self, target: &str) -> Option<&DiskEntry> {
+        self.disks.iter().find(|disk| disk.target == target)
+    }
+
+    /// The files of the point, by their names in its folder; without the manifest itself.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        let disks = self
+            .disks
+            .iter()
+            .flat_map(|disk| [disk.image.as_str(), disk.chunks.as_str()]);
+        disks.chain(self.machine.files().map(|entry| entry.file.as_str()))
+    }
+
+    /// The file that says this: the fields, what format it is, and a digest of all of it.
+    ///
+    /// # Errors
+    /// `Internal` for one that contradicts itself: such a one is never written.
+    pub fn to_json(&self) -> Result<Vec<u8>> {
+        self.check().map_err(|fault| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("the manifest of a point would be wrong: {fault}"),
+            )
+            .with("point", &self.point)
+        })?;
+        let written =
+            |e: serde_json::Error| Error::new(ErrorKind::Internal, "cannot write a manifest").because(e);
+        let mut value = serde_json::to_value(self).map_err(written)?;
+        value["format"] = FORMAT.into();
+        value["version"] = VERSION.into();
+        let digest = digest_of(&mut value);
+        value["digest"] = digest.to_string().into();
+        let mut text = serde_json::to_vec_pretty(&value).map_err(written)?;
+        text.push(b'\n');
+        Ok(text)
+    }
+
+    /// What such a file says.
+    ///
+    /// # Errors
+    /// `Broken` for one that is damaged or contradicts itself; `Unsupported` for one of a newer schema.
+    pub fn from_json(text: &[u8]) -> Result<Self> {
+        let broken = |what: &str| Error::new(ErrorKind::Broken, format!("the manifest is damaged: {what}"));
+        let mut value: Value =
+            serde_json::from_slice(text).map_err(|e| broken("it is no JSON, or ends early").because(e))?;
+        if value["format"] != FORMAT {
+            return Err(broken(&format!("it does not say that its format is '{FORMAT}'")));
+        }
+        match value["version"].as_u64() {
+            Some(VERSION) => {}
+            Some(newer) if newer > VERSION => return Err(newer_version("manifest", newer)),
+            _ => return Err(broken("it tells no version")),
+        }
+        let told = value.as_object_mut().and_then(|fields| fields.remove("digest"));
+        if told != Some(digest_of(&mut value).to_string().into()) {
+            return Err(broken("what it says is not what was written, by its digest"));
+        }
+        let manifest: Self =
+            serde_json::from_value(value).map_err(|e| broken("a field is missing or wrong").because(e))?;
+        manifest.check().map_err(|fault| broken(&fault))?;
+        Ok(manifest)
+    }
+
+    /// What in it contradicts the rest.
+    fn check(&self) -> std::result::Result<(), String> {
+        let mut files = BTreeSet::from([Self::FILE]);
+        for file in self.files() {
+            if !is_file_name(file) {
+                return Err(format!("{file:?} is no name of a file"));
+            }
+            if !files.insert(file) {
+                return Err(format!("it names the file {file} twice"));
+            }
+        }
+        let mut targets = BTreeSet::new();
+        for disk in &self.disks {
+            let target = &disk.target;
+            if !targets.insert(target) {
+                return Err(format!("it names the disk {target} twice"));
+            }
+            match (disk.level, &disk.parent) {
+                (Level::Full, None) => {}
+                (Level::Incremental, Some(parent)) if is_before(parent, &self.point) => {}
+                (Level::Incremental, Some(parent)) => {
+                    return Err(format!(
+                        "the disk {target} is said to be over the point {parent:?}, which is no earlier one"
+                    ));
+                }
+                _ => {
+                    return Err(format!(
+                        "the disk {target} is neither a full image nor an increment"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl MachineEntry {
+    /// All of its files.
+    pub fn files(&self) -> impl Iterator<Item = &FileEntry> {
+        std::iter::once(&self.domain_xml)
+            .chain(&self.nvram)
+            .chain(&self.tpm)
+    }
+}
+
+pub(crate) fn newer_version(what: &str, version: u64) -> Error {
+    let text = format!("the {what} is of version {version}, and this disksnap knows {VERSION}");
+    Error::new(ErrorKind::Unsupported, text).hint("Use the disksnap that wrote it, or a newer one.")
+}
+
+/// The digest of what a file says: of its compact JSON, keys sorted, without the digest itself.
+fn digest_of(value: &mut Value) -> Digest {
+    // Sorted by itself, unless somebody in the build asks serde_json to keep the order.
+    value.sort_all_objects();
+    Digest::of(value.to_string().as_bytes())
+}
+
+/// A relative path of ordinary parts: what may follow a point's folder in a key.
+fn is_file_name(file: &str) -> bool {
+    let ordinary = |part: &str| !matches!(part, "" | "." | "..");
+    file.split('/').all(ordinary)
+        && file
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-%/".contains(&b))
+}
+
+/// When a point was, as its name tells: its instant, and the number among those of one second.
+pub(crate) fn point_order(name: &str) -> Option<(&str, u32)> {
+    let (instant, number) = match name.split_once('-') {
+        None => (name, 1),
+        Some((instant, number)) => (instant, number.parse().ok().filter(|n| *n > 1)?),
+    };
+    let numbered = number == 1 || !name.contains("-0");
+    let shape = instant.bytes().enumerate().all(|(n, b)| match n {
+        8 => b == b'T',
+        15 => b == b'Z',
+        _ => b.is_ascii_digit(),
+    });
+    (instant.len() == 16 && shape && numbered).then_some((instant, number))
+}
+
+fn is_before(one: &str, other: &str) -> bool {
+    matches!((point_order(one), point_order(other)), (Some(one), Some(other)) if one < other)
 }
 
 /// Instants as RFC 3339 in UTC.
