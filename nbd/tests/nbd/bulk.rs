@@ -1,5 +1,6 @@
 //! Bulk reads of real images: nothing skipped, nothing doubled, zeroes said to be zero.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use disksnap_nbd::{BulkOptions, BulkReader, Chunk, Client, CommandFlags, Error, dirty_bitmap_context};
@@ -247,4 +248,148 @@ async fn a_server_that_dies_half_way() {
     };
     assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
     assert!(reader.next().await.is_err(), "an end would look like success");
+}
+
+/// A disk with writes of all sizes, zeroed and discarded parts since its bitmap `b0` began; what it holds.
+async fn altered(path: &str, size: u64) -> Vec<u8> {
+    patchwork(path, size).await;
+    run("qemu-img", &["bitmap", "--add", "-g", "4096", path, "b0"]);
+    let server = Server::qemu_nbd(&["--discard=unmap", "--format", "qcow2", path]);
+    let client = server.connect().await;
+    for i in 0..20_u64 {
+        let offset = (i * i * 90_001) % (size - 20_000);
+        let data = noise(100 + i, 1 + usize::try_from(i * 700).unwrap());
+        client.write(offset, data, NONE).await.unwrap();
+    }
+    // Long enough to ask where they are zero, with ends within units.
+    client.write_zeroes(20 * MIB + 4096, 3 * MIB, NONE).await.unwrap();
+    client.write(21 * MIB + 512, noise(7, 512), NONE).await.unwrap();
+    client.trim(30 * MIB + 65_536, MIB, NONE).await.unwrap();
+    client.write(size - 100, noise(8, 100), NONE).await.unwrap();
+    let expected = client.read(0, usize::try_from(size).unwrap()).await.unwrap();
+    client.disconnect().await;
+    server.stop();
+    run("qemu-img", &["bitmap", "--disable", path, "b0"]);
+    expected.into()
+}
+
+/// The units of a disk that one of the ranges touches.
+fn units(ranges: &[Range<u64>], unit: u64, size: u64) -> Vec<bool> {
+    let mut touched = vec![false; usize::try_from(size.div_ceil(unit)).unwrap()];
+    for range in ranges {
+        for n in range.start / unit..range.end.min(size).div_ceil(unit) {
+            touched[usize::try_from(n).unwrap()] = true;
+        }
+    }
+    touched
+}
+
+/// What came: checked to ascend in whole units and to be what the disk holds.
+async fn in_units(reader: &mut BulkReader, unit: u64, expected: &[u8]) -> Vec<Range<u64>> {
+    let mut found: Vec<Range<u64>> = Vec::new();
+    while let Some(chunk) = reader.next().await.unwrap() {
+        let range = chunk.offset()..chunk.offset() + chunk.length();
+        assert!(
+            found.last().is_none_or(|last| last.end <= range.start),
+            "{range:?} after {found:?}"
+        );
+        for end in [range.start, range.end] {
+            assert!(
+                end % unit == 0 || end == expected.len() as u64,
+                "{range:?} in units of {unit}"
+            );
+        }
+        let holds = &expected[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()];
+        match chunk {
+            Chunk::Data { data, .. } => assert!(data == holds, "{range:?}"),
+            Chunk::Zero { .. } => assert!(holds.iter().all(|byte| *byte == 0), "{range:?}"),
+        }
+        found.push(range);
+    }
+    found
+}
+
+#[tokio::test]
+async fn what_changed_comes_in_whole_units_with_the_rest_of_them() {
+    let dir = directory();
+    let size = 48 * MIB + 1536;
+    let path = image(dir.path(), "disk.qcow2", "qcow2", size);
+    let name = path.to_str().unwrap();
+    let expected = altered(name, size).await;
+    let server = Server::qemu_nbd(&[
+        "--read-only",
+        "--bitmap=b0",
+        "--shared=2",
+        "--format",
+        "qcow2",
+        name,
+    ]);
+    let context = dirty_bitmap_context("b0");
+    let client = server.connect_with(&[&context]).await;
+    let mut dirty = Vec::new();
+    let mut extents = client.extents(&context, 0..size).unwrap();
+    while let Some(extent) = extents.next().await.unwrap() {
+        dirty.extend(extent.is_dirty().then_some(extent.offset..extent.end()));
+    }
+    assert!(dirty.len() > 10, "{dirty:?}");
+    let grown = [
+        40 * MIB + 5..size,
+        2 * MIB..2 * MIB + 1,
+        40 * MIB..41 * MIB,
+        size..u64::MAX,
+    ];
+    for (unit, also, skip_zeroes) in [
+        (1, &grown[..0], true),
+        (512, &grown[..], true),
+        (65_536, &grown[..0], true),
+        (65_536, &grown[..], false),
+        (12_288, &grown[..], true),
+        (MIB, &grown[..0], true),
+        (3 * MIB, &grown[..], true),
+    ] {
+        let bulk = BulkOptions {
+            only_changed: Some(context.clone()),
+            round_to: unit,
+            also: also.to_vec(),
+            skip_zeroes,
+            request_size: 100_000,
+            ..BulkOptions::default()
+        };
+        let read = |range| BulkReader::new(vec![client.clone()], range, &bulk).unwrap();
+        let found = in_units(&mut read(0..size), unit, &expected).await;
+        let wanted = units(&[&dirty[..], also].concat(), unit, size);
+        assert!(units(&found, unit, size) == wanted, "{unit}: {found:?}");
+        // From the end of any chunk on, the rest comes.
+        let middle = found[found.len() / 2].end;
+        let rest = in_units(&mut read(middle..size), unit, &expected).await;
+        let wanted: Vec<_> = found
+            .iter()
+            .filter(|range| range.start >= middle)
+            .cloned()
+            .collect();
+        assert!(
+            units(&rest, unit, size) == units(&wanted, unit, size),
+            "{unit}: {rest:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn everything_comes_in_whole_units_too() {
+    let dir = directory();
+    let size = 48 * MIB + 1536;
+    let path = image(dir.path(), "disk.qcow2", "qcow2", size);
+    let expected = patchwork(path.to_str().unwrap(), size).await;
+    let server = Server::qemu_nbd(&["--read-only", "--format", "qcow2", path.to_str().unwrap()]);
+    let client = server.connect_with(&[]).await;
+    for unit in [65_536, MIB, 100_000] {
+        let bulk = BulkOptions {
+            round_to: unit,
+            ..BulkOptions::default()
+        };
+        let mut reader = BulkReader::new(vec![client.clone()], 0..size, &bulk).unwrap();
+        let found = in_units(&mut reader, unit, &expected).await;
+        assert!(units(&found, unit, size).iter().all(|touched| *touched));
+        assert!(found.windows(2).all(|pair| pair[0].end == pair[1].start));
+    }
 }
