@@ -9,30 +9,48 @@
 //! | `store`, `local` | where a repository's objects lie: the trait, and a directory of this host |
 //! | `repository`, `manifest` | domains, points and their chains; what is written down of a point |
 //! | `image`, `qcow2` | writing an image and its digests in one pass, so that it can be taken up again |
+//! | `machine` | the domain's document, EFI variables and TPM state beside the disks |
 //! | `digests` | the digests of an image's chunks as a file, and what they come to over a chain |
 //! | `chain` | reading a disk as it was at a point, each chunk checked |
+//! | `create`, `remote` | a backup of a domain of this host; of a snapshot that another host serves |
+//! | `levels`, `source`, `pull` | whether an image is full or an increment; where a disk is read from; pulling one |
+//! | `journal`, `tidy` | what lets an interrupted backup be gone on with; what backups leave with the domain, and its end |
 //! | `progress` | what long acts tell, and how they are stopped |
 //!
 //! The formats are described in `docs/backup-format.md`.
 
 mod chain;
+mod create;
 mod digests;
 mod image;
+mod journal;
+mod levels;
 mod local;
+mod machine;
 mod manifest;
+mod names;
 mod progress;
+mod pull;
+mod remote;
 mod repository;
+mod source;
 mod store;
+mod tidy;
 
 pub use chain::{ChainReader, Layer, content_digest};
+pub use create::{Backup, BackupRequest, Subject, create};
 pub use digests::Digest;
 pub use disksnap::{Error, ErrorKind, Piece, Result};
 pub use image::{Compression, ImageKeys, ImageSpec, ImageState, ImageSummary, ImageWriter};
+pub use journal::WantedLevel;
 pub use local::LocalStore;
+pub use machine::{MachineOptions, SavedMachine, load_machine, save_machine, verify_machine};
 pub use manifest::{DiskEntry, FileEntry, Level, MachineEntry, Manifest};
 pub use progress::{Event, Phase, Silent, Watcher, stopped};
+pub use remote::{RemoteExport, RemoteRequest, pull};
 pub use repository::{DomainFolder, ListedPoint, PointSpec, Repository};
 pub use store::{Blob, BlobWriter, Store, StoreLock};
+pub use tidy::abandon;
 
 /// The unit that images are written and checked in, in bytes: a cluster of the images, and what one digest is of. What
 /// lies between two multiples of it is one chunk; a disk's last chunk may be shorter.

@@ -1,0 +1,458 @@
+//! A backup of a domain of this host: the snapshot, the pull, the point, and what is tidied up behind it.
+
+use std::time::{Duration, SystemTime};
+
+use disksnap::{
+    CheckpointName, DEADLINE, Disk, Disks, Disksnap, Domain, DomainDocument, Effect, Error, ErrorKind,
+    NewCheckpoint, Quiesce, Result, Snapshot, SnapshotId, SnapshotName, SnapshotRequest,
+};
+
+use crate::journal::{Asked, Begun, Journal};
+use crate::levels::{Opened, open};
+use crate::pull::{About, Puller};
+use crate::tidy::{self, Ours};
+use crate::{Compression, DomainFolder, Event, Manifest, Repository, WantedLevel, Watcher, stopped};
+
+/// A domain to back up.
+#[derive(Debug, Clone, Copy)]
+pub struct Subject<'a> {
+    /// What reaches it.
+    pub disksnap: &'a Disksnap,
+    /// What leads to its document, as for [`Disksnap::load`]: it is brought up to date where a method gives the domain
+    /// another disk for as long as the snapshot is there.
+    pub given: &'a str,
+    /// Its document.
+    pub document: &'a DomainDocument,
+    /// What was read from it, and where it answers.
+    pub domain: &'a Domain,
+}
+
+/// What is asked of a backup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackupRequest {
+    /// Which level.
+    pub level: WantedLevel,
+    /// Which disks.
+    pub disks: Disks,
+    /// How consistent the guest's file systems must be.
+    pub quiesce: Quiesce,
+    /// The mount points whose file systems are frozen; all when none is named.
+    pub mountpoints: Vec<String>,
+    /// How long the guest may stand still.
+    pub deadline: Duration,
+    /// How the images' data is stored.
+    pub compression: Compression,
+    /// No more than so many bytes in a second are pulled.
+    pub rate_limit: Option<u64>,
+    /// Go on with what an interrupted run of the same request had begun, where its snapshot is still good.
+    pub resume: bool,
+    /// Save the point although EFI variables or TPM state that the domain has cannot be read, with a warning.
+    pub allow_missing_machine: bool,
+}
+
+impl Default for BackupRequest {
+    /// As good as it can be: increments where possible, all disks that are snapshotted when none is named, not quiesced,
+    /// not compressed, resumed.
+    fn default() -> Self {
+        Self {
+            level: WantedLevel::Auto,
+            disks: Disks::Writable,
+            quiesce: Quiesce::None,
+            mountpoints: Vec::new(),
+            deadline: DEADLINE,
+            compression: Compression::None,
+            rate_limit: None,
+            resume: true,
+            allow_missing_machine: false,
+        }
+    }
+}
+
+/// A backup that was made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backup {
+    /// The point.
+    pub manifest: Manifest,
+    /// It went on with what an interrupted run had begun.
+    pub resumed: bool,
+}
+
+/// What carries a backup out.
+struct Run<'a> {
+    of: Subject<'a>,
+    repository: &'a Repository,
+    folder: &'a DomainFolder,
+    request: &'a BackupRequest,
+    watcher: &'a dyn Watcher,
+    ours: Ours,
+}
+
+/// Makes a backup: a snapshot of all disks at one instant, pulled, written down, and only then given up.
+///
+/// Where it is interrupted, by whatever, the next call goes on with the same snapshot; where that is not good any more, from the point
+/// before, as if this one had not been tried.
+///
+/// # Errors
+/// What the snapshot meets; `Busy` while another backup of the domain is under way in the repository; `Unsupported` when an
+/// increment is wanted and not possible; `Broken` when the snapshot broke while it was pulled; `NoSpace`; `Unavailable` when it was stopped. The
+/// repository has no new point then.
+pub async fn create(
+    of: Subject<'_>,
+    repository: &Repository,
+    request: &BackupRequest,
+    watcher: &dyn Watcher,
+) -> Result<Backup> {
+    let told = |error: Error| error.during("backup create").with("domain", &of.domain.id);
+    let folder = repository.folder_or_new(&of.domain.id).await.map_err(told)?;
+    let _lock = repository.lock(&folder, false).await.map_err(told)?;
+    let run = Run {
+        of,
+        repository,
+        folder: &folder,
+        request,
+        watcher,
+        ours: Ours::of(repository),
+    };
+    run.to_the_end().await.map_err(told)
+}
+
+impl Run<'_> {
+    async fn to_the_end(&self) -> Result<Backup> {
+        stopped(self.watcher)?;
+        self.follow().await?;
+        let going_on = self.settle().await?;
+        tidy::tidy(
+            self.of,
+            self.repository,
+            self.folder,
+            going_on.as_ref(),
+            self.watcher,
+        )
+        .await?;
+        let resumed = going_on.is_some();
+        let (mut journal, snapshot) = match going_on {
+            Some(journal) => {
+                let snapshot = self.ours.snapshot(self.of, &journal.snapshot).await?;
+                let gone = || Error::new(ErrorKind::NotFound, "the snapshot is gone");
+                (journal, snapshot.ok_or_else(gone)?)
+            }
+            None => self.begin().await?,
+        };
+        let pulled = self.pull(&mut journal, &snapshot).await;
+        let manifest = match pulled {
+            Ok(manifest) => manifest,
+            Err(error) => return Err(self.interrupted(&journal, error).await),
+        };
+        self.finish(&journal).await.map_err(|error| {
+            error
+                .with("point", &journal.point)
+                .leaving(Effect::Unknown)
+                .hint("The backup itself is complete. The next one deletes the snapshot that is left; or `disksnap backup abandon` does.")
+        })?;
+        Ok(Backup { manifest, resumed })
+    }
+
+    /// Looks at what interrupted runs have left: one to go on with, the others given up.
+    async fn settle(&self) -> Result<Option<Journal>> {
+        let mut going_on = None;
+        for point in self.repository.unfinished(self.folder).await?.iter().rev() {
+            let journal = Journal::load(self.repository, self.folder, point).await;
+            let journal = journal.unwrap_or_default();
+            match journal {
+                Some(journal) if going_on.is_none() && self.can_go_on(&journal).await? => {
+                    let message = format!("going on with {point}, which was interrupted");
+                    self.watcher.event(&Event::Note { message: &message });
+                    going_on = Some(journal);
+                }
+                _ => {
+                    tidy::abandon_point(self.of, self.repository, self.folder, point).await?;
+                    let message =
+                        format!("{point} was interrupted and cannot be gone on with: it was given up");
+                    self.watcher.event(&Event::Note { message: &message });
+                }
+            }
+        }
+        Ok(going_on)
+    }
+
+    async fn can_go_on(&self, journal: &Journal) -> Result<bool> {
+        if !self.request.resume || journal.asked != self.asked() {
+            return Ok(false);
+        }
+        let dispatcher = self.of.disksnap.dispatcher();
+        match dispatcher.show(self.of.domain, &journal.snapshot).await {
+            Ok(found) => Ok(Some(found.snapshot.id) == journal.id && found.overall().is_good()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn asked(&self) -> Asked {
+        Asked {
+            level: self.request.level,
+            disks: self.request.disks.clone(),
+            compression: self.request.compression,
+        }
+    }
+
+    /// Takes the snapshot. The journal is there first, so that whoever comes next knows whose it is.
+    async fn begin(&self) -> Result<(Journal, Snapshot)> {
+        let point = self.repository.new_point(self.folder, SystemTime::now()).await?;
+        let name: SnapshotName = self.ours.name(&point).parse()?;
+        let checkpoint = CheckpointName::try_from(&name)?;
+        let id = SnapshotId::random();
+        let mut journal = Journal {
+            point,
+            asked: self.asked(),
+            snapshot: name.clone(),
+            id: Some(id),
+            checkpoint: Some(checkpoint.clone()),
+            machine: None,
+            disks: Vec::new(),
+        };
+        journal.save(self.repository, self.folder).await?;
+        let request = SnapshotRequest {
+            id,
+            name: Some(name),
+            disks: self.request.disks.clone(),
+            quiesce: self.request.quiesce,
+            mountpoints: self.request.mountpoints.clone(),
+            deadline: self.request.deadline,
+            checkpoint: Some(NewCheckpoint::Named(checkpoint)),
+            checkpoint_where_possible: true,
+        };
+        let created = self
+            .of
+            .disksnap
+            .dispatcher()
+            .create(self.of.domain, &request)
+            .await;
+        let snapshot = match created {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                let folder = self.repository.folder_of(self.folder, &journal.point);
+                let removed = self.repository.store().remove(&folder).await;
+                return Err(match removed {
+                    Ok(()) => error,
+                    Err(failure) => error.rollback_failed(vec![failure]),
+                });
+            }
+        };
+        self.follow_disks(&modified(&snapshot)).await?;
+        journal.checkpoint.clone_from(&snapshot.checkpoint);
+        journal.save(self.repository, self.folder).await?;
+        Ok((journal, snapshot))
+    }
+
+    /// Pulls every disk, and makes the point exist.
+    async fn pull(&self, journal: &mut Journal, snapshot: &Snapshot) -> Result<Manifest> {
+        let mut warnings = snapshot.warnings.clone();
+        for warning in &snapshot.warnings {
+            self.watcher.event(&Event::Warning { message: warning });
+        }
+        if journal.machine.is_none() {
+            let options = MachineOptions {
+                allow_missing: self.request.allow_missing_machine,
+            };
+            let prefix = self.repository.folder_of(self.folder, &journal.point);
+            let store = &**self.repository.store();
+            let saved = save_machine(store, &prefix, self.of.document, &options, &mut warnings).await?;
+            journal.machine = Some(saved);
+            journal.save(self.repository, self.folder).await?;
+        }
+        let mut disks = Vec::new();
+        for disk in &snapshot.disks {
+            let entry = self.disk(journal, snapshot, &disk.target, &disk.method).await?;
+            disks.push(entry);
+        }
+        let dispatcher = self.of.disksnap.dispatcher();
+        let found = dispatcher.show(self.of.domain, &snapshot.name).await?;
+        if let disksnap::Health::Broken(why) | disksnap::Health::Gone(why) = found.overall() {
+            return Err(Error::new(
+                ErrorKind::Broken,
+                format!("the snapshot broke while it was pulled: {why}"),
+            ));
+        }
+        let machine = journal.machine.clone();
+        let manifest = Manifest {
+            repository: self.repository.id(),
+            point: journal.point.clone(),
+            domain: self.of.domain.id.clone(),
+            created: snapshot.created,
+            consistency: snapshot.consistency.clone(),
+            snapshot: snapshot.name.clone(),
+            checkpoint: snapshot.checkpoint.clone(),
+            disks,
+            machine: machine
+                .ok_or_else(|| Error::new(ErrorKind::Internal, "the domain's document was not saved"))?,
+            warnings,
+            tool: tool(),
+        };
+        self.repository.publish(self.folder, &manifest).await?;
+        Ok(manifest)
+    }
+
+    async fn disk(
+        &self,
+        journal: &mut Journal,
+        snapshot: &Snapshot,
+        target: &str,
+        method: &str,
+    ) -> Result<crate::DiskEntry> {
+        let begun = journal.disks.iter().find(|begun| begun.target == target);
+        if let Some(entry) = begun.and_then(|begun| begun.entry.clone()) {
+            return Ok(entry);
+        }
+        let planned = begun.map(|begun| begun.planned.clone());
+        let Opened {
+            source,
+            planned,
+            below,
+        } = open(
+            self.of,
+            self.repository,
+            self.folder,
+            &snapshot.name,
+            target,
+            planned,
+            self.request.level,
+        )
+        .await
+        .map_err(|e| e.with("disk", target))?;
+        if journal.disk(target).is_err() {
+            journal.disks.push(Begun {
+                target: target.to_owned(),
+                planned,
+                state: None,
+                entry: None,
+            });
+            journal.save(self.repository, self.folder).await?;
+        }
+        for warning in source.warnings() {
+            self.watcher.event(&Event::Warning { message: warning });
+        }
+        let about = About {
+            target,
+            method,
+            tracked: self.tracked(snapshot, target).await?,
+            below: &below,
+        };
+        let puller = Puller {
+            repository: self.repository,
+            folder: self.folder,
+            watcher: self.watcher,
+            rate_limit: self.request.rate_limit,
+        };
+        let pulled = puller.disk(journal, &about, &source).await;
+        let closed = source.close().await;
+        let entry = pulled?;
+        closed?;
+        Ok(entry)
+    }
+
+    /// Whether the checkpoint that began with the snapshot covers the disk.
+    async fn tracked(&self, snapshot: &Snapshot, target: &str) -> Result<bool> {
+        let Some(name) = &snapshot.checkpoint else {
+            return Ok(false);
+        };
+        let lineage = self.of.disksnap.dispatcher().checkpoints(self.of.domain).await?;
+        Ok(lineage.get(name)?.disk(target).is_some())
+    }
+
+    /// Gives up what the point needed: it exists.
+    async fn finish(&self, journal: &Journal) -> Result<()> {
+        journal.remove(self.repository, self.folder).await?;
+        let disks = self.ours.delete_snapshot(self.of, &journal.snapshot).await?;
+        self.follow_disks(&disks).await?;
+        tidy::tidy(self.of, self.repository, self.folder, None, self.watcher).await
+    }
+
+    /// Keeps what a later run can go on with, or gives it all up.
+    async fn interrupted(&self, journal: &Journal, error: Error) -> Error {
+        let again = [
+            ErrorKind::Unavailable,
+            ErrorKind::NoSpace,
+            ErrorKind::Io,
+            ErrorKind::Timeout,
+            ErrorKind::Denied,
+            ErrorKind::Busy,
+        ];
+        let error = error.with("point", &journal.point);
+        if again.contains(&error.kind()) {
+            return error.leaving(Effect::Unknown).hint(
+                "The snapshot and what was pulled are kept: the same command goes on where this one was. \
+                 `disksnap backup abandon` gives them up.",
+            );
+        }
+        let abandoned = tidy::abandon_point(self.of, self.repository, self.folder, &journal.point).await;
+        match abandoned {
+            Ok(()) => error
+                .leaving(Effect::RolledBack)
+                .hint("Nothing of it is left; the next backup goes on from the point before."),
+            Err(failure) => error.rollback_failed(vec![failure]),
+        }
+    }
+
+    /// Brings the domain's document up to date where an interrupted run has left it behind.
+    async fn follow(&self) -> Result<()> {
+        let outdated = self.of.disksnap.dispatcher().outdated(self.of.domain).await?;
+        self.follow_disks(&outdated).await
+    }
+
+    async fn follow_disks(&self, disks: &[Disk]) -> Result<()> {
+        if disks.is_empty() {
+            return Ok(());
+        }
+        let updated = self.of.disksnap.update(self.of.given, disks).await;
+        updated.map(drop).map_err(|error| {
+            error.leaving(Effect::Unknown).hint(
+                "Do not start the domain from its document as it is; bring it up to date with `disksnap domain update`.",
+            )
+        })
+    }
+}
+
+fn modified(snapshot: &Snapshot) -> Vec<Disk> {
+    let disks = snapshot.disks.iter();
+    disks.filter_map(|disk| disk.modified_disk.clone()).collect()
+}
+
+/// What wrote a manifest.
+pub(crate) fn tool() -> String {
+    format!("disksnap {}", env!("CARGO_PKG_VERSION"))
+}
+
+// Until `machine` is there.
+pub(crate) struct MachineOptions {
+    pub(crate) allow_missing: bool,
+}
+
+pub(crate) async fn save_machine(
+    store: &dyn crate::Store,
+    prefix: &str,
+    document: &DomainDocument,
+    options: &MachineOptions,
+    warnings: &mut Vec<String>,
+) -> Result<crate::MachineEntry> {
+    let _ = (options.allow_missing, warnings);
+    save_document(store, prefix, document).await
+}
+
+pub(crate) async fn save_document(
+    store: &dyn crate::Store,
+    prefix: &str,
+    document: &DomainDocument,
+) -> Result<crate::MachineEntry> {
+    let bytes = document.text().as_bytes();
+    store.put(&format!("{prefix}/domain.xml"), bytes).await?;
+    Ok(crate::MachineEntry {
+        domain_xml: crate::FileEntry {
+            file: "domain.xml".to_owned(),
+            path: None,
+            bytes: bytes.len() as u64,
+            digest: crate::Digest::of(bytes),
+        },
+        nvram: None,
+        tpm: Vec::new(),
+    })
+}

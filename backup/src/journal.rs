@@ -1,0 +1,132 @@
+//! What is written down of a point while it is being pulled, so that a later run can go on: `unfinished.json`.
+
+use disksnap::{CheckpointName, Disks, SnapshotId, SnapshotName};
+use disksnap::{Error, ErrorKind, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::{Compression, DiskEntry, DomainFolder, ImageState, Level, MachineEntry, Repository};
+
+/// The journal's file in the point's folder.
+const FILE: &str = "unfinished.json";
+/// No journal is longer, in bytes.
+const LIMIT: u64 = 256 << 20;
+
+/// Which level is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WantedLevel {
+    /// An increment of the disks of which it is known what has changed, and all of the others.
+    #[default]
+    Auto,
+    /// All of every disk.
+    Full,
+    /// An increment of every disk, or nothing.
+    Incremental,
+}
+
+/// What a point was asked to be: a run that asks for something else does not go on with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Asked {
+    pub(crate) level: WantedLevel,
+    pub(crate) disks: Disks,
+    pub(crate) compression: Compression,
+}
+
+/// A point that is being pulled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Journal {
+    pub(crate) point: String,
+    pub(crate) asked: Asked,
+    pub(crate) snapshot: SnapshotName,
+    /// The request that takes the snapshot, where this host takes it.
+    pub(crate) id: Option<SnapshotId>,
+    /// The checkpoint that begins with it.
+    pub(crate) checkpoint: Option<CheckpointName>,
+    #[serde(default)]
+    pub(crate) machine: Option<MachineEntry>,
+    /// The disks that have been begun.
+    #[serde(default)]
+    pub(crate) disks: Vec<Begun>,
+}
+
+/// A disk that is being pulled, or has been.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Begun {
+    pub(crate) target: String,
+    pub(crate) planned: Planned,
+    /// How far its image is.
+    #[serde(default)]
+    pub(crate) state: Option<ImageState>,
+    /// What it has become.
+    #[serde(default)]
+    pub(crate) entry: Option<DiskEntry>,
+}
+
+/// What a disk's image is to hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Planned {
+    pub(crate) level: Level,
+    /// The point that an increment is over, and the checkpoint that began there.
+    pub(crate) parent: Option<(String, CheckpointName)>,
+    pub(crate) why_full: Option<String>,
+}
+
+impl Journal {
+    /// The disk's part of it.
+    ///
+    /// # Errors
+    /// `Internal` for a disk that was not begun.
+    pub(crate) fn disk(&mut self, target: &str) -> Result<&mut Begun> {
+        let found = self.disks.iter_mut().find(|begun| begun.target == target);
+        found.ok_or_else(|| {
+            Error::new(ErrorKind::Internal, "a disk is pulled that was not begun").with("disk", target)
+        })
+    }
+
+    /// Writes it down, durably.
+    pub(crate) async fn save(&self, repository: &Repository, folder: &DomainFolder) -> Result<()> {
+        let json = serde_json::to_vec(self).map_err(|e| defect("cannot write the journal", e))?;
+        let key = repository.key(folder, &self.point, FILE);
+        repository.store().put(&key, &json).await
+    }
+
+    /// The journal of an unfinished point; `None` where it has none.
+    ///
+    /// # Errors
+    /// `Broken` for one that cannot be read.
+    pub(crate) async fn load(
+        repository: &Repository,
+        folder: &DomainFolder,
+        point: &str,
+    ) -> Result<Option<Self>> {
+        let key = repository.key(folder, point, FILE);
+        let bytes = match repository.store().get(&key, LIMIT).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            bytes => bytes?,
+        };
+        match serde_json::from_slice::<Self>(&bytes) {
+            Ok(journal) if journal.point == point => Ok(Some(journal)),
+            Ok(_) => Err(Error::new(
+                ErrorKind::Broken,
+                "the journal of an unfinished backup is of another point",
+            )
+            .with("object", key)),
+            Err(error) => Err(Error::new(
+                ErrorKind::Broken,
+                "the journal of an unfinished backup cannot be read",
+            )
+            .with("object", key)
+            .because(error)),
+        }
+    }
+
+    /// Ends it: the point has its manifest.
+    pub(crate) async fn remove(&self, repository: &Repository, folder: &DomainFolder) -> Result<()> {
+        let key = repository.key(folder, &self.point, FILE);
+        repository.store().remove(&key).await
+    }
+}
+
+fn defect(what: &str, error: serde_json::Error) -> Error {
+    Error::new(ErrorKind::Internal, what).because(error)
+}

@@ -1,0 +1,159 @@
+//! Whether a disk's image is to be full or an increment: decided with the snapshot at hand, and told why.
+
+use disksnap::{CheckpointName, Error, ErrorKind, Result, SnapshotName};
+
+use crate::create::Subject;
+use crate::journal::Planned;
+use crate::source::Source;
+use crate::{DomainFolder, Layer, Level, Manifest, Repository, WantedLevel};
+
+/// A disk that is open for pulling.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) source: Source,
+    pub(crate) planned: Planned,
+    /// The chain that an increment is over, the newest image first; none for a full image.
+    pub(crate) below: Vec<Layer>,
+}
+
+/// What an increment could be over.
+#[derive(Debug)]
+pub(crate) struct Parent {
+    pub(crate) point: String,
+    pub(crate) checkpoint: CheckpointName,
+    pub(crate) chain: Vec<Layer>,
+}
+
+/// Opens a disk of a snapshot for what its image is to hold: what was planned before, or what is possible now.
+pub(crate) async fn open(
+    of: Subject<'_>,
+    repository: &Repository,
+    folder: &DomainFolder,
+    snapshot: &SnapshotName,
+    target: &str,
+    planned: Option<Planned>,
+    wanted: WantedLevel,
+) -> Result<Opened> {
+    let whole = async |why_full: Option<String>| {
+        let reader = of.disksnap.read(of.domain, snapshot, target).await?;
+        Ok(Opened {
+            source: Source::Snapshot(reader),
+            planned: Planned {
+                level: Level::Full,
+                parent: None,
+                why_full,
+            },
+            below: Vec::new(),
+        })
+    };
+    if let Some(Planned {
+        level: Level::Full,
+        why_full,
+        ..
+    }) = &planned
+    {
+        return whole(why_full.clone()).await;
+    }
+    if planned.is_none() && wanted == WantedLevel::Full {
+        return whole(None).await;
+    }
+    let parent = match parent(repository, folder, target).await? {
+        Ok(parent) => parent,
+        Err(why) => return not_possible(planned, wanted, why, whole).await,
+    };
+    let since = of
+        .disksnap
+        .read_since(of.domain, snapshot, target, &parent.checkpoint)
+        .await;
+    match since {
+        Ok(reader) => Ok(Opened {
+            source: Source::Snapshot(reader),
+            planned: Planned {
+                level: Level::Incremental,
+                parent: Some((parent.point, parent.checkpoint)),
+                why_full: None,
+            },
+            below: parent.chain,
+        }),
+        Err(error) if tells_no_changes(&error) => {
+            let why = format!(
+                "what has changed since {} is not known: {}",
+                parent.point,
+                error.message()
+            );
+            not_possible(planned, wanted, why, whole).await
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// A full one where that may be, else an error.
+async fn not_possible(
+    planned: Option<Planned>,
+    wanted: WantedLevel,
+    why: String,
+    whole: impl AsyncFnOnce(Option<String>) -> Result<Opened>,
+) -> Result<Opened> {
+    if planned.is_some() {
+        // An increment was begun, and cannot be gone on with.
+        return Err(Error::new(ErrorKind::Broken, why));
+    }
+    match wanted {
+        WantedLevel::Incremental => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("no increment of the disk is possible: {why}"),
+        )
+        .hint("Ask for --level auto: it takes all of the disks that need it.")),
+        WantedLevel::Auto | WantedLevel::Full => whole(Some(why)).await,
+    }
+}
+
+/// The last point of a disk, if an increment can be over it; else why not.
+pub(crate) async fn parent(
+    repository: &Repository,
+    folder: &DomainFolder,
+    target: &str,
+) -> Result<std::result::Result<Parent, String>> {
+    let points = repository.points(folder).await?;
+    if let Some(bad) = points.last().filter(|point| point.manifest.is_err()) {
+        return Ok(Err(format!(
+            "the manifest of the last point, {}, cannot be read",
+            bad.name
+        )));
+    }
+    let manifests = points.into_iter().rev().filter_map(|point| point.manifest.ok());
+    let has = |manifest: &Manifest| manifest.disks.iter().any(|disk| disk.target == target);
+    let Some(manifest) = manifests.into_iter().find(has) else {
+        return Ok(Err("it is the first backup of the disk here".to_owned()));
+    };
+    let tracked = manifest
+        .disks
+        .iter()
+        .any(|disk| disk.target == target && disk.tracked);
+    let Some(checkpoint) = manifest.checkpoint.clone().filter(|_| tracked) else {
+        return Ok(Err(format!(
+            "no checkpoint began on the disk with {}",
+            manifest.point
+        )));
+    };
+    match repository.chain(folder, &manifest, target).await {
+        Ok(chain) => Ok(Ok(Parent {
+            point: manifest.point,
+            checkpoint,
+            chain,
+        })),
+        Err(error) => Ok(Err(format!(
+            "the chain of {} is not whole: {}",
+            manifest.point,
+            error.message()
+        ))),
+    }
+}
+
+/// Whether an error says that it is not known what has changed, rather than that the snapshot cannot be read.
+fn tells_no_changes(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::NotFound | ErrorKind::Broken | ErrorKind::Unsupported | ErrorKind::Invalid
+    )
+}

@@ -1,0 +1,145 @@
+//! What backups leave with the domain: their snapshots and checkpoints, told by their names, and their end. All of it can be
+//! done at any time, and twice.
+
+use std::collections::BTreeSet;
+
+use disksnap::{CheckpointName, Disk, ErrorKind, Result, Snapshot, SnapshotName};
+
+use crate::create::Subject;
+use crate::journal::Journal;
+use crate::{DomainFolder, Event, Repository, Watcher};
+
+/// How what belongs to a repository's backups is called.
+#[derive(Debug, Clone)]
+pub(crate) struct Ours {
+    prefix: String,
+}
+
+impl Ours {
+    pub(crate) fn of(repository: &Repository) -> Self {
+        let id = repository.id().simple().to_string();
+        Self {
+            prefix: format!("backup-{}-", &id[..8]),
+        }
+    }
+
+    /// The name of the snapshot and the checkpoint of a point.
+    pub(crate) fn name(&self, point: &str) -> String {
+        format!("{}{point}", self.prefix)
+    }
+
+    fn is(&self, name: &str) -> bool {
+        name.starts_with(&self.prefix)
+    }
+
+    pub(crate) async fn snapshot(&self, of: Subject<'_>, name: &SnapshotName) -> Result<Option<Snapshot>> {
+        let catalog = of.disksnap.dispatcher().catalog();
+        let all = catalog.snapshots(&of.domain.id).await?;
+        Ok(all.into_iter().find(|snapshot| snapshot.name == *name))
+    }
+
+    /// Deletes a snapshot, if it is there; returns the disks that the domain uses now, where they have changed.
+    pub(crate) async fn delete_snapshot(&self, of: Subject<'_>, name: &SnapshotName) -> Result<Vec<Disk>> {
+        match of.disksnap.dispatcher().delete(of.domain, name).await {
+            Ok(deletion) => Ok(deletion.altered.disks),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Gives up a point that never came to be: its snapshot, its checkpoint, whose bitmaps the one before takes over, and its folder.
+pub(crate) async fn abandon_point(
+    of: Subject<'_>,
+    repository: &Repository,
+    folder: &DomainFolder,
+    point: &str,
+) -> Result<()> {
+    let ours = Ours::of(repository);
+    let name: SnapshotName = ours.name(point).parse()?;
+    let disks = ours.delete_snapshot(of, &name).await?;
+    if !disks.is_empty() {
+        of.disksnap.update(of.given, &disks).await?;
+    }
+    let checkpoint = CheckpointName::try_from(&name)?;
+    match of
+        .disksnap
+        .dispatcher()
+        .remove_checkpoint(of.domain, &checkpoint)
+        .await
+    {
+        // Broken: the one before it is, and both go with the next full backup.
+        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Broken) => return Err(error),
+        _ => {}
+    }
+    repository
+        .store()
+        .remove(&repository.folder_of(folder, point))
+        .await
+}
+
+/// Deletes the snapshots of backups that have ended, and removes the checkpoints that no disk's next increment needs; but for what
+/// belongs to the point that is being gone on with.
+pub(crate) async fn tidy(
+    of: Subject<'_>,
+    repository: &Repository,
+    folder: &DomainFolder,
+    going_on: Option<&Journal>,
+    watcher: &dyn Watcher,
+) -> Result<()> {
+    let ours = Ours::of(repository);
+    let dispatcher = of.disksnap.dispatcher();
+    for snapshot in dispatcher.catalog().snapshots(&of.domain.id).await? {
+        let needed = going_on.is_some_and(|journal| journal.snapshot == snapshot.name);
+        if ours.is(snapshot.name.as_str()) && !needed {
+            let disks = ours.delete_snapshot(of, &snapshot.name).await?;
+            if !disks.is_empty() {
+                of.disksnap.update(of.given, &disks).await?;
+            }
+        }
+    }
+    let mut needed = needed(repository, folder).await?;
+    needed.extend(going_on.and_then(|journal| journal.checkpoint.clone()));
+    let lineage = dispatcher.checkpoints(of.domain).await?;
+    let past = lineage.checkpoints().iter().map(|checkpoint| &checkpoint.name);
+    for name in past.filter(|name| ours.is(name.as_str()) && !needed.contains(name)) {
+        if let Err(error) = dispatcher.remove_checkpoint(of.domain, name).await {
+            let message = format!(
+                "the checkpoint '{name}' is not needed any more and could not be removed: {error}; the next backup tries again"
+            );
+            watcher.event(&Event::Warning { message: &message });
+        }
+    }
+    Ok(())
+}
+
+/// The checkpoints that the next increments are since: of each disk that of its last point.
+async fn needed(repository: &Repository, folder: &DomainFolder) -> Result<BTreeSet<CheckpointName>> {
+    let (mut seen, mut needed) = (BTreeSet::new(), BTreeSet::new());
+    for point in repository.points(folder).await?.into_iter().rev() {
+        let Ok(manifest) = point.manifest else { continue };
+        for disk in &manifest.disks {
+            if seen.insert(disk.target.clone()) && disk.tracked {
+                needed.extend(manifest.checkpoint.clone());
+            }
+        }
+    }
+    Ok(needed)
+}
+
+/// Gives up whatever interrupted backups of a domain have left, in the repository and with the domain.
+///
+/// # Errors
+/// `Busy` while a backup is under way; what deleting a snapshot meets.
+pub async fn abandon(of: Subject<'_>, repository: &Repository, watcher: &dyn Watcher) -> Result<Vec<String>> {
+    let Some(folder) = repository.folder(&of.domain.id).await? else {
+        return Ok(Vec::new());
+    };
+    let _lock = repository.lock(&folder, false).await?;
+    let unfinished = repository.unfinished(&folder).await?;
+    for point in &unfinished {
+        abandon_point(of, repository, &folder, point).await?;
+    }
+    tidy(of, repository, &folder, None, watcher).await?;
+    Ok(unfinished)
+}
