@@ -26,6 +26,7 @@ pub use disksnap_checkpoint_set as checkpoint_set;
 pub use disksnap_core::*;
 pub use disksnap_hypervisor::guardian::run_if_asked;
 pub use disksnap_hypervisor::{Paths, QemuConnector};
+pub use disksnap_storage_daemon::find_program as storage_daemon_program;
 pub use disksnap_xml as xml;
 pub use disksnap_xml::DomainDocument;
 pub use domain::read_document;

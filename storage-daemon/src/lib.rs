@@ -115,6 +115,15 @@ impl StorageDaemons {
     }
 }
 
+/// The program, for those who start one of their own: the one that the environment names ([`PROGRAM_ENV`]), else the first of
+/// [`StorageDaemons::PLACES`].
+///
+/// # Errors
+/// `Unavailable` when there is none.
+pub fn find_program() -> Result<PathBuf> {
+    StorageDaemons::new(PathBuf::new()).find_program()
+}
+
 fn session(files: &Files) -> Session {
     Session::new(files.monitor(), Timeouts::default())
 }
