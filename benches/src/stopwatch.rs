@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use disksnap_core::{
     Catalog, Change, Checkpoint, Command, Compare, Connector, Control, Definition, Disk, DiskNode,
     DiskRequest, DiskSnapshot, Domain, DomainId, DomainLock, Export, Freeze, Guard, Health, Host, Hotplug,
-    ImageServer, Intent, Merge, Method, Moved, NbdServer, Owner, Prepared, Probe, Result, Revert, RunState,
-    ServeNode, Snapshot, SnapshotId, SnapshotName, TakePlan, Taken, Unit, Verdict, Watch,
+    ImageServer, Intent, Lend, Merge, Method, Moved, NbdServer, Owner, Prepared, Probe, Result, Revert,
+    RunState, ServeNode, Snapshot, SnapshotId, SnapshotName, TakePlan, Taken, Unit, Verdict, Watch,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -176,6 +176,10 @@ impl Control for TimedControl {
 
     fn hotplug(&self) -> Option<&dyn Hotplug> {
         self.inner.hotplug()
+    }
+
+    fn lends(&self) -> Option<&dyn Lend> {
+        self.inner.lends()
     }
 }
 

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Act, Catalog, Change, Checkpoint, Definition, DomainId, DomainLock, Error, ErrorKind, Export, Intent,
-    Moved, NbdServer, Result, Snapshot, SnapshotId, SnapshotName,
+    Act, Catalog, Change, Checkpoint, Definition, DomainId, DomainLock, Error, ErrorKind, Export, FillStage,
+    Intent, Moved, NbdServer, Result, Snapshot, SnapshotId, SnapshotName,
 };
 use rusqlite::{Connection, OptionalExtension, Params, Transaction, params};
 use serde::de::DeserializeOwned;
@@ -245,6 +245,10 @@ impl Catalog for SqliteCatalog {
     async fn intend(&self, intent: &Intent) -> Result<()> {
         let space = match intent.act {
             Act::Create { .. } | Act::Serve { .. } | Act::Read { .. } | Act::Attach { .. } => Space::Ordinary,
+            Act::Fill {
+                stage: FillStage::Starting,
+                ..
+            } => Space::Ordinary,
             _ => Space::Reserve,
         };
         let intent = intent.clone();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use disksnap_core::{
     Command, Connector, Control, Disk, DiskNode, Domain, Error, ErrorKind, Freeze, Guard, Host, Hotplug,
-    ImageServer, NbdServer, Owner, Result, RunState, ServeNode, Watch,
+    ImageServer, Lend, NbdServer, Owner, Result, RunState, ServeNode, Watch,
 };
 use serde_json::Value;
 
@@ -141,6 +141,10 @@ impl Control for Inactive {
     }
 
     fn hotplug(&self) -> Option<&dyn Hotplug> {
+        None
+    }
+
+    fn lends(&self) -> Option<&dyn Lend> {
         None
     }
 }

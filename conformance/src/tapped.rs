@@ -8,8 +8,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use disksnap_core::{
     Catalog, Change, Checkpoint, Command, Connector, Control, Definition, Disk, DiskNode, Domain, DomainId,
-    DomainLock, Error, Export, Freeze, Guard, Host, Hotplug, ImageServer, Intent, Moved, NbdServer, Owner,
-    Result, RunState, ServeNode, Snapshot, SnapshotId, SnapshotName, Verdict, Watch,
+    DomainLock, Error, Export, Freeze, Guard, Host, Hotplug, ImageServer, Intent, Lend, Moved, NbdServer,
+    Owner, Result, RunState, ServeNode, Snapshot, SnapshotId, SnapshotName, Verdict, Watch,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -173,6 +173,10 @@ impl Control for TappedControl {
 
     fn hotplug(&self) -> Option<&dyn Hotplug> {
         self.inner.hotplug()
+    }
+
+    fn lends(&self) -> Option<&dyn Lend> {
+        self.inner.lends()
     }
 }
 

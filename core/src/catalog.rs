@@ -9,7 +9,8 @@ use uuid::Uuid;
 
 use crate::{
     Alias, Attached, Checkpoint, CheckpointName, Crossing, Disk, DiskRequest, Domain, DomainId, Ending,
-    Export, MergeInto, NbdServer, Prepared, Result, Snapshot, SnapshotId, SnapshotName, Source, Start,
+    Export, FillStage, Lending, MergeInto, NbdServer, Prepared, Result, Snapshot, SnapshotId, SnapshotName,
+    Source, Start,
 };
 
 /// The durable catalog. Every method is one atomic, durable step: after a kill it has happened or not.
@@ -175,6 +176,13 @@ pub enum Act {
         attached: Box<Attached>,
         /// The export.
         export: Alias,
+    },
+    /// A paused guest's disks are lent out to be filled. In force while it is open, in one run of the hypervisor.
+    Fill {
+        /// What is lent, and where it is served.
+        lending: Box<Lending>,
+        /// How far it is.
+        stage: FillStage,
     },
     /// Bitmaps are being ended, and the records of what they were for changed.
     EndMarks {

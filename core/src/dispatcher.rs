@@ -217,12 +217,19 @@ impl Dispatcher {
         Ok(deletion)
     }
 
-    /// Locks and reaches the domain, and settles what a killed run left of it.
+    /// Locks and reaches the domain, and settles what a killed run left of it. Refuses while its disks are being filled.
     pub(crate) async fn hold(&self, domain: &Domain) -> Result<Held> {
+        let held = self.hold_filling(domain, None).await?;
+        self.refuse_while_filling(&domain.id).await?;
+        Ok(held)
+    }
+
+    /// The same for what goes on while disks are being filled, with one act that is about to be taken up again.
+    pub(crate) async fn hold_filling(&self, domain: &Domain, but: Option<Uuid>) -> Result<Held> {
         let lock = self.catalog.lock(&domain.id).await?;
         let control = self.connector.control(domain).await?;
         let held = Held::new(control, lock);
-        self.settle_leftovers(&held, &domain.id).await?;
+        self.settle_leftovers_but(&held, &domain.id, but).await?;
         // A kill between the end of a checkpoint and that of what was kept for it.
         self.free_unpinned(&held, &domain.id).await?;
         Ok(held)

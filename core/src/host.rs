@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Disk, Domain, Hotplug, ImageServer, NbdServer, Result};
+use crate::{Disk, Domain, Hotplug, ImageServer, Lend, NbdServer, Result};
 
 /// A command for the hypervisor's monitor, as its protocol spells it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -253,6 +253,9 @@ pub trait Control: Host {
 
     /// What plugs disks into this domain's guest; `None` where nothing can.
     fn hotplug(&self) -> Option<&dyn Hotplug>;
+
+    /// What lends the disks of this domain's guest to whoever fills them; `None` where nothing can.
+    fn lends(&self) -> Option<&dyn Lend>;
 }
 
 /// Finds the place where a domain runs.

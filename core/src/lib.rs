@@ -21,10 +21,12 @@ mod domain;
 mod ending;
 mod error;
 mod export;
+mod filling;
 mod host;
 mod hotplug;
 mod image_server;
 mod ledger;
+mod lending;
 mod lineage;
 mod marking;
 mod merging;
@@ -61,6 +63,7 @@ pub use dispatcher::{Deleted, Deletion, Dispatcher, Inspected};
 pub use domain::{Domain, DomainId, Sockets};
 pub use error::{Effect, Error, ErrorKind, Result};
 pub use export::{Changes, Export, ExportDisk, ExportRequest, Listen, NbdServer, ServedBy, Tls, Told};
+pub use filling::{FillDisk, FillEnd, FillEnded, FillHealth, FillRequest, Filling};
 pub use host::{
     Command, Connector, Control, DiskNode, Freeze, Guard, Host, NodeBitmap, Owner, RunState, ServeNode,
     Verdict, Watch,
@@ -68,6 +71,7 @@ pub use host::{
 pub use hotplug::{Attached, Hotplug, PlugDisk, PlugTls};
 pub use image_server::{Image, ImageServer};
 pub use ledger::Altered;
+pub use lending::{FillStage, Lend, Lending, LentDisk};
 pub use lineage::{Lineage, Removal, Unmark};
 pub use merging::{Job, JobUnit, MergeOptions, Watcher};
 pub use names::{Alias, SnapshotId, SnapshotName};

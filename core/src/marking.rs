@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use crate::{
-    Act, Capability, Checkpoint, CheckpointDisk, CheckpointName, Control, Disk, Dispatcher, Domain, Ending, Error,
-    ErrorKind, Intent, Lineage, Mark, NewCheckpoint, Part, Plan, Result, SCRATCH_BITMAP, Snapshot,
+    Act, Capability, Checkpoint, CheckpointDisk, CheckpointName, Control, Disk, Dispatcher, Domain, Ending,
+    Error, ErrorKind, Intent, Lineage, Mark, NewCheckpoint, Part, Plan, Result, SCRATCH_BITMAP, Snapshot,
     SnapshotId, SnapshotName, SnapshotRequest, Start, Trackable, Tracked, Tracker,
 };
 

@@ -111,11 +111,34 @@ impl<'a> Place<'a> {
             self.refuse_elsewhere(&server, request)?;
             return Ok(server);
         }
+        self.new_server(request, "read").await
+    }
+
+    /// The same for disks that clients write. A server that others can reach was perhaps meant for reading alone, so
+    /// it too must be expressly allowed.
+    pub(crate) async fn server_to_fill(
+        &self,
+        running: Option<NbdServer>,
+        request: &ExportRequest,
+    ) -> Result<NbdServer> {
+        let Some(server) = running else {
+            return self.new_server(request, "write").await;
+        };
+        self.refuse_elsewhere(&server, request)?;
+        let as_it_runs = ExportRequest {
+            tls: server.tls.clone(),
+            ..request.clone()
+        };
+        refuse_careless(&server.listen, &as_it_runs, "write")?;
+        Ok(server)
+    }
+
+    async fn new_server(&self, request: &ExportRequest, could: &str) -> Result<NbdServer> {
         let listen = match &request.listen {
             Some(listen) => listen.clone(),
             None => self.default_listen()?,
         };
-        refuse_careless(&listen, request)?;
+        refuse_careless(&listen, request, could)?;
         Ok(NbdServer {
             listen,
             tls: request.tls.clone(),
@@ -152,7 +175,7 @@ fn union_of(export: &Export) -> Option<&Union> {
     }
 }
 
-fn refuse_careless(listen: &Listen, request: &ExportRequest) -> Result<()> {
+fn refuse_careless(listen: &Listen, request: &ExportRequest, could: &str) -> Result<()> {
     if request.tls.is_some() && matches!(listen, Listen::Unix(_)) {
         return Err(Error::new(
             ErrorKind::Invalid,
@@ -165,7 +188,7 @@ fn refuse_careless(listen: &Listen, request: &ExportRequest) -> Result<()> {
     }
     Err(Error::new(
         ErrorKind::Denied,
-        format!("anyone who reaches {listen} could read the disks"),
+        format!("anyone who reaches {listen} could {could} the disks"),
     )
     .hint("Use TLS with client verification, or say --allow-remote if the network is trusted."))
 }

@@ -174,7 +174,8 @@ impl Dispatcher {
         let Some(reading) = opened.reading else {
             return Ok(());
         };
-        let held = self.hold(domain).await.map_err(|e| e.during("read"))?;
+        let held = self.hold_filling(domain, None).await;
+        let held = held.map_err(|e| e.during("read"))?;
         let ended = self
             .finish_unserve(&held, &reading.intent, std::slice::from_ref(&reading.export))
             .await;

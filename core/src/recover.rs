@@ -4,8 +4,9 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::dispatcher::Held;
+use crate::filling::targets;
 use crate::ledger::chosen;
-use crate::{Act, Control, Dispatcher, Domain, DomainId, Error, Intent, Result, SnapshotId};
+use crate::{Act, Control, Dispatcher, Domain, DomainId, Error, FillStage, Intent, Result, SnapshotId};
 
 /// What was done about one thing that a killed run left.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -69,12 +70,8 @@ impl Dispatcher {
         Ok(all)
     }
 
-    /// Before a new act on a domain: settles what a killed one left, or refuses.
-    pub(crate) async fn settle_leftovers(&self, held: &Held, domain: &DomainId) -> Result<()> {
-        self.settle_leftovers_but(held, domain, None).await
-    }
-
-    /// The same, but for one that is about to be taken up again.
+    /// Before a new act on a domain: settles what a killed one left, or refuses. But for one that is about to be taken
+    /// up again.
     pub(crate) async fn settle_leftovers_but(
         &self,
         held: &Held,
@@ -94,13 +91,15 @@ impl Dispatcher {
         Ok(())
     }
 
-    /// The intents of a locked domain but for those of readers that still read and merges that are driven.
+    /// The intents of a locked domain but for those of readers that still read, merges that are driven, and disks that
+    /// are being filled.
     async fn leftovers(&self, control: &dyn Control, domain: &DomainId) -> Result<Vec<Intent>> {
         let mut left = Vec::new();
         for intent in self.catalog.intents(Some(domain)).await? {
             match &intent.act {
                 Act::Read { lease, .. } | Act::Merge { lease, .. }
                     if self.catalog.lease_lives(*lease).await? => {}
+                Act::Fill { lending, stage } if self.fill_goes_on(control, lending, *stage).await? => {}
                 _ => left.push(intent),
             }
         }
@@ -174,6 +173,7 @@ impl Dispatcher {
                     .await?;
                 Ok(RecoveredHow::Undone)
             }
+            Act::Fill { lending, stage } => self.settle_fill(control, intent, lending, *stage).await,
             Act::Attach { attached, export } | Act::Detach { attached, export } => {
                 self.settle_plugging(held, intent, attached, export).await
             }
@@ -227,6 +227,14 @@ fn describe(act: &Act) -> String {
         Act::Revert { snapshot, .. } => format!("revert to snapshot {snapshot}"),
         Act::Unserve { exports } => format!("stop of {} exports", exports.len()),
         Act::Read { export, .. } => format!("reading through the export '{export}'"),
+        Act::Fill { lending, stage } => {
+            let what = match stage {
+                FillStage::Starting => "start of the filling",
+                FillStage::Open => "filling, which the hypervisor has not outlived,",
+                FillStage::Ending => "end of the filling",
+            };
+            format!("{what} of {}", targets(lending))
+        }
         Act::Attach { attached, .. } => format!("attach to '{}'", attached.to.id),
         Act::Detach { attached, .. } => format!("detach from '{}'", attached.to.id),
     }

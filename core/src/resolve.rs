@@ -155,7 +155,7 @@ fn check_choices<'a>(host: &dyn Host, choices: &'a [DiskChoice]) -> Result<&'a [
     Ok(choices)
 }
 
-fn reason_to_skip(disk: &Disk) -> Option<String> {
+pub(crate) fn reason_to_skip(disk: &Disk) -> Option<String> {
     let reason = match disk.device {
         DeviceKind::Cdrom => "a CD-ROM drive",
         DeviceKind::Floppy => "a floppy drive",

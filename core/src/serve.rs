@@ -433,7 +433,8 @@ impl Dispatcher {
                 }
                 changes.push(Change::RemoveExport(export.alias.clone()));
             }
-            let left = keep.iter().any(|export| served.contains(export));
+            let left =
+                keep.iter().any(|export| served.contains(export)) || self.fills_at(&place, domain).await?;
             let ends = server.as_ref().is_some_and(|server| !left && !server.explicit);
             if ends {
                 place.stop().await?;

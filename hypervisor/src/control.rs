@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Command, Control, Disk, DiskNode, Domain, Error, ErrorKind, Freeze, Guard, Host, Hotplug, NbdServer,
-    Owner, Result, RunState, ServeNode, Sockets, Watch,
+    Command, Control, Disk, DiskNode, Domain, Error, ErrorKind, Freeze, Guard, Host, Hotplug, Lend,
+    NbdServer, Owner, Result, RunState, ServeNode, Sockets, Watch,
 };
 use serde_json::Value;
 
@@ -85,7 +85,7 @@ impl QemuControl {
         })
     }
 
-    fn nbd(&self) -> Result<NbdServerControl<'_>> {
+    pub(crate) fn nbd(&self) -> Result<NbdServerControl<'_>> {
         Ok(NbdServerControl::new(
             self.session()?,
             &self.settings.paths.run,
@@ -361,6 +361,10 @@ impl Control for QemuControl {
     }
 
     fn hotplug(&self) -> Option<&dyn Hotplug> {
+        Some(self)
+    }
+
+    fn lends(&self) -> Option<&dyn Lend> {
         Some(self)
     }
 }

@@ -9,6 +9,7 @@ mod agent;
 mod connector;
 mod control;
 mod errors;
+mod filling;
 mod flush;
 #[doc(hidden)]
 pub mod fuzzing;

@@ -178,8 +178,17 @@ impl<'a> NbdServerControl<'a> {
 
     /// Serves a node, read-only.
     pub async fn serve(&self, node: &ServeNode) -> Result<()> {
+        self.serve_as(node, false).await
+    }
+
+    /// Serves a node that nobody else writes to, writable.
+    pub async fn serve_writable(&self, node: &ServeNode) -> Result<()> {
+        self.serve_as(node, true).await
+    }
+
+    async fn serve_as(&self, node: &ServeNode, writable: bool) -> Result<()> {
         let mut arguments = json!({"type": "nbd", "id": node.id, "node-name": node.node, "name": node.name,
-            "writable": false});
+            "writable": writable});
         if let Some(bitmap) = &node.bitmap {
             // By its name alone where that is enough, as every QEMU that exports bitmaps takes it.
             arguments["bitmaps"] = if bitmap.node == node.node {

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Command, Connector, Control, Disk, DiskNode, Domain, Freeze, Guard, Host, Hotplug, ImageServer,
-    NbdServer, Owner, Result, RunState, ServeNode, Verdict, Watch,
+    Command, Connector, Control, Disk, DiskNode, Domain, Freeze, Guard, Host, Hotplug, ImageServer, Lend,
+    LentDisk, NbdServer, Owner, Result, RunState, ServeNode, Verdict, Watch,
 };
 use serde_json::Value;
 
@@ -28,6 +28,7 @@ struct Shared {
     verdict: Mutex<Verdict>,
     instance: Mutex<String>,
     served: Mutex<BTreeSet<String>>,
+    lent: Mutex<BTreeSet<String>>,
     watches: Mutex<Vec<Watch>>,
     slots: Slots,
 }
@@ -40,6 +41,7 @@ impl FakeConnector {
             verdict: Mutex::new(Verdict::Quiet),
             instance: Mutex::new("1".to_owned()),
             served: Mutex::default(),
+            lent: Mutex::default(),
             watches: Mutex::default(),
             slots: Slots::new(log),
         };
@@ -72,6 +74,12 @@ impl FakeConnector {
     pub(crate) fn restart(&self) {
         *self.shared.instance.lock().unwrap() += "1";
         self.shared.served.lock().unwrap().clear();
+        self.shared.lent.lock().unwrap().clear();
+    }
+
+    /// How many disks the guest has lent.
+    pub(crate) fn lent(&self) -> usize {
+        self.shared.lent.lock().unwrap().len()
     }
 
     pub(crate) fn served(&self) -> Vec<String> {
@@ -223,6 +231,52 @@ impl Control for FakeControl {
 
     fn hotplug(&self) -> Option<&dyn Hotplug> {
         Some(&self.shared.slots)
+    }
+
+    fn lends(&self) -> Option<&dyn Lend> {
+        Some(self)
+    }
+}
+
+/// Disks that are lent, by the name of their stand-in.
+#[async_trait]
+impl Lend for FakeControl {
+    async fn look(&self, disk: &Disk, name: &str) -> Result<LentDisk> {
+        self.note(format!("look {}", disk.target))?;
+        Ok(LentDisk {
+            target: disk.target.clone(),
+            device: format!("/{}", disk.target),
+            node: format!("node-{}", disk.target),
+            stand_in: name.to_owned(),
+            thread: None,
+            size: 1 << 20,
+            export: ServeNode {
+                id: name.to_owned(),
+                node: format!("node-{}", disk.target),
+                name: disk.target.clone(),
+                bitmap: None,
+            },
+        })
+    }
+
+    async fn lend(&self, disk: &LentDisk) -> Result<()> {
+        self.shared.lent.lock().unwrap().insert(disk.stand_in.clone());
+        self.note(format!("lend {}", disk.target))
+    }
+
+    async fn serve_writable(&self, disk: &LentDisk) -> Result<()> {
+        self.shared.served.lock().unwrap().insert(disk.export.id.clone());
+        self.note(format!("serve writable {}", disk.export.name))
+    }
+
+    async fn give_back(&self, disk: &LentDisk) -> Result<()> {
+        self.note(format!("give back {}", disk.target))?;
+        self.shared.lent.lock().unwrap().remove(&disk.stand_in);
+        Ok(())
+    }
+
+    async fn is_lent(&self, disk: &LentDisk) -> Result<bool> {
+        Ok(self.shared.lent.lock().unwrap().contains(&disk.stand_in))
     }
 }
 
