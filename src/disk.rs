@@ -7,14 +7,16 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use disksnap_core::{Dispatcher, Domain, Error, ErrorKind, Health, Result, SnapshotName};
+use disksnap_core::{Dispatcher, Domain, Error, ErrorKind, Health, Result, SnapshotName, Source};
 use disksnap_nbd::{
     BASE_ALLOCATION, BulkOptions, BulkReader, Chunk, Client, ConnectOptions, Errno, TlsCredentials, Uri,
     dirty_bitmap_context,
 };
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
-use crate::changed::ChangeStream;
+use crate::changed::{ChangeStream, ChangedExtent};
+use crate::onto::RawCopy;
+use crate::save::NewFile;
 
 /// How much is read from a file at once, in bytes.
 const STEP: u64 = 1 << 20;
@@ -292,7 +294,7 @@ impl DiskReader {
         mut progress: impl FnMut(u64),
     ) -> Result<()> {
         let mut pieces = self.pieces(offset, length)?;
-        let mut file = crate::save::NewFile::create(path)?;
+        let mut file = NewFile::create(path)?;
         let mut done = 0;
         while let Some(piece) = pieces.next().await? {
             done += piece.length();
@@ -302,6 +304,74 @@ impl DiskReader {
             progress(done);
         }
         file.finish(length).await
+    }
+
+    /// Writes what has changed of a range to a new file of the range's length, as [`DiskReader::save_to`] does: the rest of it
+    /// are holes. `told` is given what is in it, in order; of that, what reads as zero is zero on the disk.
+    ///
+    /// `earlier` is the disk's size at the checkpoint, where it is known: what the disk has grown by is taken for changed.
+    ///
+    /// # Errors
+    /// Those of [`DiskReader::save_to`] and [`DiskReader::changed_pieces`].
+    pub async fn save_changed_to(
+        &self,
+        path: &Path,
+        range: Range<u64>,
+        earlier: Option<u64>,
+        mut told: impl FnMut(ChangedExtent),
+    ) -> Result<()> {
+        let mut pieces = self.changed_pieces(range.clone(), 1, self.grown_by(earlier))?;
+        let mut file = NewFile::create(path)?;
+        while let Some(piece) = pieces.next().await? {
+            let extent = piece.extent();
+            if let Piece::Data { offset, data } = piece {
+                file.write(offset - range.start, data).await?;
+            }
+            told(extent);
+        }
+        file.finish(range.end - range.start).await
+    }
+
+    /// Brings a raw file that holds the disk as it was at the checkpoint up to date, in place and durably: what changed of the
+    /// range is written, zeroes become holes, and the file gets the disk's size. Repeating it is harmless.
+    ///
+    /// `earlier` is the disk's size at the checkpoint, where it is known. `told` is given what was written, in order.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` for what is no regular file, has neither the disk's size nor `earlier`, or belongs to a disk of the
+    /// domain; `Busy` when QEMU or another run has it open; nothing is changed then. Any error after that leaves the file between the two states, and
+    /// says so: a retry completes it, but for `Broken`.
+    pub async fn bring_up_to_date(
+        &self,
+        path: &Path,
+        range: Range<u64>,
+        earlier: Option<u64>,
+        mut told: impl FnMut(ChangedExtent),
+    ) -> Result<()> {
+        let mut pieces = self.changed_pieces(range, 1, self.grown_by(earlier))?;
+        self.of.spare_the_domain(path).map_err(|e| self.told(e))?;
+        let copy = RawCopy::open(path).await.map_err(|e| self.told(e))?;
+        copy.check(earlier, self.size).map_err(|e| self.told(e))?;
+        let bring = async {
+            copy.resize(self.size).await?;
+            while let Some(piece) = pieces.next().await? {
+                let extent = piece.extent();
+                match piece {
+                    Piece::Data { offset, data } => copy.write(offset, data).await?,
+                    Piece::Zero { offset, length } => copy.zero(offset..offset + length).await?,
+                }
+                told(extent);
+            }
+            copy.sync().await
+        };
+        bring.await.map_err(|e| self.told(copy.unfinished(e)))
+    }
+
+    /// What the disk has and had not.
+    fn grown_by(&self, earlier: Option<u64>) -> Option<Range<u64>> {
+        earlier
+            .filter(|size| *size < self.size)
+            .map(|size| size..self.size)
     }
 
     /// The range, if it lies within the disk.
@@ -337,6 +407,31 @@ impl Of {
             Self::Snapshot { name, target, .. } => error.with("snapshot", name).with("disk", target),
             Self::Export { uri } => error.with("export", uri),
         }
+    }
+
+    /// Refuses a file that a disk of the domain is made of: it would be overwritten by its own past.
+    fn spare_the_domain(&self, path: &Path) -> Result<()> {
+        let Self::Snapshot { domain, .. } = self else {
+            return Ok(());
+        };
+        let same = |one: &Path| one.canonicalize().ok().zip(path.canonicalize().ok());
+        for disk in &domain.disks {
+            let below = std::iter::successors(disk.backing.as_ref(), |layer| layer.backing.as_deref());
+            let data = disk.data_store.iter().map(|data| &data.source);
+            let sources = disk
+                .source
+                .iter()
+                .chain(data)
+                .chain(below.map(|layer| &layer.source));
+            let mut files = sources.filter_map(Source::path);
+            if files.any(|file| same(file).is_some_and(|(one, other)| one == other)) {
+                let why = format!("the file belongs to the domain's disk {}", disk.target);
+                return Err(Error::new(ErrorKind::Invalid, why)
+                    .with("path", path.display())
+                    .hint("Nothing was changed. Give a copy of the disk; to put the disk itself back, see `disksnap snapshot revert`."));
+            }
+        }
+        Ok(())
     }
 
     /// The server's error says little: a snapshot that broke meanwhile is the usual cause.
@@ -413,6 +508,13 @@ impl Pieces<'_> {
 }
 
 impl Piece {
+    fn extent(&self) -> ChangedExtent {
+        ChangedExtent {
+            offset: self.offset(),
+            length: self.length(),
+        }
+    }
+
     fn of(chunk: Chunk) -> Self {
         match chunk {
             Chunk::Zero { offset, length } => Self::Zero { offset, length },

@@ -13,6 +13,7 @@
 mod changed;
 mod disk;
 mod domain;
+mod onto;
 mod open;
 mod reader;
 mod remote;

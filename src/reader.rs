@@ -20,6 +20,7 @@ pub struct SnapshotReader {
     domain: Domain,
     opened: Opened,
     disk: DiskReader,
+    size_before: Option<u64>,
 }
 
 /// Everything that is read.
@@ -39,9 +40,12 @@ impl SnapshotReader {
         target: &str,
         since: Option<&CheckpointName>,
     ) -> Result<Self> {
-        let opened = match since {
-            None => dispatcher.open(domain, name, target).await?,
-            Some(since) => dispatcher.open_since(domain, name, target, since).await?,
+        let (opened, size_before) = match since {
+            None => (dispatcher.open(domain, name, target).await?, None),
+            Some(since) => {
+                let size = size_at(dispatcher, domain, since, target).await?;
+                (dispatcher.open_since(domain, name, target, since).await?, size)
+            }
         };
         let of = Of::Snapshot {
             dispatcher: dispatcher.clone(),
@@ -55,6 +59,7 @@ impl SnapshotReader {
                 domain: domain.clone(),
                 opened,
                 disk,
+                size_before,
             }),
             Err(error) => {
                 let closed = dispatcher.close(domain, opened).await;
@@ -81,6 +86,12 @@ impl SnapshotReader {
         self.opened.excess.as_deref()
     }
 
+    /// The disk's size at the checkpoint that the reader was opened with, in bytes, where it is known.
+    #[must_use]
+    pub fn size_before(&self) -> Option<u64> {
+        self.size_before
+    }
+
     /// Where the bytes come from.
     #[must_use]
     pub fn source(&self) -> &Source {
@@ -95,6 +106,18 @@ impl SnapshotReader {
         self.disk.disconnect().await;
         self.dispatcher.close(&self.domain, self.opened).await
     }
+}
+
+/// The disk's size at a checkpoint; nothing where that does not cover it, which opening tells.
+async fn size_at(
+    dispatcher: &Dispatcher,
+    domain: &Domain,
+    checkpoint: &CheckpointName,
+    target: &str,
+) -> Result<Option<u64>> {
+    let all = dispatcher.catalog().checkpoints(&domain.id).await?;
+    let found = all.iter().find(|known| known.name == *checkpoint);
+    Ok(found.and_then(|known| known.disk(target)?.size))
 }
 
 async fn disk_of(opened: &Opened, of: Of) -> Result<DiskReader> {
