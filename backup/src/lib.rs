@@ -15,6 +15,7 @@
 //! | `create`, `remote` | a backup of a domain of this host; of a snapshot that another host serves |
 //! | `levels`, `source`, `pull` | whether an image is full or an increment; where a disk is read from; pulling one |
 //! | `journal`, `tidy` | what lets an interrupted backup be gone on with; what backups leave with the domain, and its end |
+//! | `restore` | writing a disk to a file, a device or an NBD export; a whole point into a directory |
 //! | `progress` | what long acts tell, and how they are stopped |
 //!
 //! The formats are described in `docs/backup-format.md`.
@@ -33,6 +34,7 @@ mod progress;
 mod pull;
 mod remote;
 mod repository;
+mod restore;
 mod source;
 mod store;
 mod tidy;
@@ -49,6 +51,9 @@ pub use manifest::{DiskEntry, FileEntry, Level, MachineEntry, Manifest};
 pub use progress::{Event, Phase, Silent, Watcher, stopped};
 pub use remote::{RemoteExport, RemoteRequest, pull};
 pub use repository::{DomainFolder, ListedPoint, PointSpec, Repository};
+pub use restore::{
+    Form, PointRequest, Restored, RestoredFile, RestoredPoint, Target, restore_disk, restore_point,
+};
 pub use store::{Blob, BlobWriter, Store, StoreLock};
 pub use tidy::abandon;
 

@@ -23,7 +23,7 @@ const NVRAM: &str = "nvram.fd";
 /// The folder of the TPM's state there.
 const TPM: &str = "tpm";
 /// What a TPM's state is called there when it is one file.
-const TPM_FILE: &str = "state";
+pub(crate) const TPM_FILE: &str = "state";
 /// Largest EFI variables: of a pflash device, with some room for a qcow2 image of it. In bytes.
 const MOST_NVRAM: u64 = 65 << 20;
 /// Largest state of a TPM, all files together, in bytes; and how many files.
@@ -82,7 +82,11 @@ pub async fn save_machine(
 }
 
 /// Saves a domain's document alone.
-async fn save_document(store: &dyn Store, prefix: &str, document: &DomainDocument) -> Result<MachineEntry> {
+pub(crate) async fn save_document(
+    store: &dyn Store,
+    prefix: &str,
+    document: &DomainDocument,
+) -> Result<MachineEntry> {
     Ok(MachineEntry {
         domain_xml: save(store, prefix, DOCUMENT, None, document.text().as_bytes()).await?,
         nvram: None,

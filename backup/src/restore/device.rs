@@ -1,0 +1,113 @@
+//! Restoring onto a block device, which is overwritten.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use disksnap::{Error, ErrorKind, Result};
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fallocate, fcntl_lock};
+use rustix::io::Errno;
+
+use super::file::write_zeroes;
+use super::too_small;
+use super::worker::Place;
+
+/// A block device, held so that nobody who asks the kernel or QEMU's locks uses it at the same time.
+#[derive(Debug)]
+pub(crate) struct Device {
+    file: File,
+    path: PathBuf,
+    /// Ways to zero a range that are still worth trying, the best last.
+    ways: Vec<FallocateFlags>,
+    notes: Vec<String>,
+}
+
+impl Device {
+    /// Opens a device for a disk of `size` bytes. Nothing is written yet.
+    ///
+    /// # Errors
+    /// `Invalid` for what is no block device; `Busy` for one that is mounted, part of a volume, or open in a
+    /// hypervisor; `NoSpace` for one that is smaller than the disk; `Denied`, `NotFound`, `Io`.
+    pub(crate) fn open(path: &Path, size: u64) -> Result<Self> {
+        let failed = |e| Error::io("cannot open the device", e).with("path", path.display());
+        let kind = path.metadata().map_err(failed)?.file_type();
+        if !kind.is_block_device() {
+            return Err(Error::new(ErrorKind::Invalid, "it is no block device")
+                .with("path", path.display())
+                .hint("Restore to a new file instead: a file is never overwritten."));
+        }
+        let flags = OFlags::EXCL | OFlags::NONBLOCK;
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(flags.bits().cast_signed())
+            .open(path);
+        let mut file = opened.map_err(|e| match e.raw_os_error() {
+            Some(n) if n == Errno::BUSY.raw_os_error() => {
+                busy(path, "it is mounted, or part of a volume or an array").because(e)
+            }
+            _ => failed(e),
+        })?;
+        // Held until the end: QEMU then refuses to open it, too.
+        match fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::AGAIN | Errno::ACCESS) => {
+                return Err(busy(path, "a hypervisor or a storage daemon has it open"));
+            }
+            _ => {}
+        }
+        let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        if length < size {
+            return Err(too_small(&path.display(), length, size));
+        }
+        let rest = length - size;
+        let note = format!(
+            "{} is larger than the disk: its last {rest} bytes are as they were",
+            path.display()
+        );
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            ways: vec![
+                FallocateFlags::ZERO_RANGE,
+                FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            ],
+            notes: Vec::from_iter((rest > 0).then_some(note)),
+        })
+    }
+
+    fn failed(&self, error: io::Error) -> Error {
+        Error::io("cannot write to the device", error).with("path", self.path.display())
+    }
+}
+
+impl Place for Device {
+    fn data(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        self.file.write_all_at(data, offset).map_err(|e| self.failed(e))
+    }
+
+    /// By discarding where that is known to give zeroes, else by the device's own zeroing, else by writing.
+    fn zero(&mut self, offset: u64, length: u64) -> Result<()> {
+        while let Some(way) = self.ways.last() {
+            match fallocate(&self.file, *way, offset, length) {
+                Ok(()) => return Ok(()),
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => self.ways.pop(),
+                // Not in whole blocks of the device.
+                Err(Errno::INVAL) => break,
+                Err(e) => return Err(self.failed(e.into())),
+            };
+        }
+        write_zeroes(&self.file, offset, length).map_err(|e| self.failed(e))
+    }
+
+    fn finish(self) -> Result<Vec<String>> {
+        self.file.sync_all().map_err(|e| self.failed(e))?;
+        Ok(self.notes)
+    }
+}
+
+fn busy(path: &Path, why: &str) -> Error {
+    Error::new(ErrorKind::Busy, format!("the device is in use: {why}"))
+        .with("path", path.display())
+        .hint("Nothing was written. End what uses it first.")
+}

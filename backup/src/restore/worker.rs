@@ -1,0 +1,86 @@
+//! Writing pieces to a file or device on a thread of its own, while the next ones are read.
+
+use std::fmt;
+
+use async_trait::async_trait;
+use disksnap::{Error, ErrorKind, Piece, Result};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use super::Sink;
+
+/// Pieces that wait to be written. One is at most about a MiB.
+const WAITING: usize = 8;
+
+/// Where the bytes go.
+pub(crate) trait Place: fmt::Debug + Send + 'static {
+    /// Puts bytes at an offset.
+    fn data(&mut self, offset: u64, data: &[u8]) -> Result<()>;
+
+    /// Makes a range read as zeroes.
+    fn zero(&mut self, offset: u64, length: u64) -> Result<()>;
+
+    /// Puts it all on stable storage and ends it; what the operator should know.
+    fn finish(self) -> Result<Vec<String>>;
+}
+
+/// A thread that writes to a place. One that is dropped before its end drops the place.
+#[derive(Debug)]
+pub(crate) struct Worker<P> {
+    to: Option<mpsc::Sender<Piece>>,
+    thread: Option<JoinHandle<Result<P>>>,
+}
+
+impl<P: Place> Worker<P> {
+    pub(crate) fn start(mut place: P) -> Self {
+        let (to, mut from) = mpsc::channel(WAITING);
+        let thread = tokio::task::spawn_blocking(move || {
+            while let Some(piece) = from.blocking_recv() {
+                match &piece {
+                    Piece::Data { offset, data } => place.data(*offset, data)?,
+                    Piece::Zero { offset, length } => place.zero(*offset, *length)?,
+                }
+            }
+            Ok(place)
+        });
+        Self {
+            to: Some(to),
+            thread: Some(thread),
+        }
+    }
+
+    /// The place, when all that was sent has been written.
+    async fn ended(&mut self) -> Result<P> {
+        self.to = None;
+        match self.thread.take() {
+            Some(thread) => joined(thread.await)?,
+            None => Err(Error::new(ErrorKind::Internal, "an ended writer was written to")),
+        }
+    }
+}
+
+#[async_trait]
+impl<P: Place> Sink for Worker<P> {
+    async fn write(&mut self, piece: Piece) -> Result<()> {
+        let sent = match &self.to {
+            Some(to) => to.send(piece).await.is_ok(),
+            None => false,
+        };
+        if sent {
+            return Ok(());
+        }
+        // It takes no more: it has failed, and says why.
+        self.ended().await.map(|_| ())?;
+        Err(Error::new(ErrorKind::Internal, "a writer ended early"))
+    }
+
+    async fn finish(mut self: Box<Self>) -> Result<Vec<String>> {
+        let place = self.ended().await?;
+        joined(tokio::task::spawn_blocking(move || place.finish()).await)?
+    }
+}
+
+/// What a thread came to.
+pub(crate) fn joined<T>(ended: std::result::Result<T, tokio::task::JoinError>) -> Result<T> {
+    ended.map_err(|e| Error::new(ErrorKind::Internal, "writing did not come to its end").because(e))
+}
