@@ -7,6 +7,7 @@
 mod content;
 mod device;
 mod file;
+mod into;
 mod nbd;
 mod point;
 mod qcow2;
@@ -27,6 +28,7 @@ use self::qcow2::Qcow2File;
 use self::worker::{Worker, joined};
 use crate::{ChainReader, Compression, Digest, DiskEntry, Event, Phase, Watcher, stopped};
 
+pub use self::into::{FilledDisk, IntoRequest, RestoredInto, restore_into};
 pub use self::point::{Form, PointRequest, RestoredFile, RestoredPoint, restore_point};
 
 /// Where a disk is restored to.

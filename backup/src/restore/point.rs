@@ -162,7 +162,7 @@ struct PointAct<'a> {
 
 impl PointAct<'_> {
     async fn run(&self, restored: &mut RestoredPoint) -> Result<()> {
-        let disks = self.disks()?;
+        let disks = wanted(self.point, &self.request.disks)?;
         let machine = self.machine().await?;
         let directory = self.directory(&disks, machine.as_ref()).await?;
         let document = match &machine {
@@ -191,23 +191,6 @@ impl PointAct<'_> {
             self.watcher.event(&Event::Warning { message });
             restored.warnings.push(message.clone());
         }
-    }
-
-    /// The disks that are wanted.
-    fn disks(&self) -> Result<Vec<&DiskEntry>> {
-        let wanted = &self.request.disks;
-        for target in wanted {
-            if self.point.disk(target).is_none() {
-                let known: Vec<&str> = self.point.disks.iter().map(|disk| disk.target.as_str()).collect();
-                let why = format!("the point has no disk '{target}'");
-                return Err(Error::new(ErrorKind::NotFound, why)
-                    .hint(format!("Its disks are: {}.", known.join(", "))));
-            }
-        }
-        let all = self.point.disks.iter();
-        Ok(all
-            .filter(|disk| wanted.is_empty() || wanted.contains(&disk.target))
-            .collect())
     }
 
     async fn machine(&self) -> Result<Option<SavedMachine>> {
@@ -316,6 +299,23 @@ impl PointAct<'_> {
         restored.tpm = Some(path);
         Ok(())
     }
+}
+
+/// The disks of a point that are wanted; all of them where none is named.
+pub(super) fn wanted<'a>(point: &'a Manifest, named: &[String]) -> Result<Vec<&'a DiskEntry>> {
+    for target in named {
+        if point.disk(target).is_none() {
+            let known: Vec<&str> = point.disks.iter().map(|disk| disk.target.as_str()).collect();
+            let why = format!("the point has no disk '{target}'");
+            return Err(
+                Error::new(ErrorKind::NotFound, why).hint(format!("Its disks are: {}.", known.join(", ")))
+            );
+        }
+    }
+    let all = point.disks.iter();
+    Ok(all
+        .filter(|disk| named.is_empty() || named.contains(&disk.target))
+        .collect())
 }
 
 /// Where the restored state of a TPM is: in files of a directory, or in the one file that it was.
