@@ -515,6 +515,18 @@ pub(crate) struct Read {
     /// Never overwrites: the file appears under its name when it is complete and on disk, or not at all.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) to: Option<PathBuf>,
+    /// Only what has changed since this checkpoint, to a new file (--to) or onto an earlier copy (--onto)
+    ///
+    /// Prints the ranges that were written, as `disksnap changes` does. In a new file the rest is holes: what changed to
+    /// zero is told from what did not change by these ranges alone.
+    #[arg(long, value_name = "CHECKPOINT", value_parser = parse_checkpoint)]
+    pub(crate) changed_since: Option<CheckpointName>,
+    /// A raw file that holds the disk as it was at the checkpoint: it is brought up to date in place
+    ///
+    /// What changed is written, zeroes become holes, its size follows the disk's. A run that is cut short leaves it between
+    /// the two states; repeating is safe, and completes it.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "changed_since", conflicts_with = "to")]
+    pub(crate) onto: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

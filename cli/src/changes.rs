@@ -88,16 +88,16 @@ async fn targets(target: &Target, changes: &Changes, snapshot: &Snapshot) -> Res
 }
 
 /// What is printed, extent by extent: a list may be longer than memory.
-struct Listing {
+pub(crate) struct Listing {
     form: Form,
     buffer: Vec<u8>,
     count: u64,
     /// The disks of which more may be told than was written, and why.
-    superset: Vec<(String, String)>,
+    pub(crate) superset: Vec<(String, String)>,
 }
 
 impl Listing {
-    fn begin(form: Form) -> Self {
+    pub(crate) fn begin(form: Form) -> Self {
         let head = match form {
             Form::Text => "DISK  OFFSET  LENGTH\n",
             Form::Json => "{\"changes\": [",
@@ -112,7 +112,7 @@ impl Listing {
         }
     }
 
-    fn put(&mut self, disk: &str, extent: ChangedExtent) -> Outcome {
+    pub(crate) fn put(&mut self, disk: &str, extent: ChangedExtent) -> Outcome {
         let ChangedExtent { offset, length } = extent;
         let line = match self.form {
             Form::Text => format!("{disk}  {offset}  {length}\n"),
@@ -135,7 +135,7 @@ impl Listing {
         Ok(())
     }
 
-    fn end(mut self) -> Outcome {
+    pub(crate) fn end(mut self) -> Outcome {
         let superset = self.superset.iter();
         let tail = match self.form {
             Form::Text if self.superset.is_empty() => String::new(),
