@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
-use disksnap::{CheckpointName, DiskChoice, Listen, MergeInto, NewCheckpoint, Quiesce, SnapshotName};
+use disksnap::{CheckpointName, ClientName, DiskChoice, Listen, MergeInto, NewCheckpoint, Quiesce, SnapshotName};
 
 use crate::checkpoint_args::CheckpointCommand;
 use crate::values::{
@@ -449,6 +449,10 @@ pub(crate) struct Place {
     /// Speak TLS, with the ca-cert.pem, server-cert.pem and server-key.pem of this directory
     #[arg(long, value_name = "DIRECTORY", value_hint = ValueHint::DirPath)]
     pub(crate) tls_credentials: Option<PathBuf>,
+    /// Let in no other client than this one, by its certificate's distinguished name, for example CN=backup,O=Example; may
+    /// be given several times
+    #[arg(long, value_name = "NAME", requires = "tls_credentials", conflicts_with = "no_verify_client")]
+    pub(crate) allow_client: Vec<ClientName>,
     /// Do not ask clients for a certificate
     #[arg(long, requires = "tls_credentials")]
     pub(crate) no_verify_client: bool,

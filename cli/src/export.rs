@@ -99,6 +99,7 @@ fn tls(place: &Place) -> Result<Option<Tls>> {
     Ok(Some(Tls {
         credentials: credentials(directory)?,
         verify_client: !place.no_verify_client,
+        allowed: place.allow_client.clone(),
     }))
 }
 

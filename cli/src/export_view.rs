@@ -47,6 +47,9 @@ pub(crate) struct ServerView {
 struct TlsView {
     credentials: String,
     verify_client: bool,
+    /// The only clients that are let in; left out where everyone whose certificate is verified is.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    allowed_clients: Vec<String>,
 }
 
 /// A disk being served.
@@ -91,6 +94,7 @@ impl ServerView {
             tls: server.tls.as_ref().map(|tls| TlsView {
                 credentials: tls.credentials.display().to_string(),
                 verify_client: tls.verify_client,
+                allowed_clients: tls.allowed.iter().map(ToString::to_string).collect(),
             }),
             explicit: server.explicit,
         }
@@ -99,6 +103,10 @@ impl ServerView {
     fn tls_text(&self) -> String {
         match &self.tls {
             None => "none".to_owned(),
+            Some(tls) if !tls.allowed_clients.is_empty() => {
+                let clients = tls.allowed_clients.join("; ");
+                format!("{}, only for {clients}", tls.credentials)
+            }
             Some(tls) if tls.verify_client => format!("{}, clients are verified", tls.credentials),
             Some(tls) => format!("{}, clients are not verified", tls.credentials),
         }

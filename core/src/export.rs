@@ -108,6 +108,73 @@ pub struct Tls {
     pub credentials: PathBuf,
     /// Whether clients must show a certificate that the CA signed.
     pub verify_client: bool,
+    /// Who of those may connect, by their certificates' distinguished names; everyone where it is empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allowed: Vec<ClientName>,
+}
+
+/// The distinguished name in a client's certificate, as QEMU compares it: to the letter, its parts in the
+/// certificate's order (`C=GB,O=Example,CN=backup`).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ClientName(String);
+
+impl ClientName {
+    /// The longest name, in bytes; a certificate's are far shorter.
+    pub const MAX: usize = 1024;
+
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for ClientName {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let why = if name.len() > Self::MAX {
+            "it is too long"
+        } else if name.chars().any(char::is_control) {
+            "it has control characters"
+        } else if !name
+            .split_once('=')
+            .is_some_and(|(kind, _)| !kind.trim().is_empty())
+        {
+            "it has no parts such as CN=backup"
+        } else if name.trim() != name {
+            "it begins or ends with a space"
+        } else {
+            return Ok(Self(name.to_owned()));
+        };
+        let shown: String = name.chars().take(80).collect();
+        Err(
+            Error::new(ErrorKind::Invalid, format!("{shown:?} is no distinguished name: {why}")).hint(
+                "Write it as `openssl x509 -noout -subject -nameopt RFC2253,-dn_rev` prints it, for example CN=backup,O=Example.",
+            ),
+        )
+    }
+}
+
+impl TryFrom<String> for ClientName {
+    type Error = Error;
+
+    fn try_from(name: String) -> Result<Self> {
+        name.parse()
+    }
+}
+
+impl From<ClientName> for String {
+    fn from(name: ClientName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for ClientName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 /// An NBD server of a domain. There are at most two, one of each [`ServedBy`].
@@ -225,4 +292,34 @@ pub struct ExportDisk {
     /// The checkpoint since which the changed blocks are told beside the data, as the meta context
     /// `qemu:dirty-bitmap:CHECKPOINT`.
     pub checkpoint: Option<CheckpointName>,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    #[test]
+    fn a_client_s_name_has_parts_and_no_control_characters() {
+        for good in ["CN=backup", "C=GB,O=Example\\, Inc.,CN=back up", "CN=é"] {
+            let name: ClientName = good.parse().unwrap();
+            let json = serde_json::to_string(&name).unwrap();
+            assert_eq!(serde_json::from_str::<ClientName>(&json).unwrap(), name);
+            assert_eq!(name.as_str(), good);
+        }
+        let long = format!("CN={}", "x".repeat(ClientName::MAX));
+        for bad in ["", "*", "backup", "=x", " CN=x", "CN=x\n", "CN=\u{1b}[2J", &long] {
+            let error = bad.parse::<ClientName>().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid, "{bad:?}");
+            assert!(
+                error.to_string().len() < 300 && !error.to_string().contains(char::is_control),
+                "{error}"
+            );
+            assert!(
+                serde_json::from_value::<ClientName>(bad.into()).is_err(),
+                "{bad:?}"
+            );
+        }
+    }
 }

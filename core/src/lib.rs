@@ -62,7 +62,9 @@ pub use disk::{DeviceKind, Disk, Driver, MethodChoice, Options};
 pub use dispatcher::{Deleted, Deletion, Dispatcher, Inspected};
 pub use domain::{Domain, DomainId, Sockets};
 pub use error::{Effect, Error, ErrorKind, Result};
-pub use export::{Changes, Export, ExportDisk, ExportRequest, Listen, NbdServer, ServedBy, Tls, Told};
+pub use export::{
+    Changes, ClientName, Export, ExportDisk, ExportRequest, Listen, NbdServer, ServedBy, Tls, Told,
+};
 pub use filling::{FillDisk, FillEnd, FillEnded, FillHealth, FillRequest, Filling};
 pub use host::{
     Command, Connector, Control, DiskNode, Freeze, Guard, Host, NodeBitmap, Owner, RunState, ServeNode,

@@ -182,6 +182,17 @@ fn refuse_careless(listen: &Listen, request: &ExportRequest, could: &str) -> Res
             "TLS is for TCP; a unix socket is guarded by its permissions",
         ));
     }
+    if request
+        .tls
+        .as_ref()
+        .is_some_and(|tls| !tls.verify_client && !tls.allowed.is_empty())
+    {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            "clients that show no certificate have no name that a list could allow",
+        )
+        .hint("Have the clients verified, or leave the list out."));
+    }
     let verified = |tls: &Tls| tls.verify_client;
     if listen.is_local() || request.allow_remote || request.tls.as_ref().is_some_and(verified) {
         return Ok(());

@@ -213,6 +213,7 @@ async fn to_a_server_that_speaks_tls_the_other_hypervisor_does_too() {
         let tls = Tls {
             credentials: "/pki/server".into(),
             verify_client: true,
+            allowed: Vec::new(),
         };
         let listen = "127.0.0.1:10809".parse().ok();
         let (dispatcher, domain) = (&vm.scene.dispatcher, &vm.scene.domain);

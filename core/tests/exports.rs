@@ -182,6 +182,7 @@ async fn nothing_listens_beyond_this_host_unless_it_is_meant() {
         Some(Tls {
             credentials: "/tls".into(),
             verify_client,
+            allowed: Vec::new(),
         })
     };
     let cases = [
@@ -208,6 +209,17 @@ async fn nothing_listens_beyond_this_host_unless_it_is_meant() {
             }
         }
     }
+    // A list of names of those who need not show any.
+    let vm = with_snapshot().await;
+    let mut unnamed = tls(false);
+    unnamed.as_mut().unwrap().allowed = vec!["CN=backup".parse().unwrap()];
+    let wanted = ExportRequest {
+        tls: unnamed,
+        allow_remote: true,
+        ..request(Some(remote), &["vda-backup"])
+    };
+    assert_eq!(vm.start(&wanted).await.unwrap_err().kind(), ErrorKind::Invalid);
+    assert!(vm.events().is_empty());
     for local in ["127.0.0.1:10809", "[::1]:10809", "unix:/run/other.sock"] {
         let vm = with_snapshot().await;
         vm.start(&request(Some(local), &["vda-backup"])).await.unwrap();

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use disksnap_core::{Command, Error, ErrorKind, Listen, NbdServer, Result, ServeNode, Tls};
+use disksnap_core::{ClientName, Command, Error, ErrorKind, Listen, NbdServer, Result, ServeNode, Tls};
 use serde_json::{Value, json};
 
 use crate::connector::check_socket_path;
@@ -15,6 +15,10 @@ use crate::qmp::{Event, Events, Heard, Session};
 
 /// The id of the one TLS credentials object that disksnap makes in a QEMU.
 const CREDENTIALS: &str = "disksnap-nbd-tls";
+
+/// How the ids of lists of clients that are let in begin (QAPI `authz-list`). Each start has one of its own, because QEMU looks
+/// the list up with every client: one that is made anew would be that of the server that runs already.
+const CLIENTS: &str = "disksnap-nbd-clients-";
 
 /// How often the exports are asked for while one is being taken down and no event tells.
 const POLL: Duration = Duration::from_millis(100);
@@ -51,9 +55,12 @@ impl<'a> NbdServerControl<'a> {
                     .with("listen", &server.listen)
                     .hint("Listen on an address and port, or leave TLS out."));
             }
-            self.add_credentials(tls).await?;
             arguments["tls-creds"] = CREDENTIALS.into();
+            if let Some(list) = self.add_tls(tls).await? {
+                arguments["tls-authz"] = list.into();
+            }
         }
+        let list = arguments["tls-authz"].as_str().map(str::to_owned);
         let started = self
             .session
             .execute(Command::new("nbd-server-start", arguments))
@@ -62,7 +69,10 @@ impl<'a> NbdServerControl<'a> {
             let error = cannot_start(error, &server.listen);
             // Where another server runs, its credentials are in use and this is refused, as it should be.
             if server.tls.is_some() && error.effect() == disksnap_core::Effect::None {
-                self.drop_credentials().await;
+                self.drop_object(CREDENTIALS).await;
+                if let Some(list) = list {
+                    self.drop_object(&list).await;
+                }
             }
             return Err(error);
         }
@@ -131,6 +141,22 @@ impl<'a> NbdServerControl<'a> {
         }
     }
 
+    /// Makes the objects that TLS needs: the credentials and, where there is one, the list of clients, whose id it returns. Neither is
+    /// left when it fails.
+    async fn add_tls(&self, tls: &Tls) -> Result<Option<String>> {
+        self.add_credentials(tls).await?;
+        if tls.allowed.is_empty() {
+            return Ok(None);
+        }
+        match self.let_in_only(tls).await {
+            Ok(list) => Ok(Some(list)),
+            Err(error) => {
+                self.drop_object(CREDENTIALS).await;
+                Err(error)
+            }
+        }
+    }
+
     /// Makes the credentials object. Without `dh-params.pem` in the directory QEMU computes its own parameters, and its
     /// main loop stands still for up to a second or two.
     async fn add_credentials(&self, tls: &Tls) -> Result<()> {
@@ -153,15 +179,47 @@ impl<'a> NbdServerControl<'a> {
             Ok(_) => Ok(()),
             Err(error) if !error.message().contains("duplicate property") => Err(explain(error)),
             // Left behind by a run that was killed.
-            Err(_) if self.drop_credentials().await => make().await.map(drop).map_err(explain),
+            Err(_) if self.drop_object(CREDENTIALS).await => make().await.map(drop).map_err(explain),
             // What cannot be deleted is in use: by the server that runs.
             Err(error) => Err(already_running(error)),
         }
     }
 
-    /// Deletes the credentials object; whether there was one to delete.
-    async fn drop_credentials(&self) -> bool {
-        let command = Command::new("object-del", json!({ "id": CREDENTIALS }));
+    /// Makes the list of the clients that are let in; its id.
+    async fn let_in_only(&self, tls: &Tls) -> Result<String> {
+        if !tls.verify_client {
+            let why = "clients that show no certificate have no name that a list could allow";
+            return Err(Error::new(ErrorKind::Invalid, why));
+        }
+        let id = format!("{CLIENTS}{}", uuid::Uuid::new_v4().simple());
+        let rule = |name: &ClientName| json!({"match": name, "policy": "allow", "format": "exact"});
+        let rules: Vec<Value> = tls.allowed.iter().map(rule).collect();
+        let list = json!({"qom-type": "authz-list", "id": id, "policy": "deny", "rules": rules});
+        let made = self.session.execute(Command::new("object-add", list)).await;
+        made.map_err(|error| {
+            error.hint("This hypervisor cannot tell clients apart by their names: leave the list out.")
+        })?;
+        Ok(id)
+    }
+
+    /// Deletes the credentials and every list of clients, as far as they are there.
+    async fn drop_tls(&self) {
+        self.drop_object(CREDENTIALS).await;
+        let list = Command::new("qom-list", json!({ "path": "/objects" }));
+        // Where it cannot be asked, no server names them any more: they are in nobody's way.
+        let Ok(Value::Array(objects)) = self.session.execute(list).await else {
+            return;
+        };
+        for name in objects.iter().filter_map(|object| object["name"].as_str()) {
+            if name.starts_with(CLIENTS) {
+                self.drop_object(name).await;
+            }
+        }
+    }
+
+    /// Deletes an object; whether there was one to delete.
+    async fn drop_object(&self, id: &str) -> bool {
+        let command = Command::new("object-del", json!({ "id": id }));
         self.session.execute(command).await.is_ok()
     }
 
@@ -172,7 +230,7 @@ impl<'a> NbdServerControl<'a> {
             Err(error) if error.message().contains("not running") => {}
             Err(error) => return Err(error),
         }
-        self.drop_credentials().await;
+        self.drop_tls().await;
         Ok(())
     }
 

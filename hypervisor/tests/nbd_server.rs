@@ -268,24 +268,34 @@ async fn nothing_at_the_socket_s_path_is_overwritten() {
 
 /// A directory for the server and one for a client that the same authority signed.
 fn certificates() -> (tempfile::TempDir, tempfile::TempDir) {
-    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+    let [server, client] = signed([("server", ""), ("client", "")]);
+    (server, client)
+}
+
+/// For each side and name a directory with a certificate, all by one authority. One that has a name is of the organization `Example`.
+fn signed<const N: usize>(wanted: [(&str, &str); N]) -> [tempfile::TempDir; N] {
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
     let mut authority = CertificateParams::new(Vec::new()).unwrap();
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate().unwrap()).unwrap();
-    let sign = |side: &str| {
+    wanted.map(|(side, name)| {
         let dir = tempfile::tempdir().unwrap();
         let key = KeyPair::generate().unwrap();
         let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
-        let certificate = CertificateParams::new(names)
-            .unwrap()
-            .signed_by(&key, &authority)
-            .unwrap();
+        let mut params = CertificateParams::new(names).unwrap();
+        if !name.is_empty() {
+            params.distinguished_name = rcgen::DistinguishedName::new();
+            params
+                .distinguished_name
+                .push(DnType::OrganizationName, "Example");
+            params.distinguished_name.push(DnType::CommonName, name);
+        }
+        let certificate = params.signed_by(&key, &authority).unwrap();
         fs::write(dir.path().join("ca-cert.pem"), authority.pem()).unwrap();
         fs::write(dir.path().join(format!("{side}-cert.pem")), certificate.pem()).unwrap();
         fs::write(dir.path().join(format!("{side}-key.pem")), key.serialize_pem()).unwrap();
         dir
-    };
-    (sign("server"), sign("client"))
+    })
 }
 
 #[tokio::test]
@@ -300,6 +310,7 @@ async fn tls_lets_in_who_shows_a_certificate() {
             Some(Tls {
                 credentials: dir.to_owned(),
                 verify_client: true,
+                allowed: Vec::new(),
             })
         };
         let secure = NbdServer {
@@ -348,5 +359,59 @@ async fn tls_lets_in_who_shows_a_certificate() {
         // A second start and a stop leave nothing behind.
         control.stop_server().await.unwrap();
         control.start_server(&secure).await.unwrap();
+    }
+}
+
+/// Verified alone is not enough once there is a list; what QEMU keeps of it goes with the server.
+#[tokio::test]
+async fn of_the_verified_only_those_on_the_list_are_let_in() {
+    need!("nbdinfo");
+    for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
+        let (daemon, place) = (daemon(version), Place::new());
+        let control = place.control(&daemon_domain(&daemon));
+        let [server, backup, other] =
+            signed([("server", "server"), ("client", "backup"), ("client", "other")]);
+        let port = free_port();
+        let only = |names: &[&str]| NbdServer {
+            tls: Some(Tls {
+                credentials: server.path().to_owned(),
+                verify_client: true,
+                allowed: names.iter().map(|name| name.parse().unwrap()).collect(),
+            }),
+            ..tcp(port)
+        };
+        let seen = |dir: &tempfile::TempDir| {
+            let directory = dir.path().display();
+            size(&format!(
+                "nbds://127.0.0.1:{port}/name%20of%20a?tls-certificates={directory}"
+            ))
+        };
+        // The list of a run that was killed, which would let everyone in.
+        let list = json!({"qom-type": "authz-list", "id": "disksnap-nbd-clients-1", "policy": "allow"});
+        daemon.qmp("object-add", list);
+        control
+            .start_server(&only(&["O=Example,CN=backup"]))
+            .await
+            .unwrap();
+        control.serve(&node(&daemon, "a")).await.unwrap();
+        assert_eq!(seen(&backup), Ok((4 * MIB).to_string()));
+        seen(&other).unwrap_err();
+        // What is asked for while it runs changes nothing.
+        assert_eq!(
+            refused(&control, &only(&["O=Example,CN=other"])).await.kind(),
+            ErrorKind::Busy
+        );
+        assert_eq!(seen(&backup), Ok((4 * MIB).to_string()));
+        seen(&other).unwrap_err();
+        control.stop_server().await.unwrap();
+        let left = daemon.qmp("qom-list", json!({"path": "/objects"}));
+        assert!(!left.to_string().contains("disksnap"), "{left}");
+        let both = only(&["O=Example,CN=backup", "O=Example,CN=other"]);
+        control.start_server(&both).await.unwrap();
+        control.serve(&node(&daemon, "a")).await.unwrap();
+        assert_eq!(
+            (seen(&backup), seen(&other)),
+            (Ok((4 * MIB).to_string()), Ok((4 * MIB).to_string()))
+        );
     }
 }

@@ -391,6 +391,7 @@ async fn listening(site: &Site, credentials: &Path) -> NbdServer {
             tls: Some(Tls {
                 credentials: credentials.to_owned(),
                 verify_client: false,
+                allowed: Vec::new(),
             }),
             ..site.server()
         };

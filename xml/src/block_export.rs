@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 
 use disksnap_core::{
-    Alias, CheckpointName, Export, ExportDisk, ExportRequest, Listen, NbdServer, Result, Serving, Tls,
+    Alias, CheckpointName, ClientName, Export, ExportDisk, ExportRequest, Listen, NbdServer, Result, Serving,
+    Tls,
 };
 
 use crate::source::{absolute, port, unicode};
@@ -93,16 +94,33 @@ fn listen(root: Elem<'_, '_>) -> Result<Option<Listen>> {
 
 fn tls(elem: Elem<'_, '_>, listen: Option<&Listen>) -> Result<Tls> {
     elem.only_attrs(&["credentials", "verify"])?;
-    elem.only_children(None, &[])?;
+    elem.only_children(None, &["client"])?;
     if !matches!(listen, Some(Listen::Tcp { .. })) {
         return Err(
             elem.fault("<tls> without a TCP address: expected <listen type='address' …/> with it".to_owned())
         );
     }
-    Ok(Tls {
+    let tls = Tls {
         credentials: absolute(elem, "credentials")?,
         verify_client: elem.yes_no("verify")?.unwrap_or(true),
-    })
+        allowed: elem.all("client").map(client).collect::<Result<_>>()?,
+    };
+    if !tls.verify_client && !tls.allowed.is_empty() {
+        return Err(elem.attr_fault(
+            "verify",
+            "<client> with verify='no': expected verify='yes', since only a verified client has a name"
+                .to_owned(),
+        ));
+    }
+    Ok(tls)
+}
+
+fn client(elem: Elem<'_, '_>) -> Result<ClientName> {
+    elem.only_attrs(&["name"])?;
+    elem.only_children(None, &[])?;
+    let name = elem.required("name", "the distinguished name of a client's certificate")?;
+    name.parse()
+        .map_err(|error: disksnap_core::Error| elem.attr_fault("name", error.message().to_owned()))
 }
 
 fn disk(elem: Elem<'_, '_>) -> Result<ExportDisk> {
@@ -199,7 +217,12 @@ fn element<'a>(
         let verify = if tls.verify_client { "yes" } else { "no" };
         Ok(Element::new("tls")
             .attr("credentials", unicode(&tls.credentials)?)
-            .attr("verify", verify))
+            .attr("verify", verify)
+            .children(
+                tls.allowed
+                    .iter()
+                    .map(|name| Element::new("client").attr("name", name)),
+            ))
     });
     Ok(root
         .children(tls.transpose()?)

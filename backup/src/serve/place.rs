@@ -293,6 +293,7 @@ mod tests {
             Some(Tls {
                 credentials: "/pki".into(),
                 verify_client,
+                allowed: Vec::new(),
             })
         };
         let kind = |request: &ServeRequest| Place::wanted(request).map_err(|e| e.kind()).map(drop);

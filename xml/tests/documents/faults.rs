@@ -170,6 +170,14 @@ fn exports() {
     assert_snapshot!(export("type='nbd'", "<disk/>"), @"<disk> lacks the attribute 'name': expected name='…', the alias of a disk in a snapshot (line 2, column 3, element disk)");
     assert_snapshot!(export("type='nbd'", "<disk name='a'/><tls credentials='/c'/>"), @"<tls> without a TCP address: expected <listen type='address' …/> with it (line 2, column 19, element tls)");
     let verify = format!("{local}<tls credentials='/c' verify='maybe'/><disk name='a'/>");
+    let clients = |verify: &str, client: &str| {
+        let text = format!("{local}<tls credentials='/c' {verify}><client {client}/></tls><disk name='a'/>");
+        export("type='nbd' port='1'", &text)
+    };
+    assert_snapshot!(clients("verify='no'", "name='CN=x'"), @"<client> with verify='no': expected verify='yes', since only a verified client has a name (line 2, column 69, element tls)");
+    assert_snapshot!(clients("", ""), @"<client> lacks the attribute 'name': expected name='…', the distinguished name of a client's certificate (line 2, column 70, element client)");
+    assert_snapshot!(clients("", "name='backup'"), @r#""backup" is no distinguished name: it has no parts such as CN=backup (line 2, column 78, element client)"#);
+    assert_snapshot!(clients("", "dn='CN=x'"), @"<client> has no attribute 'dn': expected 'name' (line 2, column 78, element client)");
     assert_snapshot!(export("type='nbd' port='1'", &verify), @"verify='maybe' is not known: expected 'yes' or 'no' (line 2, column 69, element tls)");
 }
 

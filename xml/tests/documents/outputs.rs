@@ -245,6 +245,7 @@ fn exports() {
         tls: Some(Tls {
             credentials: "/etc/pki/qemu".into(),
             verify_client: true,
+            allowed: Vec::new(),
         }),
         explicit: true,
         instance: Some("1".to_owned()),

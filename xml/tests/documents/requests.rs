@@ -87,20 +87,24 @@ fn sockets_export_names_and_tls() {
     .unwrap();
     assert_eq!(request.listen, Some(Listen::Unix("/run/n b.sock".into())));
     assert_eq!(request.disks[0].name.as_deref(), Some("root disk"));
-    let tls = |verify: &str| {
+    let tls = |verify: &str, clients: &str| {
         let text = format!(
             "<blockexport type='nbd' port='10809'><listen type='address' address='::'/>\
-             <tls credentials='/etc/pki/qemu' {verify}/><disk name='a'/></blockexport>"
+             <tls credentials='/etc/pki/qemu' {verify}>{clients}</tls><disk name='a'/></blockexport>"
         );
         export_request(&text).unwrap().tls.unwrap()
     };
     let expected = |verify_client| Tls {
         credentials: "/etc/pki/qemu".into(),
         verify_client,
+        allowed: Vec::new(),
     };
-    assert_eq!(tls(""), expected(true));
-    assert_eq!(tls("verify='yes'"), expected(true));
-    assert_eq!(tls("verify='no'"), expected(false));
+    assert_eq!(tls("", ""), expected(true));
+    assert_eq!(tls("verify='yes'", ""), expected(true));
+    assert_eq!(tls("verify='no'", ""), expected(false));
+    let only = tls("", "<client name='O=A &amp; B,CN=backup'/><client name='CN=x'/>").allowed;
+    let only: Vec<_> = only.iter().map(|name| name.as_str()).collect();
+    assert_eq!(only, ["O=A & B,CN=backup", "CN=x"]);
     let nowhere = export_request("<blockexport type='nbd'><disk name='a'/></blockexport>").unwrap();
     assert_eq!(nowhere.listen, None);
 }

@@ -207,10 +207,17 @@ fn listen() -> impl Strategy<Value = Listen> {
 }
 
 fn tls() -> impl Strategy<Value = Tls> {
-    (path(), any::<bool>()).prop_map(|(credentials, verify_client)| Tls {
-        credentials,
-        verify_client,
-    })
+    let name = "(C=[A-Z]{2},)?CN=[a-z<&'\" é]{0,9}x".prop_map(|name| name.parse().unwrap());
+    (path(), any::<bool>(), prop::collection::vec(name, 0..3)).prop_map(
+        |(credentials, verify_client, names)| {
+            let allowed = if verify_client { names } else { Vec::new() };
+            Tls {
+                credentials,
+                verify_client,
+                allowed,
+            }
+        },
+    )
 }
 
 proptest! {
