@@ -20,6 +20,7 @@ mod methods;
 mod moving;
 mod programs;
 mod reading;
+mod remote;
 mod signals;
 mod site;
 mod snapshots;
