@@ -1,10 +1,30 @@
-//! The digests of an image's chunks.
+//! The digests of an image's chunks, and the file that they are kept in.
+//!
+//! | file | what is in it |
+//! | --- | --- |
+//! | `format` | the file's parts, which `docs/backup-format.md` describes |
+//! | `writer` | writing it as a stream |
+//! | `reader` | reading it as a stream |
+//! | `overlay` | several of them over each other: which image has what of the disk |
+//! | `tree_hash` | a digest that can be gone on with later |
+
+mod format;
+mod overlay;
+mod reader;
+mod tree_hash;
+mod writer;
 
 use std::fmt;
 use std::str::FromStr;
 
 use disksnap::{Error, ErrorKind};
 use serde::{Deserialize, Serialize};
+
+pub(crate) use overlay::{Has, Overlay, Span};
+pub(crate) use reader::{ChunksReader, digest, digest_of};
+pub(crate) use writer::{ChunksState, ChunksWriter, head};
+
+use crate::CHUNK;
 
 /// A BLAKE3 digest; as text 64 hexadecimal digits, as `b3sum` prints it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -17,6 +37,28 @@ impl Digest {
     pub fn of(bytes: &[u8]) -> Self {
         Self(*blake3::hash(bytes).as_bytes())
     }
+
+    /// Of that many zeroes, a chunk at the most.
+    pub(crate) fn of_zeroes(length: u64) -> Self {
+        static WHOLE: std::sync::LazyLock<Digest> = std::sync::LazyLock::new(|| Digest::of(&ZEROES));
+        if length == CHUNK {
+            return *WHOLE;
+        }
+        let length = usize::try_from(length).unwrap_or(ZEROES.len());
+        Self::of(&ZEROES[..length.min(ZEROES.len())])
+    }
+}
+
+static ZEROES: [u8; CHUNK as usize] = [0; CHUNK as usize];
+
+/// How many chunks a disk of this size has.
+pub(crate) fn chunks(size: u64) -> u64 {
+    size.div_ceil(CHUNK)
+}
+
+/// How long a chunk of a disk of this size is: all but the last one are whole, those beyond the disk empty.
+pub(crate) fn chunk_length(size: u64, chunk: u64) -> u64 {
+    size.saturating_sub(chunk.saturating_mul(CHUNK)).min(CHUNK)
 }
 
 impl fmt::Display for Digest {

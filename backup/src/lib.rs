@@ -15,7 +15,10 @@
 //! | `create`, `remote` | a backup of a domain of this host; of a snapshot that another host serves |
 //! | `levels`, `source`, `pull` | whether an image is full or an increment; where a disk is read from; pulling one |
 //! | `journal`, `tidy` | what lets an interrupted backup be gone on with; what backups leave with the domain, and its end |
-//! | `restore` | writing a disk to a file, a device or an NBD export; a whole point into a directory |
+//! | `restore` | writing a disk to a file, a device or an NBD export; a point into a directory or a paused domain |
+//! | `serve` | the disks of a point over NBD, read-only, as long as somebody looks |
+//! | `verify` | reading everything back |
+//! | `merging`, `retention` | dropping points, and which |
 //! | `progress` | what long acts tell, and how they are stopped |
 //!
 //! The formats are described in `docs/backup-format.md`.
@@ -29,15 +32,21 @@ mod levels;
 mod local;
 mod machine;
 mod manifest;
+mod merging;
 mod names;
+mod object;
 mod progress;
 mod pull;
+mod qcow2;
 mod remote;
 mod repository;
 mod restore;
+mod retention;
+mod serve;
 mod source;
 mod store;
 mod tidy;
+mod verify;
 
 pub use chain::{ChainReader, Layer, content_digest};
 pub use create::{Backup, BackupRequest, Subject, create};
@@ -48,14 +57,19 @@ pub use journal::WantedLevel;
 pub use local::LocalStore;
 pub use machine::{MachineOptions, SavedMachine, load_machine, save_machine, verify_machine};
 pub use manifest::{DiskEntry, FileEntry, Level, MachineEntry, Manifest};
+pub use merging::{MergePlan, Merged, MergedImage, PlannedImage, merge, merge_plan};
 pub use progress::{Event, Phase, Silent, Watcher, stopped};
 pub use remote::{RemoteExport, RemoteRequest, pull};
 pub use repository::{DomainFolder, ListedPoint, PointSpec, Repository};
 pub use restore::{
-    Form, PointRequest, Restored, RestoredFile, RestoredPoint, Target, restore_disk, restore_point,
+    Form, IntoRequest, PointRequest, Restored, RestoredDisk, RestoredInto, RestoredPoint, Target, restore_disk,
+    restore_disks, restore_into, restore_point,
 };
+pub use retention::{Doubtful, Kept, Pruned, Reason, Retention, prune};
+pub use serve::{PointServer, ServeRequest, ServedDisk, run_if_asked, serve};
 pub use store::{Blob, BlobWriter, Store, StoreLock};
 pub use tidy::abandon;
+pub use verify::{Fault, Stray, Verification, VerifiedDisk, VerifiedPoint, VerifyOptions, verify};
 
 /// The unit that images are written and checked in, in bytes: a cluster of the images, and what one digest is of. What
 /// lies between two multiples of it is one chunk; a disk's last chunk may be shorter.

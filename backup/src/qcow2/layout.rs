@@ -1,0 +1,292 @@
+//! Where what goes while an image is written as a stream, and the tables that say so.
+//!
+//! ```text
+//! header │ data … L2 │ data … L2 │ … refcounts │ data … L2 │ L1 │ refcounts │ refcount table
+//! ```
+//!
+//! Everything goes to the end of the file, in the disk's order; a table follows when nothing more can be added to it. The
+//! head is written last, so that an image is none until it is whole. What is held meanwhile: the L1 table, one L2 table, the
+//! refcounts of up to 2 GiB, and where the earlier refcounts are.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::{CLUSTER, COPIED, Entry, Header, L2_ENTRIES, l1_entries};
+use crate::image::Packed;
+
+/// How many clusters of the file one block of refcounts counts: 2 GiB.
+const BLOCK: usize = (CLUSTER / 2) as usize;
+/// What fills clusters up.
+static ZEROES: [u8; CLUSTER as usize] = [0; CLUSTER as usize];
+
+/// The data of chunks of one L2 table, as it is to be put down.
+#[derive(Debug, Default)]
+pub(crate) struct Stored {
+    /// The chunks that are as they are, in their order.
+    pub(crate) plain: Vec<u64>,
+    /// Their bytes, a cluster each.
+    pub(crate) plain_bytes: Vec<u8>,
+    /// The chunks that are compressed, in their order, each with how long that made it.
+    pub(crate) compressed: Vec<(u64, u64)>,
+    /// Their bytes, one after the other.
+    pub(crate) compressed_bytes: Vec<u8>,
+}
+
+/// An image in the making.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    size: u64,
+    zstd: bool,
+    /// How long the file is with all that was handed out.
+    end: u64,
+    l1: Vec<u64>,
+    /// The L2 table that is being filled: which one it is, and its entries.
+    l2: Option<(u64, Vec<u64>)>,
+    /// Where the full blocks of refcounts are.
+    blocks: Vec<u64>,
+    /// The refcounts of the file's clusters behind those.
+    refcounts: Vec<u16>,
+    /// What is to be appended to the file next.
+    out: Vec<Bytes>,
+}
+
+/// What of a [`Layout`] must be known to go on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LayoutState {
+    end: u64,
+    l1: Packed,
+    l2: Option<(u64, Packed)>,
+    blocks: Packed,
+    refcounts: Packed,
+}
+
+impl Layout {
+    /// That of an image without anything in it yet. The header's cluster is kept free.
+    pub(crate) fn new(size: u64, zstd: bool) -> Self {
+        let mut new = Self {
+            size,
+            zstd,
+            end: 0,
+            l1: vec![0; to_usize(l1_entries(size))],
+            l2: None,
+            blocks: Vec::new(),
+            refcounts: Vec::new(),
+            out: Vec::new(),
+        };
+        new.cluster(Bytes::from_static(&ZEROES));
+        new
+    }
+
+    /// How long the file is with all that was handed out.
+    pub(crate) fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// What is to be appended to the file next.
+    pub(crate) fn take(&mut self) -> Vec<Bytes> {
+        std::mem::take(&mut self.out)
+    }
+
+    /// Puts down chunks of one L2 table. Compressed ones first and without gaps, so that only one cluster is filled up.
+    pub(crate) fn data(&mut self, stored: Stored) {
+        let mut host = self.end;
+        for (chunk, length) in stored.compressed {
+            self.count(host, length);
+            self.set(chunk, Entry::compressed(host, length));
+            host += length;
+        }
+        self.append(stored.compressed_bytes.into());
+        if !stored.plain.is_empty() {
+            self.align();
+        }
+        let mut host = self.end;
+        for chunk in stored.plain {
+            self.count(host, CLUSTER);
+            self.set(chunk, Entry::Plain { host });
+            host += CLUSTER;
+        }
+        self.append(stored.plain_bytes.into());
+        self.full_blocks();
+    }
+
+    /// Marks chunks of one L2 table as zero.
+    pub(crate) fn zero(&mut self, first: u64, count: u64) {
+        for chunk in first..first + count {
+            self.set(chunk, Entry::Zero);
+        }
+    }
+
+    /// Ends the L2 table that is being filled unless it is this one.
+    pub(crate) fn enter(&mut self, table: u64) {
+        if self.l2.as_ref().is_some_and(|(index, _)| *index != table) {
+            self.end_l2();
+        }
+    }
+
+    /// Writes the tables that are still held, and gives the header.
+    pub(crate) fn finish(&mut self, backing: Option<String>) -> Header {
+        self.end_l2();
+        self.align();
+        let l1 = self.l1_table();
+        let (refcounts, refcount_clusters) = self.refcount_table();
+        Header { size: self.size, backing, zstd: self.zstd, l1, refcounts, refcount_clusters }
+    }
+
+    /// What must be known to go on, when all that was handed out is in the file.
+    pub(crate) fn state(&self) -> LayoutState {
+        LayoutState {
+            end: self.end,
+            l1: Packed::of(&be_bytes(&self.l1)),
+            l2: self.l2.as_ref().map(|(index, entries)| (*index, Packed::of(&be_bytes(entries)))),
+            blocks: Packed::of(&be_bytes(&self.blocks)),
+            refcounts: Packed::of(&be_bytes_16(&self.refcounts)),
+        }
+    }
+
+    /// Goes on from such a state; `None` for one that cannot be.
+    pub(crate) fn resume(size: u64, zstd: bool, state: &LayoutState) -> Option<Self> {
+        let entries = l1_entries(size);
+        let l1 = from_be(&state.l1.open(to_usize(entries) * 8)?);
+        let l2 = match &state.l2 {
+            Some((index, table)) if *index < entries => {
+                Some((*index, from_be(&table.open(to_usize(CLUSTER))?)))
+            }
+            Some(_) => return None,
+            None => None,
+        };
+        let used = to_usize(state.end.div_ceil(CLUSTER));
+        let blocks = from_be(&state.blocks.open((used / BLOCK) * 8)?);
+        let refcounts = from_be_16(&state.refcounts.open(used.checked_sub(blocks.len() * BLOCK)? * 2)?);
+        let sound = l1.len() as u64 == entries
+            && l2.as_ref().is_none_or(|(_, table)| table.len() as u64 == L2_ENTRIES)
+            && refcounts.len() + blocks.len() * BLOCK == used
+            && state.end >= CLUSTER;
+        sound.then(|| Self { size, zstd, end: state.end, l1, l2, blocks, refcounts, out: Vec::new() })
+    }
+
+    fn set(&mut self, chunk: u64, entry: Entry) {
+        let table = chunk / L2_ENTRIES;
+        self.enter(table);
+        let (_, entries) = self.l2.get_or_insert_with(|| (table, vec![0; to_usize(L2_ENTRIES)]));
+        entries[to_usize(chunk % L2_ENTRIES)] = entry.encode();
+    }
+
+    fn end_l2(&mut self) {
+        if let Some((index, entries)) = self.l2.take() {
+            self.align();
+            let host = self.cluster(be_bytes(&entries).into());
+            self.l1[to_usize(index)] = host | COPIED;
+            self.full_blocks();
+        }
+    }
+
+    fn append(&mut self, bytes: Bytes) {
+        if !bytes.is_empty() {
+            self.end += bytes.len() as u64;
+            self.out.push(bytes);
+        }
+    }
+
+    /// Counts one use of the clusters of these bytes.
+    fn count(&mut self, at: u64, length: u64) {
+        let first = to_usize(at / CLUSTER) - self.blocks.len() * BLOCK;
+        let last = to_usize((at + length - 1) / CLUSTER) - self.blocks.len() * BLOCK;
+        if self.refcounts.len() <= last {
+            self.refcounts.resize(last + 1, 0);
+        }
+        for refcount in &mut self.refcounts[first..=last] {
+            *refcount += 1;
+        }
+    }
+
+    /// Fills the last cluster up.
+    fn align(&mut self) {
+        let fill = self.end.next_multiple_of(CLUSTER) - self.end;
+        if fill > 0 {
+            self.append(Bytes::from_static(&ZEROES[..to_usize(fill)]));
+        }
+    }
+
+    /// Appends a cluster of its own, at a cluster's beginning.
+    fn cluster(&mut self, bytes: Bytes) -> u64 {
+        let host = self.end;
+        self.count(host, CLUSTER);
+        self.append(bytes);
+        self.align();
+        host
+    }
+
+    /// Writes the blocks of refcounts to which nothing can be added any more.
+    fn full_blocks(&mut self) {
+        while to_usize(self.end / CLUSTER) >= (self.blocks.len() + 1) * BLOCK {
+            self.align();
+            let rest = self.refcounts.split_off(BLOCK);
+            let full = std::mem::replace(&mut self.refcounts, rest);
+            let host = self.end;
+            self.blocks.push(host);
+            self.cluster(be_bytes_16(&full).into());
+        }
+    }
+
+    fn l1_table(&mut self) -> u64 {
+        let table = be_bytes(&self.l1);
+        if table.is_empty() {
+            return 0;
+        }
+        let host = self.end;
+        self.count(host, table.len() as u64);
+        self.append(table.into());
+        self.align();
+        host
+    }
+
+    /// The rest of the refcounts, which count themselves and the table that says where they are, and that table.
+    fn refcount_table(&mut self) -> (u64, u32) {
+        self.full_blocks();
+        let used = self.end / CLUSTER;
+        let (mut blocks, mut clusters) = (1, 1);
+        loop {
+            let all = self.blocks.len() as u64 + blocks;
+            let table = (all * 8).div_ceil(CLUSTER);
+            let needed = (used + blocks + table).div_ceil(BLOCK as u64) - self.blocks.len() as u64;
+            if (needed, table) == (blocks, clusters) {
+                break;
+            }
+            (blocks, clusters) = (needed, table);
+        }
+        let first = self.end;
+        self.count(first, (blocks + clusters) * CLUSTER);
+        self.refcounts.resize(to_usize(blocks) * BLOCK, 0);
+        let refcounts = std::mem::take(&mut self.refcounts);
+        for block in refcounts.chunks(BLOCK) {
+            self.blocks.push(self.end);
+            self.append(be_bytes_16(block).into());
+        }
+        let host = self.end;
+        let table = be_bytes(&self.blocks);
+        self.append(table.into());
+        self.align();
+        (host, u32::try_from(clusters).unwrap_or(u32::MAX))
+    }
+}
+
+fn be_bytes(numbers: &[u64]) -> Vec<u8> {
+    numbers.iter().flat_map(|number| number.to_be_bytes()).collect()
+}
+
+fn be_bytes_16(numbers: &[u16]) -> Vec<u8> {
+    numbers.iter().flat_map(|number| number.to_be_bytes()).collect()
+}
+
+fn from_be(bytes: &[u8]) -> Vec<u64> {
+    bytes.as_chunks().0.iter().map(|number| u64::from_be_bytes(*number)).collect()
+}
+
+fn from_be_16(bytes: &[u8]) -> Vec<u16> {
+    bytes.as_chunks().0.iter().map(|number| u16::from_be_bytes(*number)).collect()
+}
+
+/// Of numbers that are bounded by what was allocated.
+fn to_usize(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
