@@ -75,7 +75,11 @@ impl Selection {
                     return Ok(Some(Piece { range, zero: false }));
                 }
                 let extents = changed.dirty.other(BASE_ALLOCATION, range.clone())?;
-                *within = Some(Box::new(Allocation::new(extents, range, changed.units.unit)));
+                *within = Some(Box::new(Allocation::new(
+                    extents,
+                    range,
+                    changed.rounded.units.unit,
+                )));
             },
         }
     }
@@ -124,12 +128,7 @@ impl Units {
 pub(crate) struct Changed {
     dirty: ExtentStream,
     also: Vec<Range<u64>>,
-    units: Units,
-    /// Up to where ranges were handed out.
-    done: u64,
-    /// The range that may still grow.
-    held: Option<Range<u64>>,
-    ready: VecDeque<Range<u64>>,
+    rounded: Rounded,
 }
 
 impl Changed {
@@ -140,37 +139,59 @@ impl Changed {
         Self {
             dirty,
             also,
-            done: within.start,
-            units: Units { unit, within },
-            held: None,
-            ready: VecDeque::new(),
+            rounded: Rounded::new(Units { unit, within }),
         }
     }
 
     async fn next(&mut self) -> Result<Option<Range<u64>>> {
         loop {
-            if let Some(range) = self.ready.pop_front() {
+            if let Some(range) = self.rounded.ready.pop_front() {
                 return Ok(Some(range));
             }
             let Some(extent) = self.dirty.next_piece().await? else {
-                return Ok(self.held.take());
+                return Ok(self.rounded.held.take());
             };
             let range = extent.offset..extent.end();
             if extent.is_dirty() {
-                self.add(&range);
-                continue;
+                self.rounded.add(&range);
+            } else {
+                self.rounded.add_common(&self.also, &range);
             }
-            for n in 0..self.also.len() {
-                let also = &self.also[n];
-                let common = also.start.max(range.start)..also.end.min(range.end);
-                if !common.is_empty() {
-                    self.add(&common);
-                }
+        }
+    }
+}
+
+/// Ranges that are added in ascending order, as units: each unit once, neighbours in one range.
+#[derive(Debug)]
+struct Rounded {
+    units: Units,
+    /// Up to where ranges were taken.
+    done: u64,
+    /// The range that may still grow.
+    held: Option<Range<u64>>,
+    ready: VecDeque<Range<u64>>,
+}
+
+impl Rounded {
+    fn new(units: Units) -> Self {
+        Self {
+            done: units.within.start,
+            units,
+            held: None,
+            ready: VecDeque::new(),
+        }
+    }
+
+    /// What of the ranges, which are sorted by where they begin, lies in the other.
+    fn add_common(&mut self, ranges: &[Range<u64>], other: &Range<u64>) {
+        for range in ranges {
+            let common = range.start.max(other.start)..range.end.min(other.end);
+            if !common.is_empty() {
+                self.add(&common);
             }
         }
     }
 
-    /// Takes a range that begins not before the ones taken earlier.
     fn add(&mut self, range: &Range<u64>) {
         let Range { start, end } = self.units.around(range);
         let start = start.max(self.done);
@@ -179,7 +200,7 @@ impl Changed {
         }
         self.done = end;
         match &mut self.held {
-            // What touches it begins where it ends, since nothing is handed out twice.
+            // What touches it begins where it ends, since no unit is taken twice.
             Some(held) if held.end == start => held.end = end,
             held => self.ready.extend(held.replace(start..end)),
         }
@@ -197,6 +218,35 @@ impl Changed {
 #[derive(Debug)]
 pub(crate) struct Allocation {
     extents: ExtentStream,
+    known: Known,
+}
+
+impl Allocation {
+    /// `extents` covers `within`.
+    fn new(extents: ExtentStream, within: Range<u64>, unit: u64) -> Self {
+        let known = Known::new(Units { unit, within });
+        Self { extents, known }
+    }
+
+    async fn next(&mut self) -> Result<Option<Piece>> {
+        loop {
+            if let Some(piece) = self.known.ready.take() {
+                return Ok(Some(piece));
+            }
+            let Some(extent) = self.extents.next_piece().await? else {
+                return Ok(self.known.rest());
+            };
+            let piece = self.known.add(&(extent.offset..extent.end()), extent.is_zero());
+            if piece.is_some() {
+                return Ok(piece);
+            }
+        }
+    }
+}
+
+/// Extents that cover a range and are added in order, as units: zero where all of the unit is.
+#[derive(Debug)]
+struct Known {
     units: Units,
     /// Up to where pieces were handed out.
     done: u64,
@@ -204,36 +254,41 @@ pub(crate) struct Allocation {
     ready: Option<Piece>,
 }
 
-impl Allocation {
-    /// `extents` covers `within`.
-    fn new(extents: ExtentStream, within: Range<u64>, unit: u64) -> Self {
+impl Known {
+    fn new(units: Units) -> Self {
         Self {
-            extents,
-            done: within.start,
-            units: Units { unit, within },
+            done: units.within.start,
+            units,
             ready: None,
         }
     }
 
-    async fn next(&mut self) -> Result<Option<Piece>> {
-        loop {
-            if let Some(piece) = self.ready.take() {
-                return Ok(Some(piece));
-            }
-            let Some(extent) = self.extents.next_piece().await? else {
-                let rest = self.units.within.end;
-                return Ok(self.data_to(rest));
-            };
-            let range = extent.offset..extent.end();
-            let piece = if extent.is_zero() {
-                self.zeroes(&self.units.inside(&range))
-            } else {
-                self.data_to(self.units.up(range.end))
-            };
-            if piece.is_some() {
-                return Ok(piece);
-            }
+    /// The piece that is known now; [`Known::ready`] comes after it.
+    fn add(&mut self, range: &Range<u64>, zero: bool) -> Option<Piece> {
+        if !zero {
+            return self.data_to(self.units.up(range.end));
         }
+        let zeroes = self.units.inside(range);
+        let zeroes = zeroes.start.max(self.done)..zeroes.end;
+        if zeroes.is_empty() {
+            return None;
+        }
+        let before = self.data_to(zeroes.start);
+        self.done = zeroes.end;
+        let zeroes = Some(Piece {
+            range: zeroes,
+            zero: true,
+        });
+        if before.is_none() {
+            return zeroes;
+        }
+        self.ready = zeroes;
+        before
+    }
+
+    /// What was too little to be told as zero.
+    fn rest(&mut self) -> Option<Piece> {
+        self.data_to(self.units.within.end)
     }
 
     fn data_to(&mut self, end: u64) -> Option<Piece> {
@@ -244,20 +299,99 @@ impl Allocation {
         self.done = end;
         Some(Piece { range, zero: false })
     }
+}
 
-    /// These zeroes, or what lies before them.
-    fn zeroes(&mut self, range: &Range<u64>) -> Option<Piece> {
-        let range = range.start.max(self.done)..range.end;
-        if range.is_empty() {
-            return None;
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Extents of these lengths from `start` on, and the units within what they cover.
+    fn covered(start: u64, lengths: &[(u64, bool)], unit: u64) -> (Vec<(Range<u64>, bool)>, Units) {
+        let mut at = start;
+        let extents = lengths.iter().map(|(length, flag)| {
+            at += length;
+            (at - length..at, *flag)
+        });
+        let extents: Vec<_> = extents.collect();
+        let within = start..at;
+        (extents, Units { unit, within })
+    }
+
+    /// Whether a range begins and ends where units do.
+    fn is_whole(units: &Units, range: &Range<u64>) -> bool {
+        units.around(range) == *range && !range.is_empty()
+    }
+
+    fn lengths() -> impl Strategy<Value = Vec<(u64, bool)>> {
+        proptest::collection::vec((1..40_u64, any::<bool>()), 1..40)
+    }
+
+    proptest! {
+        #[test]
+        fn exactly_the_units_that_changed(
+            start in 0..50_u64,
+            lengths in lengths(),
+            unit in 1..20_u64,
+            also in proptest::collection::vec((0..900_u64, 0..100_u64), 0..4),
+        ) {
+            let (extents, units) = covered(start, &lengths, unit);
+            let mut also: Vec<Range<u64>> = also.iter().map(|(at, length)| *at..at + length).collect();
+            also.sort_unstable_by_key(|range| range.start);
+            let within = units.within.clone();
+            let touched = |at: u64| {
+                let one = units.around(&(at..at + 1));
+                let meets = |range: &Range<u64>| range.start < one.end && one.start < range.end && !range.is_empty();
+                extents.iter().any(|(range, dirty)| *dirty && meets(range)) || also.iter().any(meets)
+            };
+            let wanted: Vec<u64> = within.clone().filter(|at| touched(*at)).collect();
+            let mut rounded = Rounded::new(Units { unit, within });
+            for (range, dirty) in &extents {
+                if *dirty {
+                    rounded.add(range);
+                } else {
+                    rounded.add_common(&also, range);
+                }
+            }
+            let mut found: Vec<Range<u64>> = rounded.ready.into();
+            found.extend(rounded.held);
+            prop_assert!(found.iter().all(|range| is_whole(&units, range)));
+            prop_assert!(found.windows(2).all(|pair| pair[0].end < pair[1].start));
+            prop_assert_eq!(found.into_iter().flatten().collect::<Vec<u64>>(), wanted);
         }
-        let before = self.data_to(range.start);
-        self.done = range.end;
-        let zeroes = Some(Piece { range, zero: true });
-        if before.is_none() {
-            return zeroes;
+
+        #[test]
+        fn zero_is_what_is_zero_all_through_and_nothing_is_left_out(
+            start in 0..50_u64,
+            lengths in lengths(),
+            unit in 1..20_u64,
+        ) {
+            let (extents, units) = covered(start, &lengths, unit);
+            let mut known = Known::new(Units { unit, within: units.within.clone() });
+            let mut found = Vec::new();
+            for (range, zero) in &extents {
+                found.extend(known.add(range, *zero));
+                found.extend(known.ready.take());
+            }
+            found.extend(known.rest());
+            let mut at = start;
+            for piece in &found {
+                prop_assert_eq!(piece.range.start, at);
+                prop_assert!(is_whole(&units, &piece.range), "{:?}", piece);
+                at = piece.range.end;
+                let overlap = |range: &Range<u64>| range.start < piece.range.end && piece.range.start < range.end;
+                prop_assert!(!piece.zero || extents.iter().all(|(range, zero)| *zero || !overlap(range)));
+            }
+            prop_assert_eq!(at, units.within.end);
+            // A unit within one extent of zeroes is never read.
+            for piece in found.iter().filter(|piece| !piece.zero) {
+                for at in piece.range.clone().filter(|at| at % unit == 0) {
+                    let one = units.around(&(at..at + 1));
+                    let within = |range: &Range<u64>| range.start <= one.start && one.end <= range.end;
+                    prop_assert!(!extents.iter().any(|(range, zero)| *zero && within(range)), "{one:?}");
+                }
+            }
         }
-        self.ready = zeroes;
-        before
     }
 }
