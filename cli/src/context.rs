@@ -43,6 +43,11 @@ impl Context {
             Error::new(ErrorKind::Invalid, "no domain is given")
                 .hint("Say -d DOMAIN: the path of its XML, or its name or UUID if it was made known with `disksnap domain define`.")
         })?;
+        self.target_of(given).await
+    }
+
+    /// The domain that this means, which is given as for `-d`.
+    pub(crate) async fn target_of(&self, given: &str) -> Outcome<Target> {
         let disksnap = self.disksnap().await?;
         let document = disksnap.load(given).await?;
         for warning in document.warnings() {
