@@ -132,6 +132,10 @@ impl Control for TimedControl {
         self.watch.time("monitor: cont", self.inner.resume()).await
     }
 
+    async fn let_go(&self) -> Result<()> {
+        self.inner.let_go().await
+    }
+
     async fn come_to_rest(&self) -> Result<()> {
         self.inner.come_to_rest().await
     }

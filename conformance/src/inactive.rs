@@ -100,6 +100,10 @@ impl Control for Inactive {
         self.off()
     }
 
+    async fn let_go(&self) -> Result<()> {
+        Ok(())
+    }
+
     async fn come_to_rest(&self) -> Result<()> {
         Ok(())
     }

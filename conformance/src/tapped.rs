@@ -131,6 +131,10 @@ impl Control for TappedControl {
         self.tap("resume", self.inner.resume()).await
     }
 
+    async fn let_go(&self) -> Result<()> {
+        self.inner.let_go().await
+    }
+
     async fn come_to_rest(&self) -> Result<()> {
         self.inner.come_to_rest().await
     }

@@ -212,6 +212,14 @@ pub trait Control: Host {
     /// Lets a paused guest run. Idempotent.
     async fn resume(&self) -> Result<()>;
 
+    /// Lets the guest go that a window of a dead process left standing still, where that window's guardian died too.
+    /// Called first of all by whoever settles what a process has left, with the domain locked. What somebody else has
+    /// paused is left alone: only what was written down when a guardian was armed is undone. Idempotent.
+    ///
+    /// # Errors
+    /// `Timeout` when the guest's agent is silent: it stays written down.
+    async fn let_go(&self) -> Result<()>;
+
     /// Returns once the hypervisor is at nothing any more that a process which has died told it last. Called before
     /// whoever takes up what that process drove asks anything else.
     async fn come_to_rest(&self) -> Result<()>;

@@ -103,6 +103,10 @@ impl Dispatcher {
                 _ => left.push(intent),
             }
         }
+        if !left.is_empty() {
+            // Whatever else there is to be done, the guest comes first.
+            control.let_go().await?;
+        }
         if left.iter().any(|intent| matches!(intent.act, Act::Merge { .. })) {
             control.come_to_rest().await?;
         }

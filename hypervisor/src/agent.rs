@@ -131,7 +131,7 @@ impl Agent {
     pub(crate) async fn thaw(&self) -> Result<()> {
         let mut slot = self.slot.lock().await;
         if let Some(mut channel) = slot.take() {
-            let until = Instant::now() + self.timeouts.thaw;
+            let until = Instant::now() + self.timeouts.thaw.min(self.timeouts.agent);
             match self.thaw_on(&mut channel, until).await {
                 Ok(true) => {
                     *slot = Some(channel);
@@ -148,7 +148,10 @@ impl Agent {
     async fn thaw_anew(&self) -> Result<Channel> {
         let until = Instant::now() + self.timeouts.thaw;
         loop {
-            let outcome = self.attempt_to_thaw(until).await;
+            // An agent that is started anew has lost what it was asked, and one that hangs does it twice.
+            let outcome = self
+                .attempt_to_thaw(until.min(Instant::now() + self.timeouts.agent))
+                .await;
             if let Ok(Some(channel)) = outcome {
                 return Ok(channel);
             }
@@ -356,7 +359,7 @@ impl Agent {
                 .with("socket", self.path.display())
                 .leaving(errors::effect_unanswered(command))
         };
-        match timeout_at(until, lines::read(&mut channel.reader, &mut line)).await {
+        match timeout_at(until, lines::read(lines::OF_AGENT, &mut channel.reader, &mut line)).await {
             Ok(Ok(Line::Whole)) => Ok(line),
             Ok(Ok(Line::End)) => Err(over("was closed", ErrorKind::Unavailable)),
             Ok(Ok(Line::Endless)) => Err(over("carries an endless line", ErrorKind::Protocol)),

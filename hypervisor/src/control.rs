@@ -18,6 +18,7 @@ use crate::guard::{self, Lifeline};
 use crate::nbd_server::NbdServerControl;
 use crate::order::{End, Plan};
 use crate::qmp::{OnConnect, Session, Timeouts};
+use crate::still;
 
 /// The connections to one domain.
 #[derive(Debug)]
@@ -246,6 +247,9 @@ impl Control for QemuControl {
             );
             plan.thaw = Some(agent.path().to_owned());
         }
+        if let Some(session) = &self.links.session {
+            still::leave(&self.settings.paths.run, &self.domain, session, &mut plan).await;
+        }
         let program = &self.settings.guardian;
         let armed = guard::arm(
             program,
@@ -299,6 +303,16 @@ impl Control for QemuControl {
 
     async fn resume(&self) -> Result<()> {
         self.execute(Command::bare("cont")).await.map(drop)
+    }
+
+    async fn let_go(&self) -> Result<()> {
+        let ways = still::Ways {
+            session: self.links.session.as_ref(),
+            agent: self.links.agent.as_ref(),
+            timeouts: self.settings.timeouts,
+        };
+        let undone = still::undo(&self.settings.paths.run, &self.domain, &ways).await;
+        undone.map_err(|error| error.with("domain", &self.domain.id))
     }
 
     /// QEMU 10.0 ends in a segmentation fault when it is asked for its nodes (`query-named-block-nodes`) in the middle of a

@@ -19,6 +19,7 @@ use tokio::net::UnixStream;
 
 use crate::guardian;
 use crate::order::{self, ASKED, End, Order, Plan, Report};
+use crate::still;
 
 /// Which program is started as the thaw guardian.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -104,10 +105,27 @@ impl Lifeline {
 pub(crate) struct ArmedGuardian {
     socket: Arc<UnixStream>,
     patience: Duration,
+    note: Option<PathBuf>,
 }
 
-/// Starts a guardian, gives it the connections there are, and waits until it says that it is armed.
+/// Starts a guardian, gives it the connections there are, and waits until it says that it is armed. On an error the
+/// plan's note is taken away.
 pub(crate) async fn arm(
+    program: &GuardianProgram,
+    plan: Plan,
+    connections: Vec<(End, OwnedFd)>,
+    lifeline: &Lifeline,
+    patience: Duration,
+) -> Result<ArmedGuardian> {
+    let note = plan.note.clone();
+    let started = start_and_arm(program, plan, connections, lifeline, patience).await;
+    if let (Err(_), Some(note)) = (&started, note) {
+        still::take(&note);
+    }
+    started
+}
+
+async fn start_and_arm(
     program: &GuardianProgram,
     plan: Plan,
     connections: Vec<(End, OwnedFd)>,
@@ -116,6 +134,7 @@ pub(crate) async fn arm(
 ) -> Result<ArmedGuardian> {
     let command = program.command()?;
     let name = command.get_program().to_owned();
+    let note = plan.note.clone();
     let armed = async {
         let socket = Arc::new(start(command)?);
         // From here on it is told of new connections; those there are come first.
@@ -124,7 +143,11 @@ pub(crate) async fn arm(
             order::send(&*socket, &Order::Connected(end), Some(descriptor.as_fd())).map_err(cannot_start)?;
         }
         order::send(&*socket, &Order::Arm(plan), None).map_err(cannot_start)?;
-        let armed = ArmedGuardian { socket, patience };
+        let armed = ArmedGuardian {
+            socket,
+            patience,
+            note,
+        };
         match armed.report().await? {
             Report::Armed => Ok(armed),
             report => {
@@ -189,6 +212,10 @@ impl Guard for ArmedGuardian {
                 "Whether the guest stood still throughout the window is not known; take the snapshot again.",
             )
         };
+        // The guest runs, whatever becomes of the guardian.
+        if let Some(note) = &self.note {
+            still::take(note);
+        }
         // A guardian that has died takes no order; why it has is not known.
         order::send(&*self.socket, &Order::Disarm, None).map_err(|error| {
             unsure(Error::new(ErrorKind::Unavailable, "the guardian has died").because(error))

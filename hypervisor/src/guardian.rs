@@ -30,6 +30,9 @@ static OFFERED: AtomicBool = AtomicBool::new(false);
 /// How long a guardian without a parent goes on trying.
 const ORPHAN: Duration = Duration::from_mins(10);
 
+/// Between two times that all was tried in vain, while the parent has not let go.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// Between two attempts.
 const RETRY: Duration = Duration::from_millis(20);
 
@@ -75,6 +78,7 @@ fn run() -> ExitCode {
     if guardian.watch().is_err() {
         // Without news of the parent, the guest comes first.
         guardian.act(ORPHAN);
+        guardian.take_note();
     }
     ExitCode::SUCCESS
 }
@@ -160,16 +164,31 @@ impl<'a> Guardian<'a> {
                     if next.is_some() || matches!(self.acted, Some(Err(_))) {
                         self.act(ORPHAN);
                     }
+                    self.take_note();
                     return Ok(());
                 }
                 News::Connected if next.is_none() => next = Some(Instant::now() + deadline),
                 News::Connected => {}
                 News::None => {
                     self.act(Duration::from_millis(self.plan.patience_ms));
-                    next = None;
+                    // A parent that is stopped asks for nothing, and a hypervisor that was silent may answer yet.
+                    let in_vain = matches!(self.acted, Some(Err(_)));
+                    next = in_vain.then(|| Instant::now() + AGAIN);
                 }
             }
         }
+    }
+
+    /// Nobody needs to be told any more; but for what was tried in vain.
+    fn take_note(&self) {
+        if let (Some(note), Some(Ok(()))) = (&self.plan.note, &self.acted) {
+            let _ = std::fs::remove_file(note);
+        }
+    }
+
+    /// Whether whoever came after a dead parent has let the guest go meanwhile.
+    fn is_relieved(&self) -> bool {
+        self.pending == Some(News::Gone) && self.plan.note.as_ref().is_some_and(|note| !note.exists())
     }
 
     fn answer(&self) {
@@ -237,6 +256,9 @@ impl<'a> Guardian<'a> {
     ) -> Result<(), String> {
         loop {
             self.take_over();
+            if self.is_relieved() {
+                return Ok(());
+            }
             match attempt(until) {
                 Ok(()) | Err(Failed::Gone) => return Ok(()),
                 Err(Failed::Try(_)) if Instant::now() + RETRY < until => std::thread::sleep(RETRY),
@@ -303,11 +325,13 @@ fn resume(path: &Path, until: Instant) -> Result<(), Failed> {
     }
 }
 
-/// `guest-fsfreeze-thaw` until the status is thawed. Waits as long as it may: the port is one stream, and what was
-/// asked first a hung agent does first.
+/// `guest-fsfreeze-thaw` until the status is thawed.
+///
+/// The port is one stream: a hung agent that freezes late finds the thaw behind the freeze, though nobody waits for the
+/// answer any more. And one that is started anew has lost what it was asked, which is why it is asked again.
 fn thaw(path: &Path, until: Instant) -> Result<(), Failed> {
     let mut agent = Wire::connect(path)?;
-    agent.until(until)?;
+    agent.patience(until)?;
     let id = std::process::id();
     let sync = json!({"execute": "guest-sync-delimited", "arguments": {"id": id}});
     let thaw = json!({"execute": "guest-fsfreeze-thaw"});

@@ -24,6 +24,7 @@ mod order;
 mod peer;
 mod qmp;
 mod schema;
+mod still;
 
 pub use connector::{Paths, QemuConnector};
 pub use control::QemuControl;

@@ -51,6 +51,8 @@ pub(crate) struct Plan {
     pub(crate) deadline_ms: u64,
     /// How long it tries while the parent may wait for it.
     pub(crate) patience_ms: u64,
+    /// The note that tells the next process of this plan, if neither the parent nor the guardian carries it out.
+    pub(crate) note: Option<PathBuf>,
 }
 
 /// From the guardian.

@@ -179,6 +179,10 @@ impl Control for FakeControl {
         self.note("resume")
     }
 
+    async fn let_go(&self) -> Result<()> {
+        Ok(())
+    }
+
     async fn come_to_rest(&self) -> Result<()> {
         Ok(())
     }
