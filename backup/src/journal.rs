@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Compression, DiskEntry, DomainFolder, ImageState, Level, MachineEntry, Repository};
 
 /// The journal's file in the point's folder.
-const FILE: &str = "unfinished.json";
+pub(crate) const FILE: &str = "unfinished.json";
 /// No journal is longer, in bytes.
 const LIMIT: u64 = 256 << 20;
 

@@ -14,14 +14,15 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::manifest::{newer_version, point_order};
-use crate::{Layer, Level, Manifest, Store, StoreLock};
+use crate::names::encoded;
+use crate::{Layer, Level, Manifest, Store, StoreLock, merging};
 
 /// What describes the repository.
 const DESCRIPTION: &str = "repository.json";
 /// What describes a domain's folder.
-const DOMAIN: &str = "domain.json";
+pub(crate) const DOMAIN: &str = "domain.json";
 /// What is locked, of the repository and of each domain.
-const LOCK: &str = "lock";
+pub(crate) const LOCK: &str = "lock";
 /// The largest description that is read, in bytes.
 const SMALL: u64 = 1 << 20;
 const FORMAT: &str = "disksnap-repository";
@@ -203,9 +204,10 @@ impl Repository {
 
     /// The points of a domain, oldest first. One whose manifest cannot be trusted is among them, and says so.
     pub async fn points(&self, folder: &DomainFolder) -> Result<Vec<ListedPoint>> {
+        let renewed = self.renewed(folder).await;
         let mut points = Vec::new();
         for name in self.point_names(folder).await? {
-            match self.manifest(folder, &name).await {
+            match self.manifest_or(folder, &name, renewed.as_ref()).await {
                 // Never came to be, or is gone since.
                 Err(e) if e.kind() == ErrorKind::NotFound => {}
                 manifest => points.push(ListedPoint { name, manifest }),
@@ -219,6 +221,30 @@ impl Repository {
     /// # Errors
     /// `NotFound`; `Unsupported` for one of a newer version; `Broken` for one that is damaged or is another point's.
     pub async fn manifest(&self, folder: &DomainFolder, point: &str) -> Result<Manifest> {
+        self.manifest_or(folder, point, self.renewed(folder).await.as_ref())
+            .await
+    }
+
+    /// The manifest that holds in the place of the one in its point's folder: a merge was cut short.
+    async fn renewed(&self, folder: &DomainFolder) -> Option<Manifest> {
+        // A journal that cannot be read is told of by verifying; the points that it does not concern can do without.
+        merging::journal(self, folder)
+            .await
+            .ok()??
+            .in_force(self, folder)
+            .await
+            .ok()?
+    }
+
+    async fn manifest_or(
+        &self,
+        folder: &DomainFolder,
+        point: &str,
+        renewed: Option<&Manifest>,
+    ) -> Result<Manifest> {
+        if let Some(renewed) = renewed.filter(|manifest| manifest.point == point) {
+            return Ok(renewed.clone());
+        }
         let key = self.key(folder, point, Manifest::FILE);
         let told = |e: Error| e.with("point", point).with("object", &key);
         let text = self.store.get(&key, Manifest::LIMIT).await.map_err(told)?;
@@ -242,16 +268,17 @@ impl Repository {
     /// # Errors
     /// `NotFound` for a disk that is not in the point; `Broken`, naming what is missing, where the chain is not whole.
     pub async fn chain(&self, folder: &DomainFolder, point: &Manifest, target: &str) -> Result<Vec<Layer>> {
+        let renewed = self.renewed(folder).await;
         let mut line = Line::default();
         let mut next = point.disk(target).and_then(|disk| disk.parent.clone());
         line.insert(point.clone());
         while let Some(name) = next {
-            let Ok(manifest) = self
-                .manifest(folder, &name)
-                .await
-                .map_err(|e| line.insert_failed(&name, e))
-            else {
-                break;
+            let manifest = match self.manifest_or(folder, &name, renewed.as_ref()).await {
+                Ok(manifest) => manifest,
+                Err(e) => {
+                    line.insert_failed(&name, e);
+                    break;
+                }
             };
             next = manifest.disk(target).and_then(|disk| disk.parent.clone());
             line.insert(manifest);
@@ -428,7 +455,7 @@ impl Repository {
 
     async fn new_folder_key(&self, domain: &DomainId) -> Result<String> {
         let taken = self.store.list("").await?;
-        let (name, digits) = (encoded(&domain.name), domain.uuid.simple().to_string());
+        let (name, digits) = (short(encoded(&domain.name)), domain.uuid.simple().to_string());
         for length in [8, 16, digits.len()] {
             let key = format!("{name}-{}", &digits[..length]);
             // What is no domain's folder, by now, is left from one that was being made.
@@ -775,20 +802,12 @@ fn is_folder_key(key: &str) -> bool {
         && !key.starts_with('.')
 }
 
-/// A domain's name as a part of a key: other bytes than letters, digits, `_`, `-` and inner dots as `%XX`, cut where it is long.
-fn encoded(name: &str) -> String {
-    let mut text = String::new();
-    for (n, byte) in name.bytes().enumerate() {
-        let plain = byte.is_ascii_alphanumeric() || b"_-".contains(&byte) || (byte == b'.' && n > 0);
-        let next = if plain {
-            char::from(byte).to_string()
-        } else {
-            format!("%{byte:02X}")
-        };
-        if text.len() + next.len() > 100 {
-            break;
-        }
-        text.push_str(&next);
+/// A long name, cut at no percent code.
+fn short(mut name: String) -> String {
+    const MOST: usize = 100;
+    if name.len() > MOST {
+        let cut = name[MOST - 2..MOST].find('%').map_or(MOST, |at| MOST - 2 + at);
+        name.truncate(cut);
     }
-    text
+    name
 }
