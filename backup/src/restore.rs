@@ -6,6 +6,7 @@
 
 mod content;
 mod device;
+mod disks;
 mod file;
 mod into;
 mod nbd;
@@ -28,8 +29,9 @@ use self::qcow2::Qcow2File;
 use self::worker::{Worker, joined};
 use crate::{ChainReader, Compression, Digest, DiskEntry, Event, Phase, Watcher, stopped};
 
-pub use self::into::{FilledDisk, IntoRequest, RestoredInto, restore_into};
-pub use self::point::{Form, PointRequest, RestoredFile, RestoredPoint, restore_point};
+pub use self::disks::restore_disks;
+pub use self::into::{IntoRequest, RestoredInto, restore_into};
+pub use self::point::{Form, PointRequest, RestoredPoint, restore_point};
 
 /// Where a disk is restored to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,6 +97,19 @@ pub struct Restored {
     pub notes: Vec<String>,
 }
 
+/// A disk of a point that was restored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RestoredDisk {
+    /// The disk.
+    pub target: String,
+    /// Where it is now, for people: a path, a URI, a domain.
+    pub place: String,
+    /// What was written.
+    #[serde(flatten)]
+    pub restored: Restored,
+}
+
 /// Writes a disk to a target. `disk` is what the manifest says of it, and `chain` reads it.
 ///
 /// A device or an export is only overwritten where `overwrite` says so; a file never is.
@@ -117,12 +132,9 @@ pub async fn restore_disk(
     watcher: &dyn Watcher,
 ) -> Result<Restored> {
     let size = check_size(&chain, disk)?;
-    if target.is_overwritten() && !overwrite {
-        let why = format!("what is on {target} would be overwritten");
-        return Err(Error::new(ErrorKind::AlreadyExists, why)
-            .hint("Nothing was written. Ask for it to be overwritten if nothing on it is needed any more."));
-    }
-    let sink = open(target, size).await.map_err(|e| of_disk(e, disk))?;
+    let sink = open(target, size, overwrite)
+        .await
+        .map_err(|e| of_disk(e, disk))?;
     let task = Task {
         disk,
         target: &target.to_string(),
@@ -144,7 +156,13 @@ fn check_size(chain: &ChainReader, disk: &DiskEntry) -> Result<u64> {
     Err(of_disk(Error::new(ErrorKind::Broken, why), disk))
 }
 
-async fn open(target: &Target, size: u64) -> Result<Box<dyn Sink>> {
+/// Gets a target ready for a disk of `size` bytes. Nothing is written to it yet.
+async fn open(target: &Target, size: u64, overwrite: bool) -> Result<Box<dyn Sink>> {
+    if target.is_overwritten() && !overwrite {
+        let why = format!("what is on {target} would be overwritten");
+        return Err(Error::new(ErrorKind::AlreadyExists, why)
+            .hint("Nothing was written. Ask for it to be overwritten if nothing on it is needed any more."));
+    }
     Ok(match target.clone() {
         Target::Qcow2 { path, compression } => Box::new(Qcow2File::create(&path, size, compression).await?),
         Target::Raw { path, sparse } => {
@@ -166,7 +184,10 @@ trait Sink: Send {
     async fn write(&mut self, piece: Piece) -> Result<()>;
 
     /// Puts it all on stable storage, and gives a new file its name; what the operator should know.
-    async fn finish(self: Box<Self>) -> Result<Vec<String>>;
+    async fn finish(&mut self) -> Result<Vec<String>>;
+
+    /// Ends it after a failure: nothing is written any more on return, and nothing is left of a new file.
+    async fn abandon(&mut self);
 }
 
 /// One disk on its way.
@@ -178,24 +199,23 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
-    async fn run(&self, chain: ChainReader, sink: Box<dyn Sink>) -> Result<Restored> {
+    async fn run(&self, chain: ChainReader, mut sink: Box<dyn Sink>) -> Result<Restored> {
         let mut begun = false;
-        let restored = self.copy(chain, sink, &mut begun).await;
-        restored.map_err(|error| {
-            if self.overwritten && begun {
-                of_disk(unfinished(self.target, error), self.disk)
-            } else {
-                of_disk(error, self.disk)
+        match self.copy(chain, &mut *sink, &mut begun).await {
+            Ok(restored) => Ok(restored),
+            Err(error) => {
+                sink.abandon().await;
+                let error = if self.overwritten && begun {
+                    unfinished(self.target, error)
+                } else {
+                    error
+                };
+                Err(of_disk(error, self.disk))
             }
-        })
+        }
     }
 
-    async fn copy(
-        &self,
-        mut chain: ChainReader,
-        mut sink: Box<dyn Sink>,
-        begun: &mut bool,
-    ) -> Result<Restored> {
+    async fn copy(&self, mut chain: ChainReader, sink: &mut dyn Sink, begun: &mut bool) -> Result<Restored> {
         let (disk, total) = (self.disk.target.as_str(), self.disk.size);
         let phase = Phase::Restore;
         self.watcher.event(&Event::Begun { phase, disk, total });
@@ -203,7 +223,9 @@ impl Task<'_> {
         let (mut done, mut zero) = (0, 0);
         loop {
             stopped(self.watcher)?;
-            let Some(piece) = chain.next().await? else { break };
+            let Some(piece) = chain.next().await? else {
+                break;
+            };
             done += piece.length();
             if let Piece::Zero { length, .. } = &piece {
                 zero += length;
@@ -265,6 +287,18 @@ fn unfinished(target: &str, error: Error) -> Error {
 
 fn of_disk(error: Error, disk: &DiskEntry) -> Error {
     error.during("restore").with("disk", &disk.target)
+}
+
+/// Names the disks that were complete before it failed.
+fn with_complete(error: Error, disks: &[RestoredDisk]) -> Error {
+    if disks.is_empty() {
+        return error;
+    }
+    let places: Vec<String> = disks
+        .iter()
+        .map(|done| format!("{} in {}", done.target, done.place))
+        .collect();
+    error.with("complete", places.join(", "))
 }
 
 fn too_small(target: &dyn fmt::Display, length: u64, size: u64) -> Error {

@@ -8,7 +8,7 @@ use disksnap::{
 use serde::Serialize;
 
 use super::nbd::{Export, Rest};
-use super::{Restored, Sink, Task, check_size, of_disk, too_small};
+use super::{Restored, RestoredDisk, Sink, Task, check_size, of_disk, too_small, with_complete};
 use crate::{ChainReader, DiskEntry, DomainFolder, Event, Manifest, Repository, Watcher};
 
 /// What is asked of a restoration into a paused domain.
@@ -25,23 +25,12 @@ pub struct IntoRequest {
 #[serde(rename_all = "camelCase")]
 pub struct RestoredInto {
     /// The disks, in the domain's order.
-    pub disks: Vec<FilledDisk>,
+    pub disks: Vec<RestoredDisk>,
     /// Whether the guest was let run.
     pub resumed: bool,
     /// What the operator should know.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
-}
-
-/// A disk of a domain that was filled.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct FilledDisk {
-    /// The disk.
-    pub target: String,
-    /// What was written.
-    #[serde(flatten)]
-    pub restored: Restored,
 }
 
 /// Overwrites disks of a paused domain with what they were at a point, through the domain's own hypervisor: a snapshot or
@@ -168,10 +157,11 @@ impl IntoAct<'_> {
         }
         for (disk, (chain, export)) in open {
             let done = self.disk(disk, chain, export).await;
-            let done = done.map_err(|e| with_what_is_done(e, &restored.disks))?;
+            let done = done.map_err(|e| with_complete(e, &restored.disks))?;
             self.warn(&done.notes, restored);
-            restored.disks.push(FilledDisk {
+            restored.disks.push(RestoredDisk {
                 target: disk.target.clone(),
+                place: format!("the domain {}", self.domain.id),
                 restored: done,
             });
         }
@@ -210,12 +200,4 @@ impl IntoAct<'_> {
         };
         task.run(chain, Box::new(export) as Box<dyn Sink>).await
     }
-}
-
-fn with_what_is_done(error: Error, disks: &[FilledDisk]) -> Error {
-    if disks.is_empty() {
-        return error;
-    }
-    let done: Vec<&str> = disks.iter().map(|disk| disk.target.as_str()).collect();
-    error.with("complete", done.join(" "))
 }

@@ -181,7 +181,7 @@ impl Sink for Export {
         Ok(())
     }
 
-    async fn finish(mut self: Box<Self>) -> Result<Vec<String>> {
+    async fn finish(&mut self) -> Result<Vec<String>> {
         let note = self.deal_with_rest().await?;
         self.all().await?;
         if self.client.flags().contains(TransmissionFlags::SEND_FLUSH) {
@@ -189,6 +189,12 @@ impl Sink for Export {
         }
         self.client.disconnect().await;
         Ok(Vec::from_iter(note))
+    }
+
+    async fn abandon(&mut self) {
+        // What has been sent is waited for: forgotten requests might still be carried out.
+        while self.requests.join_next().await.is_some() {}
+        self.client.disconnect().await;
     }
 }
 

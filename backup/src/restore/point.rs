@@ -5,14 +5,14 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use disksnap::xml::{RestoredAs, RestoredDisk, TpmPlace};
+use disksnap::xml::{self, RestoredAs, TpmPlace};
 use disksnap::{DomainDocument, Error, ErrorKind, Result, Source};
 use serde::Serialize;
 use uuid::Uuid;
 
 use super::file::{must_be_free, write_new};
 use super::worker::joined;
-use super::{Restored, Target, restore_disk};
+use super::{RestoredDisk, Target, restore_disk, with_complete};
 use crate::{
     ChainReader, Compression, DiskEntry, DomainFolder, Event, Manifest, Repository, SavedMachine, Watcher,
     load_machine,
@@ -72,25 +72,12 @@ pub struct PointRequest {
     pub uuid: Option<Uuid>,
 }
 
-/// A disk that was restored to a file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct RestoredFile {
-    /// The disk.
-    pub target: String,
-    /// The file.
-    pub path: PathBuf,
-    /// What was written.
-    #[serde(flatten)]
-    pub restored: Restored,
-}
-
 /// What was restored of a point.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RestoredPoint {
     /// The disks, in the point's order.
-    pub disks: Vec<RestoredFile>,
+    pub disks: Vec<RestoredDisk>,
     /// The document of the restored machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub document: Option<PathBuf>,
@@ -140,16 +127,8 @@ pub async fn restore_point(
     let done = act.run(&mut restored).await;
     match done {
         Ok(()) => Ok(restored),
-        Err(error) => Err(told(with_what_is_done(error, &restored.disks))),
+        Err(error) => Err(told(with_complete(error, &restored.disks))),
     }
-}
-
-fn with_what_is_done(error: Error, disks: &[RestoredFile]) -> Error {
-    if disks.is_empty() {
-        return error;
-    }
-    let done: Vec<String> = disks.iter().map(|disk| disk.path.display().to_string()).collect();
-    error.with("complete", done.join(" "))
 }
 
 struct PointAct<'a> {
@@ -240,7 +219,7 @@ impl PointAct<'_> {
         directory: &Path,
         warnings: &mut Vec<String>,
     ) -> Result<DomainDocument> {
-        let restored = disks.iter().map(|disk| RestoredDisk {
+        let restored = disks.iter().map(|disk| xml::RestoredDisk {
             target: disk.target.clone(),
             source: Source::File {
                 file: directory.join(self.file_name(disk)),
@@ -262,16 +241,16 @@ impl PointAct<'_> {
         Ok(document)
     }
 
-    async fn disk(&self, disk: &DiskEntry, path: PathBuf) -> Result<RestoredFile> {
+    async fn disk(&self, disk: &DiskEntry, path: PathBuf) -> Result<RestoredDisk> {
         let target = &disk.target;
         let layers = self.repository.chain(self.folder, self.point, target).await?;
         let store = Arc::clone(self.repository.store());
         let chain = ChainReader::open(store, &layers).await?;
         let to = self.request.form.target(path.clone());
         let restored = restore_disk(chain, disk, &to, false, self.watcher).await?;
-        Ok(RestoredFile {
+        Ok(RestoredDisk {
             target: target.clone(),
-            path,
+            place: path.display().to_string(),
             restored,
         })
     }

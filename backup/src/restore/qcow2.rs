@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use disksnap::{Error, Piece, Result};
+use disksnap::{Error, ErrorKind, Piece, Result};
 use tempfile::TempDir;
 
 use super::Sink;
@@ -18,8 +18,9 @@ const IMAGE: &str = "image";
 /// A qcow2 image being written in a directory beside the place where it will be. Dropping it removes it.
 #[derive(Debug)]
 pub(crate) struct Qcow2File {
-    writer: ImageWriter,
-    directory: TempDir,
+    /// Taken when it is finished or given up.
+    writer: Option<ImageWriter>,
+    directory: Option<TempDir>,
     path: PathBuf,
 }
 
@@ -46,8 +47,8 @@ impl Qcow2File {
         let store = Arc::new(LocalStore::at(directory.path()));
         let writer = ImageWriter::create(store, keys, spec).await;
         Ok(Self {
-            writer: writer.map_err(|e| told(path, e))?,
-            directory,
+            writer: Some(writer.map_err(|e| told(path, e))?),
+            directory: Some(directory),
             path: path.to_owned(),
         })
     }
@@ -56,20 +57,33 @@ impl Qcow2File {
 #[async_trait]
 impl Sink for Qcow2File {
     async fn write(&mut self, piece: Piece) -> Result<()> {
-        self.writer.write(piece).await.map_err(|e| told(&self.path, e))
+        let Some(writer) = &mut self.writer else {
+            return Err(ended());
+        };
+        writer.write(piece).await.map_err(|e| told(&self.path, e))
     }
 
-    async fn finish(self: Box<Self>) -> Result<Vec<String>> {
-        let Self {
-            writer,
-            directory,
-            path,
-        } = *self;
+    async fn finish(&mut self) -> Result<Vec<String>> {
+        let (Some(writer), Some(directory)) = (self.writer.take(), self.directory.take()) else {
+            return Err(ended());
+        };
+        let path = self.path.clone();
         writer.finish().await.map_err(|e| told(&path, e))?;
         let placed = tokio::task::spawn_blocking(move || rename_new(&directory.path().join(IMAGE), &path));
         joined(placed.await)??;
         Ok(Vec::new())
     }
+
+    async fn abandon(&mut self) {
+        self.writer = None;
+        let directory = self.directory.take();
+        // Its end is its removal, which may take a while.
+        drop(tokio::task::spawn_blocking(move || drop(directory)).await);
+    }
+}
+
+fn ended() -> Error {
+    Error::new(ErrorKind::Internal, "an ended image was written to")
 }
 
 fn told(path: &Path, error: Error) -> Error {

@@ -1,6 +1,8 @@
 //! Writing pieces to a file or device on a thread of its own, while the next ones are read.
 
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
 use disksnap::{Error, ErrorKind, Piece, Result};
@@ -29,13 +31,20 @@ pub(crate) trait Place: fmt::Debug + Send + 'static {
 pub(crate) struct Worker<P> {
     to: Option<mpsc::Sender<Piece>>,
     thread: Option<JoinHandle<Result<P>>>,
+    /// What still waits is not to be written.
+    abandoned: Arc<AtomicBool>,
 }
 
 impl<P: Place> Worker<P> {
     pub(crate) fn start(mut place: P) -> Self {
         let (to, mut from) = mpsc::channel(WAITING);
+        let abandoned = Arc::new(AtomicBool::new(false));
+        let useless = Arc::clone(&abandoned);
         let thread = tokio::task::spawn_blocking(move || {
             while let Some(piece) = from.blocking_recv() {
+                if useless.load(Ordering::Relaxed) {
+                    continue;
+                }
                 match &piece {
                     Piece::Data { offset, data } => place.data(*offset, data)?,
                     Piece::Zero { offset, length } => place.zero(*offset, *length)?,
@@ -46,6 +55,7 @@ impl<P: Place> Worker<P> {
         Self {
             to: Some(to),
             thread: Some(thread),
+            abandoned,
         }
     }
 
@@ -74,9 +84,21 @@ impl<P: Place> Sink for Worker<P> {
         Err(Error::new(ErrorKind::Internal, "a writer ended early"))
     }
 
-    async fn finish(mut self: Box<Self>) -> Result<Vec<String>> {
+    async fn finish(&mut self) -> Result<Vec<String>> {
         let place = self.ended().await?;
         joined(tokio::task::spawn_blocking(move || place.finish()).await)?
+    }
+
+    async fn abandon(&mut self) {
+        self.abandoned.store(true, Ordering::Relaxed);
+        // Why it fails now is of no interest any more.
+        drop(self.ended().await);
+    }
+}
+
+impl<P> Drop for Worker<P> {
+    fn drop(&mut self) {
+        self.abandoned.store(true, Ordering::Relaxed);
     }
 }
 
