@@ -6,16 +6,17 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use disksnap::{Error, ErrorKind, Listen, Result, Tls};
-use serde_json::json;
+use disksnap::{ClientName, Error, ErrorKind, Listen, Result, Tls};
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{ServeRequest, utf8};
 
 /// The longest path of a unix socket, in bytes (unix(7)).
 const LONGEST_SOCKET: usize = 107;
-/// The id of the TLS credentials in the daemon.
+/// The ids of the TLS credentials, and of the list of clients that are let in, in the daemon.
 const CREDENTIALS: &str = "tls";
+const CLIENTS: &str = "clients";
 /// Held from the look for sockets that nobody serves any more until our own is served, so that none is taken for one.
 const LOCK: &str = "serve.lock";
 const PREFIX: &str = "serve-";
@@ -82,7 +83,7 @@ impl Place {
         self.tls.as_ref()
     }
 
-    /// The daemon's arguments: QAPI's `tls-creds-x509` and `NbdServerOptions`.
+    /// The daemon's arguments: QAPI's `tls-creds-x509`, `authz-list` and `NbdServerOptions`.
     pub(super) fn arguments(&self) -> Result<Vec<String>> {
         let mut arguments = Vec::new();
         let mut server = json!({ "addr": match &self.listen {
@@ -96,6 +97,13 @@ impl Place {
                 "dir": utf8(tls.credentials.clone())?, "verify-peer": tls.verify_client});
             arguments.extend(["--object".to_owned(), credentials.to_string()]);
             server["tls-creds"] = CREDENTIALS.into();
+            if !tls.allowed.is_empty() {
+                let rule = |name: &ClientName| json!({"match": name, "policy": "allow", "format": "exact"});
+                let rules: Vec<Value> = tls.allowed.iter().map(rule).collect();
+                let list = json!({"qom-type": "authz-list", "id": CLIENTS, "policy": "deny", "rules": rules});
+                arguments.extend(["--object".to_owned(), list.to_string()]);
+                server["tls-authz"] = CLIENTS.into();
+            }
         }
         arguments.extend(["--nbd-server".to_owned(), server.to_string()]);
         Ok(arguments)
