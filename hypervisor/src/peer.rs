@@ -1,8 +1,10 @@
 //! Who is at the other end of a unix socket: its process, its user, and which run of it.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
-use disksnap_core::Owner;
+use disksnap_core::{Error, ErrorKind, Owner, Result};
 use tokio::net::UnixStream;
 
 /// The process that listens on the other end, as the kernel tells (`SO_PEERCRED`, unix(7)).
@@ -23,6 +25,28 @@ impl Peer {
                 gid: c.gid(),
             }),
         }
+    }
+
+    /// Refuses a peer that anybody could be: one of another user than root and ourselves, in a directory that everyone can write, as
+    /// `/tmp` is. Elsewhere whoever owns the directory, or let a group write it, has said who may listen there.
+    ///
+    /// # Errors
+    /// `Denied`.
+    pub(crate) fn must_be_meant(self, what: &'static str, path: &Path) -> Result<()> {
+        let Some(owner) = self.credentials else {
+            return Ok(());
+        };
+        let ours = rustix::process::geteuid().as_raw();
+        if owner.uid == 0 || owner.uid == ours || !everyone_can_write(path) {
+            return Ok(());
+        }
+        let message = format!(
+            "user {} listens on the {what}'s socket, in a directory where everyone could have made it",
+            owner.uid
+        );
+        Err(Error::new(ErrorKind::Denied, message)
+            .with("socket", path.display())
+            .hint("Have the hypervisor listen in a directory that only it, or root, can write."))
     }
 
     /// The user that it runs as now: it may have dropped privileges since it began to listen.
@@ -55,6 +79,15 @@ impl Peer {
         let state = self.pid.and_then(stat).and_then(|mut fields| fields.next());
         state.is_some_and(|state| state == "T" || state == "t")
     }
+}
+
+/// Whether everyone can make files beside this one, wherever a symbolic link leads.
+fn everyone_can_write(path: &Path) -> bool {
+    let directory = fs::canonicalize(path).ok();
+    let directory = directory.as_deref().and_then(Path::parent);
+    let found = directory.and_then(|directory| directory.metadata().ok());
+    // One that cannot be looked at is not known to be safe.
+    found.is_none_or(|found| found.mode() & 0o002 != 0)
 }
 
 /// The fields of `/proc/PID/stat` from the third (the state) on; the second is a name that may hold anything.

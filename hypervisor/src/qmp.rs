@@ -27,6 +27,9 @@ use crate::peer::Peer;
 /// How many events are kept for those who wait; older ones are dropped and their loss is told.
 const EVENTS: usize = 1024;
 
+/// The longest event that is kept for those who wait, in bytes. Those of QEMU have some hundred.
+const LONGEST_EVENT: usize = 8 << 10;
+
 /// How many connections in a row the monitor may close before it has taken a command; one is its due.
 const ATTEMPTS: u32 = 4;
 
@@ -459,7 +462,10 @@ pub(crate) async fn connect(
 ) -> std::result::Result<UnixStream, ConnectFailure> {
     loop {
         match UnixStream::connect(path).await {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => {
+                Peer::of(&stream).must_be_meant(what, path)?;
+                return Ok(stream);
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 if Instant::now() >= deadline {
                     return Err(errors::held(what, path).because(error).into());
@@ -513,13 +519,13 @@ pub(crate) async fn next_message<R: AsyncBufRead + Unpin>(
 ) -> std::result::Result<Value, Lost> {
     loop {
         buffer.clear();
-        match lines::read(reader, buffer).await {
+        match lines::read(lines::OF_MONITOR, reader, buffer).await {
             Ok(Line::Whole) => {}
             Ok(Line::End) => return Err(Lost::Closed),
             Ok(Line::Endless) => {
                 return Err(Lost::Nonsense(format!(
                     "a line is longer than {} bytes",
-                    lines::LONGEST
+                    lines::OF_MONITOR
                 )));
             }
             Err(error) => return Err(Lost::Io(error.kind(), error.to_string())),
@@ -560,7 +566,7 @@ async fn read_all(shared: Arc<Shared>, mut reader: BufReader<OwnedReadHalf>) {
     let mut buffer = Vec::new();
     loop {
         match next_message(&mut reader, &mut buffer).await {
-            Ok(message) => route(&shared, message),
+            Ok(message) => route(&shared, message, buffer.len()),
             Err(lost) => {
                 tracing::debug!(socket = %shared.path.display(), ?lost, "the monitor's connection is over");
                 shared.lose(&lost);
@@ -570,9 +576,14 @@ async fn read_all(shared: Arc<Shared>, mut reader: BufReader<OwnedReadHalf>) {
     }
 }
 
-/// Brings a message to whoever waits for it. What is not understood is passed over.
-fn route(shared: &Shared, mut message: Value) {
+/// Brings a message of so many bytes to whoever waits for it. What is not understood is passed over.
+fn route(shared: &Shared, mut message: Value, bytes: usize) {
     if let Some(name) = message.get("event").and_then(Value::as_str).map(str::to_owned) {
+        if bytes > LONGEST_EVENT {
+            tracing::warn!(socket = %shared.path.display(), bytes, "an event of the monitor is too long to be kept");
+            let _ = shared.events.send(Heard::Missed);
+            return;
+        }
         let data = message.get_mut("data").map(Value::take).unwrap_or_default();
         tracing::debug!(socket = %shared.path.display(), name, %data, "event");
         // Nobody may be listening.
