@@ -1,48 +1,39 @@
 //! Several processes and one catalog: locks between them, and kills at any moment.
 //!
-//! The second process is this test binary again, told by [`ROLE`] what to be.
+//! The second process is this test binary again.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
-use common::{catalog, checkpoint, domain, export, intent, snapshot, state};
+use common::second::{Second, check_settles, role, say, set_checkpoints_for_ever, settle_for_ever};
+use common::{catalog, domain, intent, snapshot, state};
 use disksnap_catalog::SqliteCatalog;
-use disksnap_core::{Act, Catalog, Change, ErrorKind};
+use disksnap_core::{Catalog, Change, ErrorKind};
 use uuid::Uuid;
-
-const ROLE: &str = "DISKSNAP_CATALOG_TEST_ROLE";
-const DIR: &str = "DISKSNAP_CATALOG_TEST_DIR";
 
 /// What the second process does; a test in name only.
 #[tokio::test]
 #[ignore = "the other tests start it as a second process"]
 async fn second_process() {
-    let Ok(role) = std::env::var(ROLE) else { return };
-    let dir = std::env::var_os(DIR).unwrap();
-    let catalog = SqliteCatalog::open(state(Path::new(&dir))).await.unwrap();
+    let Some((role, catalog, dir)) = role().await else {
+        return;
+    };
     match role.as_str() {
         "lock" => hold_a_lock(&catalog).await,
         "lease" => hold_a_lease(&catalog).await,
         "settle" => settle_for_ever(&catalog).await,
         "sets" => set_checkpoints_for_ever(&catalog).await,
-        "count" => count_under_lock(&catalog, Path::new(&dir)).await,
+        "count" => count_under_lock(&catalog, &dir).await,
+        "own" => settle_on_a_domain_of_its_own(&catalog).await,
         "grandchild" => leave_a_grandchild(&catalog).await,
         role => panic!("{role}?"),
     }
-}
-
-fn say(word: &str) {
-    // In one write, so that a kill cannot cut the word; past the test harness, which would keep it.
-    std::io::stdout()
-        .write_all(format!("\n> {word}\n").as_bytes())
-        .unwrap();
 }
 
 async fn hold_a_lock(catalog: &SqliteCatalog) {
@@ -57,34 +48,17 @@ async fn hold_a_lease(catalog: &SqliteCatalog) {
     std::future::pending::<()>().await;
 }
 
-/// Each settle makes two snapshots and an export, and says so once it is durable.
-async fn settle_for_ever(catalog: &SqliteCatalog) {
-    let vm = domain("vm");
-    let first = catalog.snapshots(&vm).await.unwrap().len();
-    for n in first.. {
+/// Ten acts, each under the lock as the dispatcher has it.
+async fn settle_on_a_domain_of_its_own(catalog: &SqliteCatalog) {
+    let vm = domain(&format!("vm{}", std::process::id()));
+    for n in 0..10 {
+        let _held = catalog.lock(&vm).await.unwrap();
         let begun = intent(&vm, &format!("{n}"));
         catalog.intend(&begun).await.unwrap();
-        let changes = [
-            Change::AddSnapshot(Box::new(snapshot(&vm, &format!("{n}-a"), 0))),
-            Change::AddSnapshot(Box::new(snapshot(&vm, &format!("{n}-b"), 0))),
-            Change::AddExport(export(&format!("{n}"), "vda")),
-        ];
-        catalog.settle(begun.id, &vm, &changes).await.unwrap();
-        say(&format!("{n}"));
+        let made = Change::AddSnapshot(Box::new(snapshot(&vm, &format!("{n}"), n)));
+        catalog.settle(begun.id, &vm, &[made]).await.unwrap();
     }
-}
-
-/// Each set takes the place of the one before, and all of its checkpoints carry its number.
-async fn set_checkpoints_for_ever(catalog: &SqliteCatalog) {
-    let vm = domain("vm");
-    for n in 0_u64.. {
-        let set = (0..100)
-            .map(|k| checkpoint(&format!("c{k}"), None, n, 16))
-            .collect();
-        let change = [Change::SetCheckpoints(set)];
-        catalog.settle(Uuid::nil(), &vm, &change).await.unwrap();
-        say(&format!("{n}"));
-    }
+    say("done");
 }
 
 /// Reads, thinks and writes: without the lock some of the counting gets lost.
@@ -105,52 +79,6 @@ async fn leave_a_grandchild(catalog: &SqliteCatalog) {
     let grandchild = Command::new("sleep").arg("600").spawn().unwrap();
     std::mem::forget(held);
     say(&grandchild.id().to_string());
-}
-
-/// A running second process, killed when dropped.
-struct Second {
-    child: Child,
-    words: BufReader<ChildStdout>,
-}
-
-impl Second {
-    fn start(role: &str, dir: &Path) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "second_process", "--ignored", "--nocapture"])
-            .env(ROLE, role)
-            .env(DIR, dir)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let words = BufReader::new(child.stdout.take().unwrap());
-        Self { child, words }
-    }
-
-    /// The next word it says; `None` once it has ended.
-    fn word(&mut self) -> Option<String> {
-        loop {
-            let mut line = String::new();
-            if self.words.read_line(&mut line).unwrap() == 0 {
-                return None;
-            }
-            if let Some(word) = line.strip_prefix("> ") {
-                return Some(word.trim_end().to_owned());
-            }
-        }
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Second {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 #[tokio::test]
@@ -245,32 +173,6 @@ async fn a_kill_leaves_each_settle_done_or_not() {
     }
 }
 
-async fn check_settles(catalog: &SqliteCatalog, said: &BTreeSet<String>) {
-    let vm = domain("vm");
-    catalog.check().await.unwrap();
-    let snapshots = catalog.snapshots(&vm).await.unwrap();
-    let half = |end: &str| -> BTreeSet<String> {
-        let names = snapshots.iter().map(|s| s.name.as_str());
-        names
-            .filter_map(|name| name.strip_suffix(end))
-            .map(str::to_owned)
-            .collect()
-    };
-    let exports = catalog.exports(&vm).await.unwrap();
-    let exports: BTreeSet<String> = exports.into_iter().map(|export| export.alias.0).collect();
-    let done = half("-a");
-    assert_eq!(done, half("-b"));
-    assert_eq!(done, exports);
-    assert!(done.is_superset(said), "a settle that had answered is lost");
-    for intent in catalog.intents(Some(&vm)).await.unwrap() {
-        let Act::Create { name, .. } = &intent.act else {
-            panic!("{intent:?}")
-        };
-        assert!(!done.contains(name.as_str()), "settled, and still under way");
-        catalog.settle(intent.id, &vm, &[]).await.unwrap();
-    }
-}
-
 #[tokio::test]
 async fn a_kill_never_leaves_half_a_set_of_checkpoints() {
     let temp = tempfile::tempdir().unwrap();
@@ -295,5 +197,23 @@ async fn a_kill_never_leaves_half_a_set_of_checkpoints() {
             let last = common::second(said.parse().unwrap());
             assert!(set[0].created >= last, "a set that had answered is lost");
         }
+    }
+}
+
+/// They also make the catalog at the same time.
+#[tokio::test]
+async fn sixty_four_processes_work_on_as_many_domains() {
+    let temp = tempfile::tempdir().unwrap();
+    let mut all: Vec<Second> = (0..64).map(|_| Second::start("own", temp.path())).collect();
+    for second in &mut all {
+        assert_eq!(second.word().as_deref(), Some("done"));
+        assert!(second.child.wait().unwrap().success());
+    }
+    let catalog = SqliteCatalog::open(state(temp.path())).await.unwrap();
+    catalog.check().await.unwrap();
+    assert_eq!(catalog.intents(None).await.unwrap(), []);
+    for second in &all {
+        let vm = domain(&format!("vm{}", second.child.id()));
+        assert_eq!(catalog.snapshots(&vm).await.unwrap().len(), 10);
     }
 }
