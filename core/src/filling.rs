@@ -262,7 +262,7 @@ impl Dispatcher {
             return Err(over(&lending));
         }
         intent.act = act(&lending, FillStage::Ending);
-        refuse_running(&control.state().await?)?;
+        refuse_running(control, &lending).await?;
         self.catalog.intend(&intent).await?;
         let closed = self.close_all(control, &intent, &lending).await;
         let flushed = closed.map_err(|e| e.leaving(Effect::Unknown).hint(AGAIN))?;
@@ -275,7 +275,7 @@ impl Dispatcher {
         resumed?;
         Ok(FillEnded {
             disks: lending.disks.into_iter().map(|disk| disk.target).collect(),
-            resumed: end == FillEnd::Resume,
+            resumed: control.state().await? == RunState::Running,
         })
     }
 
@@ -362,7 +362,7 @@ impl Dispatcher {
             self.catalog.settle(intent.id, &intent.domain.id, &[]).await?;
             return Ok(RecoveredHow::Undone);
         }
-        refuse_running(&control.state().await?)?;
+        refuse_running(control, lending).await?;
         if stage == FillStage::Starting {
             self.undo_fill(control, intent, lending).await?;
             return Ok(RecoveredHow::Undone);
@@ -476,6 +476,10 @@ async fn stands(control: &dyn Control, lending: &Lending) -> Result<bool> {
 /// Lets the guest run, unless it has run meanwhile: what it has in memory then is not what its disks hold.
 async fn resume(control: &dyn Control, lending: &Lending) -> Result<()> {
     let state = control.state().await?;
+    if state == RunState::Running {
+        // By an end that was killed right after.
+        return Ok(());
+    }
     if state != RunState::Stopped(lending.stood.clone()) {
         return Err(Error::new(
             ErrorKind::Refused,
@@ -524,15 +528,25 @@ fn standing_still(state: &RunState) -> Result<String> {
     Err(Error::new(kind, why).hint(hint))
 }
 
-fn refuse_running(state: &RunState) -> Result<()> {
-    match state {
-        RunState::Stopped(_) => Ok(()),
-        _ => Err(Error::new(
-            ErrorKind::Busy,
-            format!("the guest is {state}: somebody has let it go while its disks are being filled, and each access to them fails there"),
-        )
-        .hint("Pause it (QMP's `stop`, `virsh suspend`), then `disksnap fill end`; and reset it before it goes on.")),
+/// A guest that runs on a stand-in cannot be given its disk. One that runs and has its disks was let run by an end that
+/// was killed right then.
+async fn refuse_running(control: &dyn Control, lending: &Lending) -> Result<()> {
+    let state = control.state().await?;
+    if matches!(state, RunState::Stopped(_)) {
+        return Ok(());
     }
+    for disk in &lending.disks {
+        if lends(control)?.is_lent(disk).await? {
+            let what = format!(
+                "the guest is {state}: somebody has let it go while its disks are being filled, and each access to them \
+                 fails there"
+            );
+            return Err(Error::new(ErrorKind::Busy, what).hint(
+                "Pause it (QMP's `stop`, `virsh suspend`), then `disksnap fill end`; and reset it before it goes on.",
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn warnings(stood: &str) -> Vec<String> {
