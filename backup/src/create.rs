@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use disksnap::{
-    CheckpointName, DEADLINE, Disk, Disks, Disksnap, Domain, DomainDocument, Effect, Error, ErrorKind,
+    CheckpointName, DEADLINE, Disk, Disks, Disksnap, Dispatcher, Domain, DomainDocument, Effect, Error, ErrorKind,
     NewCheckpoint, Quiesce, Result, Snapshot, SnapshotId, SnapshotName, SnapshotRequest,
 };
 
@@ -11,7 +11,7 @@ use crate::journal::{Asked, Begun, Journal};
 use crate::levels::{Opened, open};
 use crate::pull::{About, Puller};
 use crate::tidy::{self, Ours};
-use crate::{Compression, DomainFolder, Event, Manifest, Repository, WantedLevel, Watcher, stopped};
+use crate::{Compression, DomainFolder, Event, MachineOptions, Manifest, Repository, WantedLevel, Watcher, save_machine, stopped};
 
 /// A domain to back up.
 #[derive(Debug, Clone, Copy)]
@@ -77,9 +77,45 @@ pub struct Backup {
     pub resumed: bool,
 }
 
+/// A domain that is backed up, with the disks that it uses by now.
+#[derive(Debug)]
+pub(crate) struct Live<'a> {
+    pub(crate) of: Subject<'a>,
+    pub(crate) domain: Domain,
+}
+
+impl<'a> Live<'a> {
+    pub(crate) fn new(of: Subject<'a>) -> Self {
+        Self {
+            of,
+            domain: of.domain.clone(),
+        }
+    }
+
+    pub(crate) fn dispatcher(&self) -> &Dispatcher {
+        self.of.disksnap.dispatcher()
+    }
+
+    /// Brings the domain's document up to date where its disks have become others.
+    pub(crate) async fn follow(&mut self, disks: &[Disk]) -> Result<()> {
+        for disk in disks {
+            self.domain.replace_disk(disk.clone());
+        }
+        if disks.is_empty() {
+            return Ok(());
+        }
+        let updated = self.of.disksnap.update(self.of.given, disks).await;
+        updated.map(drop).map_err(|error| {
+            error.leaving(Effect::Unknown).hint(
+                "Do not start the domain from its document as it is; bring it up to date with `disksnap domain update`.",
+            )
+        })
+    }
+}
+
 /// What carries a backup out.
 struct Run<'a> {
-    of: Subject<'a>,
+    live: Live<'a>,
     repository: &'a Repository,
     folder: &'a DomainFolder,
     request: &'a BackupRequest,
@@ -105,8 +141,8 @@ pub async fn create(
     let told = |error: Error| error.during("backup create").with("domain", &of.domain.id);
     let folder = repository.folder_or_new(&of.domain.id).await.map_err(told)?;
     let _lock = repository.lock(&folder, false).await.map_err(told)?;
-    let run = Run {
-        of,
+    let mut run = Run {
+        live: Live::new(of),
         repository,
         folder: &folder,
         request,
@@ -117,12 +153,14 @@ pub async fn create(
 }
 
 impl Run<'_> {
-    async fn to_the_end(&self) -> Result<Backup> {
+    async fn to_the_end(&mut self) -> Result<Backup> {
         stopped(self.watcher)?;
-        self.follow().await?;
+        // Where an interrupted run has left the document behind.
+        let outdated = self.live.dispatcher().outdated(&self.live.domain).await?;
+        self.live.follow(&outdated).await?;
         let going_on = self.settle().await?;
         tidy::tidy(
-            self.of,
+            &mut self.live,
             self.repository,
             self.folder,
             going_on.as_ref(),
@@ -132,7 +170,7 @@ impl Run<'_> {
         let resumed = going_on.is_some();
         let (mut journal, snapshot) = match going_on {
             Some(journal) => {
-                let snapshot = self.ours.snapshot(self.of, &journal.snapshot).await?;
+                let snapshot = self.ours.snapshot(&self.live, &journal.snapshot).await?;
                 let gone = || Error::new(ErrorKind::NotFound, "the snapshot is gone");
                 (journal, snapshot.ok_or_else(gone)?)
             }
@@ -153,7 +191,7 @@ impl Run<'_> {
     }
 
     /// Looks at what interrupted runs have left: one to go on with, the others given up.
-    async fn settle(&self) -> Result<Option<Journal>> {
+    async fn settle(&mut self) -> Result<Option<Journal>> {
         let mut going_on = None;
         for point in self.repository.unfinished(self.folder).await?.iter().rev() {
             let journal = Journal::load(self.repository, self.folder, point).await;
@@ -165,7 +203,7 @@ impl Run<'_> {
                     going_on = Some(journal);
                 }
                 _ => {
-                    tidy::abandon_point(self.of, self.repository, self.folder, point).await?;
+                    tidy::abandon_point(&mut self.live, self.repository, self.folder, point).await?;
                     let message =
                         format!("{point} was interrupted and cannot be gone on with: it was given up");
                     self.watcher.event(&Event::Note { message: &message });
@@ -179,8 +217,8 @@ impl Run<'_> {
         if !self.request.resume || journal.asked != self.asked() {
             return Ok(false);
         }
-        let dispatcher = self.of.disksnap.dispatcher();
-        match dispatcher.show(self.of.domain, &journal.snapshot).await {
+        let dispatcher = self.live.dispatcher();
+        match dispatcher.show(&self.live.domain, &journal.snapshot).await {
             Ok(found) => Ok(Some(found.snapshot.id) == journal.id && found.overall().is_good()),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error),
@@ -196,7 +234,7 @@ impl Run<'_> {
     }
 
     /// Takes the snapshot. The journal is there first, so that whoever comes next knows whose it is.
-    async fn begin(&self) -> Result<(Journal, Snapshot)> {
+    async fn begin(&mut self) -> Result<(Journal, Snapshot)> {
         let point = self.repository.new_point(self.folder, SystemTime::now()).await?;
         let name: SnapshotName = self.ours.name(&point).parse()?;
         let checkpoint = CheckpointName::try_from(&name)?;
@@ -221,11 +259,8 @@ impl Run<'_> {
             checkpoint: Some(NewCheckpoint::Named(checkpoint)),
             checkpoint_where_possible: true,
         };
-        let created = self
-            .of
-            .disksnap
-            .dispatcher()
-            .create(self.of.domain, &request)
+        let created = self.live.dispatcher()
+            .create(&self.live.domain, &request)
             .await;
         let snapshot = match created {
             Ok(snapshot) => snapshot,
@@ -238,7 +273,7 @@ impl Run<'_> {
                 });
             }
         };
-        self.follow_disks(&modified(&snapshot)).await?;
+        self.live.follow(&modified(&snapshot)).await?;
         journal.checkpoint.clone_from(&snapshot.checkpoint);
         journal.save(self.repository, self.folder).await?;
         Ok((journal, snapshot))
@@ -256,7 +291,7 @@ impl Run<'_> {
             };
             let prefix = self.repository.folder_of(self.folder, &journal.point);
             let store = &**self.repository.store();
-            let saved = save_machine(store, &prefix, self.of.document, &options, &mut warnings).await?;
+            let saved = save_machine(store, &prefix, self.live.of.document, &options, &mut warnings).await?;
             journal.machine = Some(saved);
             journal.save(self.repository, self.folder).await?;
         }
@@ -265,8 +300,8 @@ impl Run<'_> {
             let entry = self.disk(journal, snapshot, &disk.target, &disk.method).await?;
             disks.push(entry);
         }
-        let dispatcher = self.of.disksnap.dispatcher();
-        let found = dispatcher.show(self.of.domain, &snapshot.name).await?;
+        let dispatcher = self.live.dispatcher();
+        let found = dispatcher.show(&self.live.domain, &snapshot.name).await?;
         if let disksnap::Health::Broken(why) | disksnap::Health::Gone(why) = found.overall() {
             return Err(Error::new(
                 ErrorKind::Broken,
@@ -277,7 +312,7 @@ impl Run<'_> {
         let manifest = Manifest {
             repository: self.repository.id(),
             point: journal.point.clone(),
-            domain: self.of.domain.id.clone(),
+            domain: self.live.domain.id.clone(),
             created: snapshot.created,
             consistency: snapshot.consistency.clone(),
             snapshot: snapshot.name.clone(),
@@ -309,7 +344,7 @@ impl Run<'_> {
             planned,
             below,
         } = open(
-            self.of,
+            &self.live,
             self.repository,
             self.folder,
             &snapshot.name,
@@ -355,20 +390,20 @@ impl Run<'_> {
         let Some(name) = &snapshot.checkpoint else {
             return Ok(false);
         };
-        let lineage = self.of.disksnap.dispatcher().checkpoints(self.of.domain).await?;
+        let lineage = self.live.dispatcher().checkpoints(&self.live.domain).await?;
         Ok(lineage.get(name)?.disk(target).is_some())
     }
 
     /// Gives up what the point needed: it exists.
-    async fn finish(&self, journal: &Journal) -> Result<()> {
+    async fn finish(&mut self, journal: &Journal) -> Result<()> {
         journal.remove(self.repository, self.folder).await?;
-        let disks = self.ours.delete_snapshot(self.of, &journal.snapshot).await?;
-        self.follow_disks(&disks).await?;
-        tidy::tidy(self.of, self.repository, self.folder, None, self.watcher).await
+        let disks = self.ours.delete_snapshot(&self.live, &journal.snapshot).await?;
+        self.live.follow(&disks).await?;
+        tidy::tidy(&mut self.live, self.repository, self.folder, None, self.watcher).await
     }
 
     /// Keeps what a later run can go on with, or gives it all up.
-    async fn interrupted(&self, journal: &Journal, error: Error) -> Error {
+    async fn interrupted(&mut self, journal: &Journal, error: Error) -> Error {
         let again = [
             ErrorKind::Unavailable,
             ErrorKind::NoSpace,
@@ -384,31 +419,13 @@ impl Run<'_> {
                  `disksnap backup abandon` gives them up.",
             );
         }
-        let abandoned = tidy::abandon_point(self.of, self.repository, self.folder, &journal.point).await;
+        let abandoned = tidy::abandon_point(&mut self.live, self.repository, self.folder, &journal.point).await;
         match abandoned {
             Ok(()) => error
                 .leaving(Effect::RolledBack)
                 .hint("Nothing of it is left; the next backup goes on from the point before."),
             Err(failure) => error.rollback_failed(vec![failure]),
         }
-    }
-
-    /// Brings the domain's document up to date where an interrupted run has left it behind.
-    async fn follow(&self) -> Result<()> {
-        let outdated = self.of.disksnap.dispatcher().outdated(self.of.domain).await?;
-        self.follow_disks(&outdated).await
-    }
-
-    async fn follow_disks(&self, disks: &[Disk]) -> Result<()> {
-        if disks.is_empty() {
-            return Ok(());
-        }
-        let updated = self.of.disksnap.update(self.of.given, disks).await;
-        updated.map(drop).map_err(|error| {
-            error.leaving(Effect::Unknown).hint(
-                "Do not start the domain from its document as it is; bring it up to date with `disksnap domain update`.",
-            )
-        })
     }
 }
 
@@ -420,39 +437,4 @@ fn modified(snapshot: &Snapshot) -> Vec<Disk> {
 /// What wrote a manifest.
 pub(crate) fn tool() -> String {
     format!("disksnap {}", env!("CARGO_PKG_VERSION"))
-}
-
-// Until `machine` is there.
-pub(crate) struct MachineOptions {
-    pub(crate) allow_missing: bool,
-}
-
-pub(crate) async fn save_machine(
-    store: &dyn crate::Store,
-    prefix: &str,
-    document: &DomainDocument,
-    options: &MachineOptions,
-    warnings: &mut Vec<String>,
-) -> Result<crate::MachineEntry> {
-    let _ = (options.allow_missing, warnings);
-    save_document(store, prefix, document).await
-}
-
-pub(crate) async fn save_document(
-    store: &dyn crate::Store,
-    prefix: &str,
-    document: &DomainDocument,
-) -> Result<crate::MachineEntry> {
-    let bytes = document.text().as_bytes();
-    store.put(&format!("{prefix}/domain.xml"), bytes).await?;
-    Ok(crate::MachineEntry {
-        domain_xml: crate::FileEntry {
-            file: "domain.xml".to_owned(),
-            path: None,
-            bytes: bytes.len() as u64,
-            digest: crate::Digest::of(bytes),
-        },
-        nvram: None,
-        tpm: Vec::new(),
-    })
 }

@@ -2,7 +2,7 @@
 
 use disksnap::{CheckpointName, Error, ErrorKind, Result, SnapshotName};
 
-use crate::create::Subject;
+use crate::create::Live;
 use crate::journal::Planned;
 use crate::source::Source;
 use crate::{DomainFolder, Layer, Level, Manifest, Repository, WantedLevel};
@@ -26,7 +26,7 @@ pub(crate) struct Parent {
 
 /// Opens a disk of a snapshot for what its image is to hold: what was planned before, or what is possible now.
 pub(crate) async fn open(
-    of: Subject<'_>,
+    live: &Live<'_>,
     repository: &Repository,
     folder: &DomainFolder,
     snapshot: &SnapshotName,
@@ -35,7 +35,7 @@ pub(crate) async fn open(
     wanted: WantedLevel,
 ) -> Result<Opened> {
     let whole = async |why_full: Option<String>| {
-        let reader = of.disksnap.read(of.domain, snapshot, target).await?;
+        let reader = live.of.disksnap.read(&live.domain, snapshot, target).await?;
         Ok(Opened {
             source: Source::Snapshot(reader),
             planned: Planned {
@@ -61,9 +61,7 @@ pub(crate) async fn open(
         Ok(parent) => parent,
         Err(why) => return not_possible(planned, wanted, why, whole).await,
     };
-    let since = of
-        .disksnap
-        .read_since(of.domain, snapshot, target, &parent.checkpoint)
+    let since = live.of.disksnap.read_since(&live.domain, snapshot, target, &parent.checkpoint)
         .await;
     match since {
         Ok(reader) => Ok(Opened {

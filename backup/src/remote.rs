@@ -8,7 +8,8 @@ use disksnap::{
     Result, SnapshotName,
 };
 
-use crate::create::{Backup, save_document, tool};
+use crate::create::{Backup, tool};
+use crate::machine::save_document;
 use crate::journal::{Asked, Begun, Journal, Planned};
 use crate::levels::{Opened, parent};
 use crate::pull::{About, Puller};

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use disksnap::{CheckpointName, Disk, ErrorKind, Result, Snapshot, SnapshotName};
 
-use crate::create::Subject;
+use crate::create::{Live, Subject};
 use crate::journal::Journal;
 use crate::{DomainFolder, Event, Repository, Watcher};
 
@@ -32,15 +32,15 @@ impl Ours {
         name.starts_with(&self.prefix)
     }
 
-    pub(crate) async fn snapshot(&self, of: Subject<'_>, name: &SnapshotName) -> Result<Option<Snapshot>> {
-        let catalog = of.disksnap.dispatcher().catalog();
-        let all = catalog.snapshots(&of.domain.id).await?;
+    pub(crate) async fn snapshot(&self, live: &Live<'_>, name: &SnapshotName) -> Result<Option<Snapshot>> {
+        let catalog = live.dispatcher().catalog();
+        let all = catalog.snapshots(&live.domain.id).await?;
         Ok(all.into_iter().find(|snapshot| snapshot.name == *name))
     }
 
     /// Deletes a snapshot, if it is there; returns the disks that the domain uses now, where they have changed.
-    pub(crate) async fn delete_snapshot(&self, of: Subject<'_>, name: &SnapshotName) -> Result<Vec<Disk>> {
-        match of.disksnap.dispatcher().delete(of.domain, name).await {
+    pub(crate) async fn delete_snapshot(&self, live: &Live<'_>, name: &SnapshotName) -> Result<Vec<Disk>> {
+        match live.dispatcher().delete(&live.domain, name).await {
             Ok(deletion) => Ok(deletion.altered.disks),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
             Err(error) => Err(error),
@@ -50,22 +50,17 @@ impl Ours {
 
 /// Gives up a point that never came to be: its snapshot, its checkpoint, whose bitmaps the one before takes over, and its folder.
 pub(crate) async fn abandon_point(
-    of: Subject<'_>,
+    live: &mut Live<'_>,
     repository: &Repository,
     folder: &DomainFolder,
     point: &str,
 ) -> Result<()> {
     let ours = Ours::of(repository);
     let name: SnapshotName = ours.name(point).parse()?;
-    let disks = ours.delete_snapshot(of, &name).await?;
-    if !disks.is_empty() {
-        of.disksnap.update(of.given, &disks).await?;
-    }
+    let disks = ours.delete_snapshot(live, &name).await?;
+    live.follow(&disks).await?;
     let checkpoint = CheckpointName::try_from(&name)?;
-    match of
-        .disksnap
-        .dispatcher()
-        .remove_checkpoint(of.domain, &checkpoint)
+    match live.dispatcher().remove_checkpoint(&live.domain, &checkpoint)
         .await
     {
         // Broken: the one before it is, and both go with the next full backup.
@@ -81,29 +76,27 @@ pub(crate) async fn abandon_point(
 /// Deletes the snapshots of backups that have ended, and removes the checkpoints that no disk's next increment needs; but for what
 /// belongs to the point that is being gone on with.
 pub(crate) async fn tidy(
-    of: Subject<'_>,
+    live: &mut Live<'_>,
     repository: &Repository,
     folder: &DomainFolder,
     going_on: Option<&Journal>,
     watcher: &dyn Watcher,
 ) -> Result<()> {
     let ours = Ours::of(repository);
-    let dispatcher = of.disksnap.dispatcher();
-    for snapshot in dispatcher.catalog().snapshots(&of.domain.id).await? {
+    for snapshot in live.dispatcher().catalog().snapshots(&live.domain.id).await? {
         let needed = going_on.is_some_and(|journal| journal.snapshot == snapshot.name);
         if ours.is(snapshot.name.as_str()) && !needed {
-            let disks = ours.delete_snapshot(of, &snapshot.name).await?;
-            if !disks.is_empty() {
-                of.disksnap.update(of.given, &disks).await?;
-            }
+            let disks = ours.delete_snapshot(live, &snapshot.name).await?;
+            live.follow(&disks).await?;
         }
     }
     let mut needed = needed(repository, folder).await?;
     needed.extend(going_on.and_then(|journal| journal.checkpoint.clone()));
-    let lineage = dispatcher.checkpoints(of.domain).await?;
+    let dispatcher = live.dispatcher();
+    let lineage = dispatcher.checkpoints(&live.domain).await?;
     let past = lineage.checkpoints().iter().map(|checkpoint| &checkpoint.name);
     for name in past.filter(|name| ours.is(name.as_str()) && !needed.contains(name)) {
-        if let Err(error) = dispatcher.remove_checkpoint(of.domain, name).await {
+        if let Err(error) = dispatcher.remove_checkpoint(&live.domain, name).await {
             let message = format!(
                 "the checkpoint '{name}' is not needed any more and could not be removed: {error}; the next backup tries again"
             );
@@ -136,10 +129,13 @@ pub async fn abandon(of: Subject<'_>, repository: &Repository, watcher: &dyn Wat
         return Ok(Vec::new());
     };
     let _lock = repository.lock(&folder, false).await?;
+    let mut live = Live::new(of);
+    let outdated = live.dispatcher().outdated(&live.domain).await?;
+    live.follow(&outdated).await?;
     let unfinished = repository.unfinished(&folder).await?;
     for point in &unfinished {
-        abandon_point(of, repository, &folder, point).await?;
+        abandon_point(&mut live, repository, &folder, point).await?;
     }
-    tidy(of, repository, &folder, None, watcher).await?;
+    tidy(&mut live, repository, &folder, None, watcher).await?;
     Ok(unfinished)
 }

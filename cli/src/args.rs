@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use disksnap::{CheckpointName, ClientName, DiskChoice, Listen, MergeInto, NewCheckpoint, Quiesce, SnapshotName};
 
+use crate::backup::args::BackupCommand;
 use crate::checkpoint_args::CheckpointCommand;
 use crate::values::{
     parse_checkpoint, parse_disk, parse_name, parse_new_checkpoint, parse_option, parse_seconds, parse_size,
@@ -128,6 +129,9 @@ pub(crate) enum Command {
     Attach(Attach),
     /// Take a disk of a snapshot out of the guests that it was attached to
     Detach(Detach),
+    /// Back up domains: full and incremental, verified, restored, merged and pruned
+    #[command(subcommand)]
+    Backup(BackupCommand),
     /// Finish or undo what a killed run left behind; safe at any time
     Recover,
     /// Try a method's provider against the conformance suite

@@ -3,6 +3,7 @@
 mod altered_view;
 mod args;
 mod attach;
+mod backup;
 mod bring;
 mod changes;
 mod checkpoint;
@@ -46,6 +47,8 @@ use crate::failure::{Failure, Outcome};
 fn main() -> ExitCode {
     // A second process of this program may be asked to watch over a guest that stands still.
     disksnap::run_if_asked();
+    // Or to serve a point of a backup, for as long as the first one lives.
+    disksnap_backup::run_if_asked();
     let arguments: Vec<OsString> = std::env::args_os().collect();
     let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
@@ -82,6 +85,7 @@ async fn run(context: &Context, command: Command) -> Outcome {
         Command::Changes(changes) => changes::run(context, changes).await,
         Command::Attach(attach) => attach::attach(context, attach).await,
         Command::Detach(detach) => attach::detach(context, detach).await,
+        Command::Backup(command) => backup::run(context, command).await,
         Command::Recover => recover::run(context).await,
         Command::Conform(conform) => conform::run(context, conform).await,
         Command::Completions { shell } => pages::completions(shell),

@@ -1,0 +1,138 @@
+//! `disksnap backup merge` and `prune`.
+
+use std::collections::BTreeSet;
+
+use disksnap::{Error, ErrorKind};
+use disksnap_backup::{MergePlan, Merged, MergedImage, PointSpec, Pruned, Retention, merge_plan};
+use serde::Serialize;
+
+use crate::backup::args::{Merge, Prune};
+use crate::backup::create::{no_xml, stopped};
+use crate::backup::progress::Teller;
+use crate::backup::{folder, repository};
+use crate::context::Context;
+use crate::failure::Outcome;
+use crate::output::{Text, fields, size, table};
+use crate::signals::Stop;
+
+pub(crate) async fn merge(context: &Context, merge: Merge) -> Outcome {
+    let repository = repository(&merge.repo).await?;
+    let folder = folder(context, &repository).await?;
+    let points = repository.points(&folder).await?;
+    let mut drop = BTreeSet::new();
+    if let Some(point) = &merge.point {
+        let alone = repository.point(&folder, point).await?.point;
+        let before = points.iter().take_while(|point| point.name != alone);
+        drop.extend(before.map(|point| point.name.clone()));
+    }
+    for spec in &merge.drop {
+        drop.insert(match spec {
+            // One whose manifest is damaged can be dropped too.
+            PointSpec::Named(name) if points.iter().any(|point| point.name == *name) => name.clone(),
+            spec => repository.point(&folder, spec).await?.point,
+        });
+    }
+    if drop.is_empty() {
+        let error = Error::new(ErrorKind::Invalid, "there is nothing to merge: no point is before it");
+        return Err(error.during("backup merge").into());
+    }
+    if merge.dry_run {
+        let plan = merge_plan(&repository, &folder, &drop).await?;
+        return context.out.show(&PlanView(plan), no_xml);
+    }
+    let stop = Stop::listen(false)?;
+    let teller = Teller::new(context.out, &stop);
+    let merged = disksnap_backup::merge(&repository, &folder, &drop, &teller).await;
+    teller.end();
+    let merged = merged.map_err(|error| stopped(error, &stop))?;
+    context.out.show(&MergedView(merged), no_xml)
+}
+
+pub(crate) async fn prune(context: &Context, prune: Prune) -> Outcome {
+    let repository = repository(&prune.repo).await?;
+    let folder = folder(context, &repository).await?;
+    let rules = Retention {
+        last: prune.keep_last,
+        hourly: prune.keep_hourly,
+        daily: prune.keep_daily,
+        weekly: prune.keep_weekly,
+        monthly: prune.keep_monthly,
+        yearly: prune.keep_yearly,
+    };
+    let stop = Stop::listen(false)?;
+    let teller = Teller::new(context.out, &stop);
+    let pruned = disksnap_backup::prune(&repository, &folder, &rules, prune.dry_run, &teller).await;
+    teller.end();
+    let pruned = pruned.map_err(|error| stopped(error, &stop))?;
+    context.out.show(&PrunedView(pruned), no_xml)
+}
+
+#[derive(Debug, Serialize)]
+#[serde(transparent)]
+struct PlanView(MergePlan);
+
+impl Text for PlanView {
+    fn text(&self) -> String {
+        let plan = &self.0;
+        let mut out = String::new();
+        for point in &plan.dropped {
+            out.push_str(&format!("would drop {point}\n"));
+        }
+        for image in &plan.images {
+            let parent = image.parent.as_ref();
+            out.push_str(&format!("would write {} of {} anew, {}\n", image.disk, image.point, over(parent)));
+        }
+        let rows = [("needs meanwhile", size(plan.room)), ("frees", freed(plan.freed))];
+        out + &fields("", rows)
+    }
+}
+
+#[derive(Debug, Serialize)]
+#[serde(transparent)]
+struct MergedView(Merged);
+
+impl Text for MergedView {
+    fn text(&self) -> String {
+        let merged = &self.0;
+        let mut out = String::new();
+        for point in &merged.dropped {
+            out.push_str(&format!("dropped {point}\n"));
+        }
+        for MergedImage { point, disk, parent, .. } in &merged.images {
+            out.push_str(&format!("{disk} of {point} is {} now\n", over(parent.as_ref())));
+        }
+        out + &fields("", [("freed", freed(merged.freed))])
+    }
+}
+
+fn over(parent: Option<&String>) -> String {
+    parent.map_or_else(|| "a full image".to_owned(), |point| format!("an increment over {point}"))
+}
+
+fn freed(bytes: i64) -> String {
+    let told = size(bytes.unsigned_abs());
+    if bytes < 0 { format!("-{told}") } else { told }
+}
+
+#[derive(Debug, Serialize)]
+#[serde(transparent)]
+struct PrunedView(Pruned);
+
+impl Text for PrunedView {
+    fn text(&self) -> String {
+        let pruned = &self.0;
+        let (drops, frees) = if pruned.dry_run { ("would drop", "would free") } else { ("dropped", "freed") };
+        let mut rows = Vec::new();
+        for kept in &pruned.kept {
+            let why: Vec<String> = kept.reasons.iter().map(ToString::to_string).collect();
+            rows.push(vec!["keep".to_owned(), kept.point.clone(), why.join(", ")]);
+        }
+        for point in &pruned.dropped {
+            rows.push(vec![drops.to_owned(), point.clone()]);
+        }
+        for doubtful in &pruned.doubtful {
+            rows.push(vec!["left alone".to_owned(), doubtful.point.clone(), doubtful.what.clone()]);
+        }
+        table(&rows) + &fields("", [(frees, freed(pruned.freed))])
+    }
+}
