@@ -79,7 +79,13 @@ impl ChainReader {
         let size = layers.first().map_or(0, |layer| layer.size);
         let (to, pieces) = mpsc::channel(AHEAD);
         let planner = tokio::spawn(read_ahead(Planner::new(overlay, sources), to)).abort_handle();
-        Ok(Self { size, pieces, awaited: None, planner, ended: false })
+        Ok(Self {
+            size,
+            pieces,
+            awaited: None,
+            planner,
+            ended: false,
+        })
     }
 
     /// The disk's size, in bytes.
@@ -110,7 +116,9 @@ impl ChainReader {
                 Some(Ahead::Read(piece)) => self.awaited = Some(piece),
             }
         }
-        let Some(awaited) = &mut self.awaited else { return Ok(None) };
+        let Some(awaited) = &mut self.awaited else {
+            return Ok(None);
+        };
         let piece = awaited.await;
         self.awaited = None;
         piece.map_err(died)?.map(Some)
@@ -155,7 +163,8 @@ pub async fn content_digest(store: &dyn Store, layers: &[Layer]) -> Result<Diges
     let mut hasher = blake3::Hasher::new();
     while let Some(span) = overlay.next().await? {
         let is_cut = |layer: usize| {
-            span.visible.is_some() || chunk_length(layers[layer].size, span.first) != chunk_length(size, span.first)
+            span.visible.is_some()
+                || chunk_length(layers[layer].size, span.first) != chunk_length(size, span.first)
         };
         match &span.has {
             Has::Nobody => return Err(uncovered(layers, &span)),
@@ -177,9 +186,18 @@ pub async fn content_digest(store: &dyn Store, layers: &[Layer]) -> Result<Diges
 }
 
 /// A chunk of which an image has another length than the disk.
-async fn one_chunk(store: &dyn Store, layer: &Layer, span: &Span, expected: Digest, size: u64) -> Result<Vec<u8>> {
+async fn one_chunk(
+    store: &dyn Store,
+    layer: &Layer,
+    span: &Span,
+    expected: Digest,
+    size: u64,
+) -> Result<Vec<u8>> {
     let object = Object::open(store, &layer.point, &layer.image).await?;
-    let mut source = Source { tables: Tables::open(object, layer.size).await?, size: layer.size };
+    let mut source = Source {
+        tables: Tables::open(object, layer.size).await?,
+        size: layer.size,
+    };
     let part = source.part(span, expected, size).await?;
     match fetch::Fetch::of(part).read().await? {
         Piece::Data { data, .. } => Ok(data),
@@ -200,10 +218,16 @@ async fn open_images(store: &dyn Store, layers: &[Layer]) -> Result<Vec<Source>>
         if let (Some(name), Some(below)) = (&backing, layers.get(n + 1))
             && resolve(&layer.image, name).as_deref() != Some(below.image.as_str())
         {
-            let what = format!("its header names the backing file '{name}', and '{}' is below it", below.image);
+            let what = format!(
+                "its header names the backing file '{name}', and '{}' is below it",
+                below.image
+            );
             return Err(tables.object().broken(0, what));
         }
-        sources.push(Source { tables, size: layer.size });
+        sources.push(Source {
+            tables,
+            size: layer.size,
+        });
         if backing.is_none() {
             break;
         }
@@ -216,8 +240,13 @@ async fn open_digests(store: &dyn Store, layers: &[Layer]) -> Result<Overlay> {
     let (mut readers, mut seen) = (Vec::with_capacity(layers.len()), BTreeSet::new());
     for layer in layers {
         let object = Object::open(store, &layer.point, &layer.chunks).await?;
-        if seen.insert((&layer.chunks, layer.chunks_digest.0)) && digest_of(&object).await? != layer.chunks_digest {
-            let what = format!("the file is not the one whose digest, {}, was written down", layer.chunks_digest);
+        if seen.insert((&layer.chunks, layer.chunks_digest.0))
+            && digest_of(&object).await? != layer.chunks_digest
+        {
+            let what = format!(
+                "the file is not the one whose digest, {}, was written down",
+                layer.chunks_digest
+            );
             return Err(object.broken(0, what));
         }
         readers.push((ChunksReader::open(object, layer.size).await?, layer.size));
@@ -226,11 +255,16 @@ async fn open_digests(store: &dyn Store, layers: &[Layer]) -> Result<Overlay> {
 }
 
 fn uncovered(layers: &[Layer], span: &Span) -> Error {
-    let (point, object) = layers.last().map_or(("", ""), |layer| (&layer.point, &layer.chunks));
-    Error::new(ErrorKind::Broken, "none of the chain's images has this part of the disk")
-        .with("point", point)
-        .with("object", object)
-        .with("disk offset", span.first * CHUNK)
+    let (point, object) = layers
+        .last()
+        .map_or(("", ""), |layer| (&layer.point, &layer.chunks));
+    Error::new(
+        ErrorKind::Broken,
+        "none of the chain's images has this part of the disk",
+    )
+    .with("point", point)
+    .with("object", object)
+    .with("disk offset", span.first * CHUNK)
 }
 
 /// The key that a backing file's name means, in the header of the image with this key.

@@ -109,7 +109,11 @@ impl ImageWriter {
     /// # Errors
     /// `Broken` when what it had written is not there any more: begin anew.
     pub async fn resume(store: Arc<dyn Store>, keys: ImageKeys, state: ImageState) -> Result<Self> {
-        let ImageState { spec, offset, written } = state;
+        let ImageState {
+            spec,
+            offset,
+            written,
+        } = state;
         check(&spec)?;
         if offset > spec.size || (offset < spec.size && !offset.is_multiple_of(CHUNK)) {
             return Err(written::unsound(&keys).with("offset", offset));
@@ -123,7 +127,11 @@ impl ImageWriter {
     fn start(spec: ImageSpec, offset: u64, written: Written) -> Self {
         let regroup = Regroup::new(spec.size, spec.backing.is_none(), offset);
         let pipeline = Pipeline::start(spec.compression, written);
-        Self { spec, regroup, pipeline }
+        Self {
+            spec,
+            regroup,
+            pipeline,
+        }
     }
 
     /// Up to where the disk has been dealt with: the earliest place that a next piece may begin at.
@@ -154,7 +162,11 @@ impl ImageWriter {
     /// from that offset, and what becomes of it is the same file to the byte.
     pub async fn checkpoint(&mut self) -> Result<ImageState> {
         let (offset, written) = self.pipeline.checkpoint().await?;
-        Ok(ImageState { spec: self.spec.clone(), offset, written })
+        Ok(ImageState {
+            spec: self.spec.clone(),
+            offset,
+            written,
+        })
     }
 
     /// Ends the image: both objects appear under their keys, durably; the digests first. What of the disk was not given is left to
@@ -177,7 +189,10 @@ fn check(spec: &ImageSpec) -> Result<()> {
         return Err(Error::new(ErrorKind::Invalid, what));
     }
     if l1_entries(spec.size) > MAX_L1_ENTRIES {
-        let what = format!("a disk of {} bytes is too large for an image of 64 KiB clusters", spec.size);
+        let what = format!(
+            "a disk of {} bytes is too large for an image of 64 KiB clusters",
+            spec.size
+        );
         return Err(Error::new(ErrorKind::Unsupported, what));
     }
     Ok(())

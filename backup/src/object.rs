@@ -28,7 +28,11 @@ impl Object {
             };
             error.with("point", point).with("object", key)
         })?;
-        Ok(Self { point: point.into(), key: key.into(), blob })
+        Ok(Self {
+            point: point.into(),
+            key: key.into(),
+            blob,
+        })
     }
 
     /// Its length in bytes.
@@ -43,8 +47,14 @@ impl Object {
 
     /// `length` bytes at `offset`.
     pub(crate) async fn read(&self, offset: u64, length: usize) -> Result<Bytes> {
-        if offset.checked_add(length as u64).is_none_or(|end| end > self.length()) {
-            return Err(self.broken(offset, format!("it ends at {}, before what it should hold", self.length())));
+        if offset
+            .checked_add(length as u64)
+            .is_none_or(|end| end > self.length())
+        {
+            return Err(self.broken(
+                offset,
+                format!("it ends at {}, before what it should hold", self.length()),
+            ));
         }
         let read = self.blob.read_at(offset, length).await;
         let bytes = read.map_err(|error| self.place(error, offset))?;
@@ -60,6 +70,9 @@ impl Object {
     }
 
     fn place(&self, error: Error, offset: u64) -> Error {
-        error.with("point", &self.point).with("object", &self.key).with("offset", offset)
+        error
+            .with("point", &self.point)
+            .with("object", &self.key)
+            .with("offset", offset)
     }
 }

@@ -74,7 +74,9 @@ impl Fetch {
     fn groups(&self) -> Vec<Group> {
         let mut groups: Vec<Group> = Vec::new();
         for (n, part) in self.parts.iter().enumerate() {
-            let Some((start, end)) = part.entry.extent() else { continue };
+            let Some((start, end)) = part.entry.extent() else {
+                continue;
+            };
             let last = groups.last_mut().filter(|last| {
                 let same = self.parts[last.parts.start].image.key() == part.image.key();
                 same && start >= last.start && start <= last.end && end.saturating_sub(last.start) <= READ
@@ -84,7 +86,11 @@ impl Fetch {
                     group.parts.end = n + 1;
                     group.end = group.end.max(end);
                 }
-                None => groups.push(Group { parts: n..n + 1, start, end }),
+                None => groups.push(Group {
+                    parts: n..n + 1,
+                    start,
+                    end,
+                }),
             }
         }
         groups
@@ -93,8 +99,10 @@ impl Fetch {
     fn checked(self, mut read: Vec<(Group, Bytes)>) -> Result<Piece> {
         let offset = self.parts.first().map_or(0, |part| part.chunk * CHUNK);
         let length: u64 = self.parts.iter().map(|part| part.length).sum();
-        if let [(_, bytes)] = read.as_mut_slice()
-            && self.parts.iter().all(Part::is_as_stored)
+        if let [(group, bytes)] = read.as_mut_slice()
+            && (0..)
+                .zip(&self.parts)
+                .all(|(n, part)| part.is_as_stored(group.start + n * CLUSTER))
         {
             for (n, part) in self.parts.iter().enumerate() {
                 let at = n * CLUSTER as usize;
@@ -117,9 +125,9 @@ impl Fetch {
 }
 
 impl Part {
-    /// Whether the image's bytes are the disk's.
-    fn is_as_stored(&self) -> bool {
-        matches!(self.entry, Entry::Plain { .. }) && self.shown == self.length && self.stored == self.length
+    /// Whether the image's bytes from there on are the disk's.
+    fn is_as_stored(&self, at: u64) -> bool {
+        self.entry == (Entry::Plain { host: at }) && self.shown == self.length && self.stored == self.length
     }
 
     /// Checks the chunk, which is in what was read from `start` on, and adds it to the piece.
@@ -141,7 +149,9 @@ impl Part {
 
     /// Takes the one frame that begins here, and that the table gave the right room.
     fn unpack(&self, bytes: &[u8], to: &mut [u8]) -> Result<()> {
-        let Some((host, _)) = self.entry.extent() else { return Ok(()) };
+        let Some((host, _)) = self.entry.extent() else {
+            return Ok(());
+        };
         let length = zstd::zstd_safe::find_frame_compressed_size(bytes);
         let length = length.map_err(|_| self.broken("what should be compressed data is none"))?;
         if Entry::compressed(host, length.max(1) as u64) != self.entry {
@@ -167,7 +177,9 @@ impl Part {
 
     fn broken(&self, what: &str) -> disksnap::Error {
         let at = self.entry.extent().map_or(0, |(start, _)| start);
-        self.image.broken(at, what).with("disk offset", self.chunk * CHUNK)
+        self.image
+            .broken(at, what)
+            .with("disk offset", self.chunk * CHUNK)
     }
 }
 

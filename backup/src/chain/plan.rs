@@ -4,9 +4,9 @@
 use disksnap::{Error, Result};
 
 use super::fetch::{Fetch, Part};
+use crate::CHUNK;
 use crate::digests::{Digest, Has, Overlay, Span, chunk_length, digest};
 use crate::qcow2::{Entry, L2, L2_ENTRIES, Tables};
-use crate::CHUNK;
 
 /// How many chunks a piece of data has at the most: 1 MiB.
 const PIECE: usize = 16;
@@ -41,7 +41,14 @@ pub(super) struct Planner {
 impl Planner {
     pub(super) fn new(overlay: Overlay, sources: Vec<Source>) -> Self {
         let size = sources.first().map_or(0, |source| source.size);
-        Self { size, overlay, sources, left: Vec::new(), zero: None, data: None }
+        Self {
+            size,
+            overlay,
+            sources,
+            left: Vec::new(),
+            zero: None,
+            data: None,
+        }
     }
 
     /// The next piece; `None` at the disk's end.
@@ -99,18 +106,29 @@ impl Planner {
     }
 
     /// One chunk at a time: what is left of the span goes back.
-    async fn add_data(&mut self, span: &Span, layer: usize, digests: &bytes::Bytes) -> Result<Option<Planned>> {
+    async fn add_data(
+        &mut self,
+        span: &Span,
+        layer: usize,
+        digests: &bytes::Bytes,
+    ) -> Result<Option<Planned>> {
         if let Some(zero) = self.take_zero() {
             self.left.push(span.clone());
             return Ok(Some(zero));
         }
         for n in 0..span.count {
-            if self.data.as_ref().is_some_and(|data| !data.takes(span.first + n, PIECE)) {
+            if self
+                .data
+                .as_ref()
+                .is_some_and(|data| !data.takes(span.first + n, PIECE))
+            {
                 self.left.push(span.rest(n));
                 return Ok(self.data.take().map(Planned::Data));
             }
             let chunk = span.at(n);
-            let part = self.sources[layer].part(&chunk, digest(digests, n), self.size).await?;
+            let part = self.sources[layer]
+                .part(&chunk, digest(digests, n), self.size)
+                .await?;
             match &mut self.data {
                 Some(data) => data.push(part),
                 none => *none = Some(Fetch::of(part)),
@@ -120,7 +138,9 @@ impl Planner {
     }
 
     fn take_zero(&mut self) -> Option<Planned> {
-        self.zero.take().map(|(offset, length)| Planned::Zero { offset, length })
+        self.zero
+            .take()
+            .map(|(offset, length)| Planned::Zero { offset, length })
     }
 
     /// The images above the one that has it must have nothing there.
@@ -137,7 +157,9 @@ impl Planner {
 
     /// Nobody has it: that is right where the lowest image has a backing file, and that shows through as a whole.
     fn check_nobody(&self, span: &Span) -> Result<()> {
-        let Some(lowest) = self.sources.last() else { return Ok(()) };
+        let Some(lowest) = self.sources.last() else {
+            return Ok(());
+        };
         let what = if lowest.tables.header().backing.is_none() {
             "its digests leave a part of the disk out, and it has no backing file"
         } else if span.visible.is_some() {
@@ -145,7 +167,11 @@ impl Planner {
         } else {
             return Ok(());
         };
-        Err(lowest.tables.object().broken(0, what).with("disk offset", span.first * CHUNK))
+        Err(lowest
+            .tables
+            .object()
+            .broken(0, what)
+            .with("disk offset", span.first * CHUNK))
     }
 }
 
@@ -173,9 +199,13 @@ impl Source {
     }
 
     async fn check_zero(&mut self, span: &Span) -> Result<()> {
-        let backed = self.tables.header().backing.is_some();
-        let sound = |entry| entry == Entry::Zero || (entry == Entry::Absent && !backed);
-        self.check(span, "zero", sound).await
+        // Where nothing lies below, what is not there is zero.
+        let zero = if self.tables.header().backing.is_some() {
+            Entry::Zero
+        } else {
+            Entry::Absent
+        };
+        self.check(span, "zero", |entry| entry == zero).await
     }
 
     async fn check_absent(&mut self, span: &Span) -> Result<()> {
@@ -205,8 +235,13 @@ impl Source {
             Entry::Zero => "zero",
             Entry::Plain { .. } | Entry::Compressed { .. } => "data",
         };
-        let at = table.map_or(self.tables.header().l1 + chunk / L2_ENTRIES * 8, |table| table.place(chunk));
+        let at = table.map_or(self.tables.header().l1 + chunk / L2_ENTRIES * 8, |table| {
+            table.place(chunk)
+        });
         let what = format!("its tables have {tables} where its digests have {digests}");
-        self.tables.object().broken(at, what).with("disk offset", chunk * CHUNK)
+        self.tables
+            .object()
+            .broken(at, what)
+            .with("disk offset", chunk * CHUNK)
     }
 }

@@ -34,7 +34,11 @@ pub(super) struct Record {
 
 impl Record {
     /// The last one.
-    pub(super) const END: Self = Self { first: u64::MAX, count: 0, kind: KIND_END };
+    pub(super) const END: Self = Self {
+        first: u64::MAX,
+        count: 0,
+        kind: KIND_END,
+    };
 
     pub(super) fn encode(self) -> [u8; RECORD] {
         let mut out = [0; RECORD];

@@ -23,7 +23,12 @@ pub(crate) struct Span {
 impl Span {
     /// One chunk of it.
     pub(crate) fn at(&self, n: u64) -> Self {
-        Self { first: self.first + n, count: 1, has: Has::Nobody, visible: self.visible }
+        Self {
+            first: self.first + n,
+            count: 1,
+            has: Has::Nobody,
+            visible: self.visible,
+        }
     }
 
     /// What is behind its first `done` chunks.
@@ -32,7 +37,12 @@ impl Span {
             Has::Data(layer, digests) => Has::Data(*layer, digests.slice(digests_length(done)..)),
             other => other.clone(),
         };
-        Self { first: self.first + done, count: self.count - done, has, visible: self.visible }
+        Self {
+            first: self.first + done,
+            count: self.count - done,
+            has,
+            visible: self.visible,
+        }
     }
 
     /// Its first `count` chunks.
@@ -41,7 +51,12 @@ impl Span {
             Has::Data(layer, digests) => Has::Data(*layer, digests.slice(..digests_length(count))),
             other => other.clone(),
         };
-        Self { first: self.first, count, has, visible: self.visible }
+        Self {
+            first: self.first,
+            count,
+            has,
+            visible: self.visible,
+        }
     }
 }
 
@@ -106,7 +121,11 @@ impl Overlay {
                 break;
             }
             // A span ends before the chunk that a layer ends in, and behind it.
-            end = end.min(if first < layer.size / crate::CHUNK { layer.size / crate::CHUNK } else { first + 1 });
+            end = end.min(if first < layer.size / crate::CHUNK {
+                layer.size / crate::CHUNK
+            } else {
+                first + 1
+            });
             match &layer.run {
                 Some(run) if run.first <= first => {
                     end = end.min(run.end());
@@ -119,7 +138,12 @@ impl Overlay {
         }
         self.at = end;
         let length = chunk_length(self.size, first);
-        Ok(Some(Span { first, count: end - first, has, visible: Some(visible).filter(|some| *some < length) }))
+        Ok(Some(Span {
+            first,
+            count: end - first,
+            has,
+            visible: Some(visible).filter(|some| *some < length),
+        }))
     }
 
     /// At the end: what a layer of a larger disk still says must be sound, too.

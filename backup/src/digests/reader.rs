@@ -108,19 +108,28 @@ impl ChunksReader {
         let (first, count) = (record.first, u64::from(record.count));
         let end = first.checked_add(count).filter(|end| *end <= self.total);
         let Some(end) = end.filter(|_| first >= self.next && count > 0 && record.kind != KIND_END) else {
-            let what = format!("a record of {count} chunks from chunk {first} cannot follow chunk {}", self.next);
+            let what = format!(
+                "a record of {count} chunks from chunk {first} cannot follow chunk {}",
+                self.next
+            );
             return Err(self.object.broken(at, what));
         };
         match record.kind {
             KIND_ZERO => {
                 self.next = end;
-                Ok(Some(Run { first, count, kind: Kind::Zero }))
+                Ok(Some(Run {
+                    first,
+                    count,
+                    kind: Kind::Zero,
+                }))
             }
             KIND_DATA => {
                 (self.next, self.left) = (first, count);
                 Ok(Some(self.digests().await?))
             }
-            kind => Err(self.object.broken(at, format!("a record is of kind {kind}, which is not known"))),
+            kind => Err(self
+                .object
+                .broken(at, format!("a record is of kind {kind}, which is not known"))),
         }
     }
 
@@ -129,7 +138,11 @@ impl ChunksReader {
         let digests = self.take(to_usize(count) * DIGEST).await?;
         self.next += count;
         self.left -= count;
-        Ok(Run { first, count, kind: Kind::Data(digests) })
+        Ok(Run {
+            first,
+            count,
+            kind: Kind::Data(digests),
+        })
     }
 
     fn end(&mut self, at: u64) -> Result<Option<Run>> {

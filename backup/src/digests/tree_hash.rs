@@ -91,7 +91,9 @@ mod tests {
 
     #[test]
     fn it_is_the_plain_digest_whatever_the_length_and_wherever_it_was_taken_up() {
-        let bytes: Vec<u8> = (0..SEGMENT * 21 + 5).map(|n| (n * n / 7 + n / 251) as u8).collect();
+        let bytes: Vec<u8> = (0..SEGMENT * 21 + 5)
+            .map(|n| (n * n / 7 + n / 251) as u8)
+            .collect();
         let lengths = (0..=20).flat_map(|n| [n * SEGMENT, n * SEGMENT + 1, n * SEGMENT + 4321]);
         for length in lengths {
             let mut hash = TreeHash::default();

@@ -40,7 +40,11 @@ pub(crate) struct ChunksState {
 impl ChunksWriter {
     /// That of a disk of this size, of which nothing is known yet.
     pub(crate) fn new(size: u64) -> Self {
-        let mut new = Self { hash: TreeHash::default(), run: Pending::None, out: Vec::new() };
+        let mut new = Self {
+            hash: TreeHash::default(),
+            run: Pending::None,
+            out: Vec::new(),
+        };
         new.append(&format::header(size));
         new
     }
@@ -48,7 +52,10 @@ impl ChunksWriter {
     /// These chunks are zero.
     pub(crate) fn zero(&mut self, first: u64, count: u64) {
         match &mut self.run {
-            Pending::Zero { first: begun, count: so_far } if *begun + *so_far == first => *so_far += count,
+            Pending::Zero {
+                first: begun,
+                count: so_far,
+            } if *begun + *so_far == first => *so_far += count,
             _ => {
                 self.end_run();
                 self.run = Pending::Zero { first, count };
@@ -66,7 +73,10 @@ impl ChunksWriter {
             }
             _ => {
                 self.end_run();
-                self.run = Pending::Data { first: chunk, digests: digest.0.to_vec() };
+                self.run = Pending::Data {
+                    first: chunk,
+                    digests: digest.0.to_vec(),
+                };
             }
         }
     }
@@ -95,7 +105,12 @@ impl ChunksWriter {
             Pending::Zero { first, count } => (Some((*first, *count)), None),
             Pending::Data { first, digests } => (None, Some((*first, Packed::of(digests)))),
         };
-        ChunksState { hash: self.hash.clone(), tail: Packed::of(self.hash.tail()), zero, data }
+        ChunksState {
+            hash: self.hash.clone(),
+            tail: Packed::of(self.hash.tail()),
+            zero,
+            data,
+        }
     }
 
     /// Goes on from such a state; `None` for one that cannot be.
@@ -104,10 +119,17 @@ impl ChunksWriter {
         let run = match (state.zero, state.data) {
             (None, None) => Pending::None,
             (Some((first, count)), None) => Pending::Zero { first, count },
-            (None, Some((first, digests))) => Pending::Data { first, digests: digests.open(RUN * DIGEST)? },
+            (None, Some((first, digests))) => Pending::Data {
+                first,
+                digests: digests.open(RUN * DIGEST)?,
+            },
             (Some(_), Some(_)) => return None,
         };
-        Some(Self { hash, run, out: Vec::new() })
+        Some(Self {
+            hash,
+            run,
+            out: Vec::new(),
+        })
     }
 
     fn append(&mut self, bytes: &[u8]) {
@@ -121,14 +143,28 @@ impl ChunksWriter {
             Pending::Zero { mut first, mut count } => {
                 while count > 0 {
                     let now = u32::try_from(count).unwrap_or(u32::MAX);
-                    self.append(&Record { first, count: now, kind: KIND_ZERO }.encode());
+                    self.append(
+                        &Record {
+                            first,
+                            count: now,
+                            kind: KIND_ZERO,
+                        }
+                        .encode(),
+                    );
                     first += u64::from(now);
                     count -= u64::from(now);
                 }
             }
             Pending::Data { first, digests } => {
                 let count = u32::try_from(digests.len() / DIGEST).unwrap_or(u32::MAX);
-                self.append(&Record { first, count, kind: KIND_DATA }.encode());
+                self.append(
+                    &Record {
+                        first,
+                        count,
+                        kind: KIND_DATA,
+                    }
+                    .encode(),
+                );
                 self.append(&digests);
             }
         }

@@ -37,7 +37,11 @@ impl Pipeline {
     pub(super) fn start(compression: Compression, written: Written) -> Self {
         let (jobs, queue) = mpsc::channel(WAITING);
         let task = tokio::spawn(put_down(written, queue));
-        Self { compression, jobs, task: Some(task) }
+        Self {
+            compression,
+            jobs,
+            task: Some(task),
+        }
     }
 
     /// Sends a batch, and waits where too many wait.
@@ -74,7 +78,10 @@ impl Pipeline {
     /// Why the task has ended.
     async fn failure(&mut self) -> Error {
         let Some(task) = &mut self.task else {
-            return Error::new(ErrorKind::Io, "an earlier write of the image failed: nothing more can be written");
+            return Error::new(
+                ErrorKind::Io,
+                "an earlier write of the image failed: nothing more can be written",
+            );
         };
         let ended = task.await;
         self.task = None;
@@ -117,7 +124,11 @@ fn prepare(batch: Batch, compression: Compression) -> Result<Ready> {
         Compression::None => None,
         Compression::Zstd(level) => Some(Compressor::new(level)?),
     };
-    let mut ready = Ready { parts: Vec::with_capacity(batch.parts.len()), stored: Stored::default(), table: batch.table, end: batch.end };
+    let mut ready = Ready {
+        parts: Vec::with_capacity(batch.parts.len()),
+        stored: Stored::default(),
+        end: batch.end,
+    };
     if compressor.is_none() {
         ready.stored.plain_bytes.reserve_exact(batch.data_bytes());
     }
@@ -126,7 +137,11 @@ fn prepare(batch: Batch, compression: Compression) -> Result<Ready> {
             Part::Zero { first, count } => ready.parts.push(ReadyPart::Zero { first, count }),
             Part::Data { chunk, bytes } => {
                 let digest = Digest::of(&bytes);
-                ready.parts.push(ReadyPart::Data { chunk, digest, length: bytes.len() as u64 });
+                ready.parts.push(ReadyPart::Data {
+                    chunk,
+                    digest,
+                    length: bytes.len() as u64,
+                });
                 store(&mut ready.stored, chunk, &bytes, compressor.as_mut())?;
             }
         }
@@ -158,8 +173,12 @@ struct Compressor {
 impl Compressor {
     fn new(level: i32) -> Result<Self> {
         let zstd = zstd::bulk::Compressor::new(level);
-        let zstd = zstd.map_err(|error| Error::io(format!("zstd cannot compress at level {level}"), error))?;
-        Ok(Self { zstd, packed: vec![0; CHUNK as usize - SAVING] })
+        let zstd =
+            zstd.map_err(|error| Error::io(format!("zstd cannot compress at level {level}"), error))?;
+        Ok(Self {
+            zstd,
+            packed: vec![0; CHUNK as usize - SAVING],
+        })
     }
 
     /// The whole cluster that begins with these bytes, where that is worth it.

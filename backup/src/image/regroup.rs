@@ -19,7 +19,7 @@ pub(super) struct Batch {
     /// Up to where the disk has been dealt with when it is put down, in bytes.
     pub(super) end: u64,
     /// The L2 table that its parts belong to, where they need one.
-    pub(super) table: Option<u64>,
+    table: Option<u64>,
     data: usize,
 }
 
@@ -79,8 +79,18 @@ pub(super) struct Regroup {
 
 impl Regroup {
     pub(super) fn new(size: u64, full: bool, offset: u64) -> Self {
-        let batch = Batch { end: offset, ..Batch::default() };
-        Self { size, full, offset, partial: Vec::new(), batch, ready: None }
+        let batch = Batch {
+            end: offset,
+            ..Batch::default()
+        };
+        Self {
+            size,
+            full,
+            offset,
+            partial: Vec::new(),
+            batch,
+            ready: None,
+        }
     }
 
     /// Up to where there were pieces.
@@ -96,10 +106,19 @@ impl Regroup {
         };
         let place = |what: String| Error::new(ErrorKind::Invalid, what).with("offset", offset);
         if offset < self.offset {
-            return Err(place(format!("a piece of the disk came after what is at {}", self.offset)));
+            return Err(place(format!(
+                "a piece of the disk came after what is at {}",
+                self.offset
+            )));
         }
-        if offset.checked_add(rest.length()).is_none_or(|end| end > self.size) {
-            return Err(place(format!("a piece goes beyond the disk's {} bytes", self.size)));
+        if offset
+            .checked_add(rest.length())
+            .is_none_or(|end| end > self.size)
+        {
+            return Err(place(format!(
+                "a piece goes beyond the disk's {} bytes",
+                self.size
+            )));
         }
         if offset > self.offset && rest.length() > 0 {
             self.gap(offset)?;
@@ -152,12 +171,20 @@ impl Regroup {
         match rest {
             Rest::Data { bytes, copy } => {
                 let whole = bytes.split_to(to_usize(length));
-                let whole = if *copy { Bytes::copy_from_slice(&whole) } else { whole };
+                let whole = if *copy {
+                    Bytes::copy_from_slice(&whole)
+                } else {
+                    whole
+                };
                 self.offset += length;
                 self.chunk(chunk, whole);
             }
             Rest::Zero(left) => {
-                let mut end = if self.offset + *left == self.size { chunks(self.size) } else { (self.offset + *left) / CHUNK };
+                let mut end = if self.offset + *left == self.size {
+                    chunks(self.size)
+                } else {
+                    (self.offset + *left) / CHUNK
+                };
                 if !self.full {
                     end = end.min((chunk / L2_ENTRIES + 1) * L2_ENTRIES);
                 }
@@ -207,7 +234,10 @@ impl Regroup {
         }
         match self.batch.parts.last_mut() {
             Some(Part::Zero { first, count }) if *first + *count == chunk => *count += more,
-            _ => self.batch.parts.push(Part::Zero { first: chunk, count: more }),
+            _ => self.batch.parts.push(Part::Zero {
+                first: chunk,
+                count: more,
+            }),
         }
         self.batch.end = self.offset;
     }
@@ -224,7 +254,13 @@ impl Regroup {
     fn end_batch(&mut self) {
         if !self.batch.parts.is_empty() {
             let end = self.batch.end;
-            let whole = std::mem::replace(&mut self.batch, Batch { end, ..Batch::default() });
+            let whole = std::mem::replace(
+                &mut self.batch,
+                Batch {
+                    end,
+                    ..Batch::default()
+                },
+            );
             self.ready = Some(whole);
         }
     }
@@ -248,7 +284,10 @@ impl Rest {
 /// Whether all bytes are zero; of data it is known after a few.
 fn is_zero(bytes: &[u8]) -> bool {
     let (words, rest) = bytes.as_chunks::<64>();
-    words.iter().all(|word| word.iter().fold(0, |sum, byte| sum | byte) == 0) && rest.iter().all(|byte| *byte == 0)
+    words
+        .iter()
+        .all(|word| word.iter().fold(0, |sum, byte| sum | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
 }
 
 /// Of numbers that are bounded by a piece's length.

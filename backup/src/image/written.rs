@@ -19,8 +19,6 @@ pub(super) struct Ready {
     pub(super) parts: Vec<ReadyPart>,
     /// The data of it.
     pub(super) stored: Stored,
-    /// The L2 table that it belongs to.
-    pub(super) table: Option<u64>,
     /// Up to where the disk is dealt with then, in bytes.
     pub(super) end: u64,
 }
@@ -86,7 +84,12 @@ impl WrittenState {
 
 impl Written {
     /// Nothing is written.
-    pub(super) fn new(keys: ImageKeys, spec: &ImageSpec, image: Box<dyn BlobWriter>, chunks: Box<dyn BlobWriter>) -> Self {
+    pub(super) fn new(
+        keys: ImageKeys,
+        spec: &ImageSpec,
+        image: Box<dyn BlobWriter>,
+        chunks: Box<dyn BlobWriter>,
+    ) -> Self {
         Self {
             keys,
             size: spec.size,
@@ -116,17 +119,29 @@ impl Written {
             return Err(unsound(&keys));
         };
         let (size, backing, data, zero) = (spec.size, spec.backing.clone(), state.data, state.zero);
-        Ok(Self { keys, size, backing, image, chunks, layout, digests, end, data, zero })
+        Ok(Self {
+            keys,
+            size,
+            backing,
+            image,
+            chunks,
+            layout,
+            digests,
+            end,
+            data,
+            zero,
+        })
     }
 
     /// Puts a batch down.
     pub(super) async fn put(&mut self, batch: Ready) -> Result<()> {
-        if let Some(table) = batch.table {
-            self.layout.enter(table);
-        }
         for part in batch.parts {
             match part {
-                ReadyPart::Data { chunk, digest, length } => {
+                ReadyPart::Data {
+                    chunk,
+                    digest,
+                    length,
+                } => {
                     self.digests.data(chunk, &digest);
                     self.data += length;
                 }
@@ -146,8 +161,16 @@ impl Written {
     pub(super) async fn checkpoint(&mut self) -> Result<(u64, WrittenState)> {
         self.write_image().await?;
         self.write_digests().await?;
-        let image_length = self.image.sync().await.map_err(|error| error.with("object", &self.keys.image))?;
-        let chunks_length = self.chunks.sync().await.map_err(|error| error.with("object", &self.keys.chunks))?;
+        let image_length = self
+            .image
+            .sync()
+            .await
+            .map_err(|error| error.with("object", &self.keys.image))?;
+        let chunks_length = self
+            .chunks
+            .sync()
+            .await
+            .map_err(|error| error.with("object", &self.keys.chunks))?;
         let state = WrittenState {
             image_length,
             chunks_length,
@@ -170,7 +193,12 @@ impl Written {
         done.map_err(|error| error.with("object", &self.keys.chunks))?;
         let done = self.image.finish(header.into()).await;
         done.map_err(|error| error.with("object", &self.keys.image))?;
-        Ok(ImageSummary { image_bytes, data: self.data, zero: self.zero, chunks_digest })
+        Ok(ImageSummary {
+            image_bytes,
+            data: self.data,
+            zero: self.zero,
+            chunks_digest,
+        })
     }
 
     fn zero(&mut self, first: u64, count: u64) {
@@ -186,14 +214,18 @@ impl Written {
 
     async fn write_image(&mut self) -> Result<()> {
         for bytes in self.layout.take() {
-            append(self.image.as_mut(), bytes).await.map_err(|error| error.with("object", &self.keys.image))?;
+            append(self.image.as_mut(), bytes)
+                .await
+                .map_err(|error| error.with("object", &self.keys.image))?;
         }
         Ok(())
     }
 
     async fn write_digests(&mut self) -> Result<()> {
         let bytes = self.digests.take();
-        append(self.chunks.as_mut(), bytes).await.map_err(|error| error.with("object", &self.keys.chunks))
+        append(self.chunks.as_mut(), bytes)
+            .await
+            .map_err(|error| error.with("object", &self.keys.chunks))
     }
 }
 
@@ -210,7 +242,9 @@ async fn append(to: &mut dyn BlobWriter, bytes: Bytes) -> Result<()> {
 /// A state that no writer of these keys gave.
 pub(super) fn unsound(keys: &ImageKeys) -> Error {
     let what = "what was written down of the unfinished image is not sound";
-    Error::new(ErrorKind::Broken, what).with("object", &keys.image).hint("Begin the image anew.")
+    Error::new(ErrorKind::Broken, what)
+        .with("object", &keys.image)
+        .hint("Begin the image anew.")
 }
 
 fn is_zstd(spec: &ImageSpec) -> bool {

@@ -101,7 +101,14 @@ mod tests {
     #[test]
     fn what_no_image_of_ours_holds_is_no_entry() {
         // Without the flag, with both flags, askew, in the header, with the zero flag over data.
-        for raw in [CLUSTER, COPIED | COMPRESSED | CLUSTER, COPIED | (CLUSTER + 512), COPIED, COPIED | CLUSTER | 1, 2] {
+        for raw in [
+            CLUSTER,
+            COPIED | COMPRESSED | CLUSTER,
+            COPIED | (CLUSTER + 512),
+            COPIED,
+            COPIED | CLUSTER | 1,
+            2,
+        ] {
             assert_eq!(Entry::decode(raw), None, "{raw:#x}");
         }
     }

@@ -47,7 +47,11 @@ impl Header {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let name = self.backing.as_deref().unwrap_or_default().as_bytes();
         let extensions = extensions(self.backing.is_some());
-        let name_at = if name.is_empty() { 0 } else { u64::from(LENGTH) + extensions.len() as u64 };
+        let name_at = if name.is_empty() {
+            0
+        } else {
+            u64::from(LENGTH) + extensions.len() as u64
+        };
         let mut out = Vec::with_capacity(512);
         out.extend(MAGIC);
         out.extend(VERSION.to_be_bytes());
@@ -90,16 +94,26 @@ impl Header {
             return Err(format!("its header claims a length of {length}"));
         }
         let incompatible = fields.u64(72)?;
-        let kind = if length > LENGTH_AT_LEAST { fields.slice(104, 1)?[0] } else { 0 };
+        let kind = if length > LENGTH_AT_LEAST {
+            fields.slice(104, 1)?[0]
+        } else {
+            0
+        };
         let zstd = match (incompatible, kind) {
             (0, 0) => false,
             (COMPRESSION_TYPE, ZSTD) => true,
-            _ => return Err(format!("it has features {incompatible:#x} and compression {kind}, which are not known")),
+            _ => {
+                return Err(format!(
+                    "it has features {incompatible:#x} and compression {kind}, which are not known"
+                ));
+            }
         };
         let size = fields.u64(24)?;
         let entries = fields.u32(36)?;
         if l1_entries(size) > MAX_L1_ENTRIES || u64::from(entries) != l1_entries(size) {
-            return Err(format!("its L1 table of {entries} entries does not fit a disk of {size} bytes"));
+            return Err(format!(
+                "its L1 table of {entries} entries does not fit a disk of {size} bytes"
+            ));
         }
         Ok(Self {
             size,
@@ -135,16 +149,25 @@ fn backing(fields: &Fields<'_>) -> Result<Option<String>, String> {
     }
     let at = usize::try_from(at).map_err(|_| format!("its backing file's name is at {at}"))?;
     let name = String::from_utf8(fields.slice(at, length)?.to_vec());
-    name.map(Some).map_err(|_| "its backing file's name is no text".to_owned())
+    name.map(Some)
+        .map_err(|_| "its backing file's name is no text".to_owned())
 }
 
 fn expect(what: &str, is: u32, should: u32) -> Result<(), String> {
-    if is == should { Ok(()) } else { Err(format!("its {what} is {is}, not {should}")) }
+    if is == should {
+        Ok(())
+    } else {
+        Err(format!("its {what} is {is}, not {should}"))
+    }
 }
 
 fn aligned(what: &str, at: u64, may_be_none: bool) -> Result<u64, String> {
     let sound = at.is_multiple_of(CLUSTER) && at < 1 << 56 && (at >= CLUSTER || may_be_none);
-    if sound { Ok(at) } else { Err(format!("its {what} is at {at}")) }
+    if sound {
+        Ok(at)
+    } else {
+        Err(format!("its {what} is at {at}"))
+    }
 }
 
 /// Big-endian fields of the header.
@@ -197,7 +220,11 @@ mod tests {
 
     #[test]
     fn headers_survive() {
-        for header in [sample(None, false), sample(None, true), sample(Some("../a/vda.qcow2"), true)] {
+        for header in [
+            sample(None, false),
+            sample(None, true),
+            sample(Some("../a/vda.qcow2"), true),
+        ] {
             assert_eq!(Header::decode(&header.encode()).unwrap(), header);
         }
     }

@@ -89,6 +89,11 @@ impl Layout {
 
     /// Puts down chunks of one L2 table. Compressed ones first and without gaps, so that only one cluster is filled up.
     pub(crate) fn data(&mut self, stored: Stored) {
+        let first = stored.compressed.first().map(|(chunk, _)| *chunk);
+        let Some(first) = first.or(stored.plain.first().copied()) else {
+            return;
+        };
+        self.enter(first / L2_ENTRIES);
         let mut host = self.end;
         for (chunk, length) in stored.compressed {
             self.count(host, length);
@@ -111,15 +116,9 @@ impl Layout {
 
     /// Marks chunks of one L2 table as zero.
     pub(crate) fn zero(&mut self, first: u64, count: u64) {
+        self.enter(first / L2_ENTRIES);
         for chunk in first..first + count {
             self.set(chunk, Entry::Zero);
-        }
-    }
-
-    /// Ends the L2 table that is being filled unless it is this one.
-    pub(crate) fn enter(&mut self, table: u64) {
-        if self.l2.as_ref().is_some_and(|(index, _)| *index != table) {
-            self.end_l2();
         }
     }
 
@@ -129,7 +128,14 @@ impl Layout {
         self.align();
         let l1 = self.l1_table();
         let (refcounts, refcount_clusters) = self.refcount_table();
-        Header { size: self.size, backing, zstd: self.zstd, l1, refcounts, refcount_clusters }
+        Header {
+            size: self.size,
+            backing,
+            zstd: self.zstd,
+            l1,
+            refcounts,
+            refcount_clusters,
+        }
     }
 
     /// What must be known to go on, when all that was handed out is in the file.
@@ -137,7 +143,10 @@ impl Layout {
         LayoutState {
             end: self.end,
             l1: Packed::of(&be_bytes(&self.l1)),
-            l2: self.l2.as_ref().map(|(index, entries)| (*index, Packed::of(&be_bytes(entries)))),
+            l2: self
+                .l2
+                .as_ref()
+                .map(|(index, entries)| (*index, Packed::of(&be_bytes(entries)))),
             blocks: Packed::of(&be_bytes(&self.blocks)),
             refcounts: Packed::of(&be_bytes_16(&self.refcounts)),
         }
@@ -156,19 +165,42 @@ impl Layout {
         };
         let used = to_usize(state.end.div_ceil(CLUSTER));
         let blocks = from_be(&state.blocks.open((used / BLOCK) * 8)?);
-        let refcounts = from_be_16(&state.refcounts.open(used.checked_sub(blocks.len() * BLOCK)? * 2)?);
+        let refcounts = from_be_16(
+            &state
+                .refcounts
+                .open(used.checked_sub(blocks.len() * BLOCK)? * 2)?,
+        );
         let sound = l1.len() as u64 == entries
-            && l2.as_ref().is_none_or(|(_, table)| table.len() as u64 == L2_ENTRIES)
+            && l2
+                .as_ref()
+                .is_none_or(|(_, table)| table.len() as u64 == L2_ENTRIES)
             && refcounts.len() + blocks.len() * BLOCK == used
             && state.end >= CLUSTER;
-        sound.then(|| Self { size, zstd, end: state.end, l1, l2, blocks, refcounts, out: Vec::new() })
+        sound.then(|| Self {
+            size,
+            zstd,
+            end: state.end,
+            l1,
+            l2,
+            blocks,
+            refcounts,
+            out: Vec::new(),
+        })
     }
 
+    /// Begins this L2 table, unless it is the one that is being filled.
+    fn enter(&mut self, table: u64) {
+        if self.l2.as_ref().is_none_or(|(index, _)| *index != table) {
+            self.end_l2();
+            self.l2 = Some((table, vec![0; to_usize(L2_ENTRIES)]));
+        }
+    }
+
+    /// Sets an entry of the table that is being filled.
     fn set(&mut self, chunk: u64, entry: Entry) {
-        let table = chunk / L2_ENTRIES;
-        self.enter(table);
-        let (_, entries) = self.l2.get_or_insert_with(|| (table, vec![0; to_usize(L2_ENTRIES)]));
-        entries[to_usize(chunk % L2_ENTRIES)] = entry.encode();
+        if let Some((_, entries)) = &mut self.l2 {
+            entries[to_usize(chunk % L2_ENTRIES)] = entry.encode();
+        }
     }
 
     fn end_l2(&mut self) {
@@ -279,14 +311,115 @@ fn be_bytes_16(numbers: &[u16]) -> Vec<u8> {
 }
 
 fn from_be(bytes: &[u8]) -> Vec<u64> {
-    bytes.as_chunks().0.iter().map(|number| u64::from_be_bytes(*number)).collect()
+    bytes
+        .as_chunks()
+        .0
+        .iter()
+        .map(|number| u64::from_be_bytes(*number))
+        .collect()
 }
 
 fn from_be_16(bytes: &[u8]) -> Vec<u16> {
-    bytes.as_chunks().0.iter().map(|number| u16::from_be_bytes(*number)).collect()
+    bytes
+        .as_chunks()
+        .0
+        .iter()
+        .map(|number| u16::from_be_bytes(*number))
+        .collect()
 }
 
 /// Of numbers that are bounded by what was allocated.
 fn to_usize(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test stops at the first thing that fails")]
+
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::path::Path;
+    use std::process::Command;
+
+    use disksnap_test_support::pattern::Random;
+    use disksnap_test_support::tools;
+
+    use super::*;
+
+    /// Puts what is to be appended into a file; what is zero becomes a hole.
+    fn append(layout: &mut Layout, file: &File) {
+        let parts = layout.take();
+        let mut at = layout.end() - parts.iter().map(|part| part.len() as u64).sum::<u64>();
+        for part in parts {
+            if part
+                .chunks(ZEROES.len())
+                .any(|part| part != &ZEROES[..part.len()])
+            {
+                file.write_all_at(&part, at).unwrap();
+            }
+            at += part.len() as u64;
+        }
+        file.set_len(at).unwrap();
+    }
+
+    fn check(image: &Path) {
+        let mut qemu_img = Command::new(tools::program("qemu-img"));
+        let out = qemu_img
+            .args(["check", "-f", "qcow2"])
+            .arg(image)
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        assert!(out.stderr.is_empty(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+
+    /// Files of several GiB, which have more than one block of refcounts, without their data.
+    #[test]
+    fn refcounts_are_right_beyond_the_first_block_of_them() {
+        for (size, zstd) in [(3 << 30, false), (5 << 30, true)] {
+            let mut random = Random::new(size);
+            let image = tempfile::NamedTempFile::new().unwrap();
+            let mut layout = Layout::new(size, zstd);
+            for batch in 0..size / CLUSTER / 32 {
+                let mut stored = Stored::default();
+                for chunk in batch * 32..batch * 32 + 32 {
+                    if zstd && batch % 3 > 0 {
+                        stored.compressed.push((chunk, 1 + random.below(CLUSTER - 1)));
+                    } else {
+                        stored.plain.push(chunk);
+                    }
+                }
+                stored.plain_bytes = vec![0; stored.plain.len() * to_usize(CLUSTER)];
+                let compressed: u64 = stored.compressed.iter().map(|(_, length)| length).sum();
+                stored.compressed_bytes = vec![0; to_usize(compressed)];
+                layout.data(stored);
+                append(&mut layout, image.as_file());
+                if batch % 1000 == 17 {
+                    layout = Layout::resume(size, zstd, &layout.state()).unwrap();
+                }
+            }
+            let header = layout.finish(None);
+            append(&mut layout, image.as_file());
+            image.as_file().write_all_at(&header.encode(), 0).unwrap();
+            check(image.path());
+        }
+    }
+
+    #[test]
+    fn the_tables_of_a_disk_of_16_tib_fit() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let size = 16 << 40;
+        let mut layout = Layout::new(size, false);
+        for table in (0..l1_entries(size)).step_by(100) {
+            layout.zero(table * L2_ENTRIES + table % L2_ENTRIES, 1);
+            append(&mut layout, image.as_file());
+        }
+        let state = serde_json::to_string(&layout.state()).unwrap();
+        assert!(state.len() < 1 << 20, "{} bytes", state.len());
+        let header = layout.finish(None);
+        append(&mut layout, image.as_file());
+        image.as_file().write_all_at(&header.encode(), 0).unwrap();
+        check(image.path());
+    }
 }

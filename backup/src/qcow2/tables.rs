@@ -42,7 +42,16 @@ impl Tables {
             let what = format!("it is an image of {} bytes, and the disk had {size}", header.size);
             return Err(object.broken(0, what));
         }
-        Ok(Self { object, header, l1: (0, Bytes::new()), l2: None })
+        let refcounts_end = header.refcounts + u64::from(header.refcount_clusters) * CLUSTER;
+        if refcounts_end > object.length() {
+            return Err(object.broken(header.refcounts, "it ends before its refcount table does"));
+        }
+        Ok(Self {
+            object,
+            header,
+            l1: (0, Bytes::new()),
+            l2: None,
+        })
     }
 
     /// The image.
@@ -68,7 +77,10 @@ impl Tables {
         let table = match self.l1_entry(index).await? {
             None => None,
             Some(host) => {
-                let bytes = self.object.read(host, usize::try_from(CLUSTER).unwrap_or(0)).await?;
+                let bytes = self
+                    .object
+                    .read(host, usize::try_from(CLUSTER).unwrap_or(0))
+                    .await?;
                 Some(L2 { host, bytes })
             }
         };
@@ -95,7 +107,10 @@ impl Tables {
         }
         let at = self.header.l1 + index * 8;
         let host = plain_offset(raw).filter(|host| host + CLUSTER <= self.object.length());
-        host.map(Some).ok_or_else(|| self.object.broken(at, format!("entry {index} of its L1 table is {raw:#x}")))
+        host.map(Some).ok_or_else(|| {
+            self.object
+                .broken(at, format!("entry {index} of its L1 table is {raw:#x}"))
+        })
     }
 
     /// What the image has of a chunk, by that table.
@@ -107,7 +122,12 @@ impl Tables {
         let raw = number(&table.bytes, index);
         let entry = Entry::decode(raw).filter(|entry| self.is_in_file(*entry));
         let at = table.host + index * 8;
-        entry.ok_or_else(|| self.object.broken(at, format!("the entry of chunk {chunk} in an L2 table is {raw:#x}")))
+        entry.ok_or_else(|| {
+            self.object.broken(
+                at,
+                format!("the entry of chunk {chunk} in an L2 table is {raw:#x}"),
+            )
+        })
     }
 
     fn is_in_file(&self, entry: Entry) -> bool {
@@ -126,5 +146,9 @@ impl L2 {
 /// One big-endian number of a table.
 fn number(table: &[u8], index: u64) -> u64 {
     let at = usize::try_from(index).unwrap_or(usize::MAX);
-    table.as_chunks().0.get(at).map_or(0, |number| u64::from_be_bytes(*number))
+    table
+        .as_chunks()
+        .0
+        .get(at)
+        .map_or(0, |number| u64::from_be_bytes(*number))
 }
