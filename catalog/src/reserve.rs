@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, OFlags, fallocate};
 
 /// How much is kept back, in bytes: room for hundreds of acts.
 pub(crate) const SIZE: u64 = 1024 * 1024;
@@ -23,12 +23,15 @@ pub(crate) fn keep(path: &Path) {
 }
 
 fn allocate(path: &Path) -> io::Result<()> {
+    // What a link leads to would grow.
+    let no_follow = i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or_default();
     let mut options = OpenOptions::new();
     let file: File = options
         .write(true)
         .create(true)
         .truncate(false)
         .mode(0o600)
+        .custom_flags(no_follow)
         .open(path)?;
     Ok(fallocate(&file, FallocateFlags::empty(), 0, SIZE)?)
 }

@@ -34,7 +34,7 @@ impl StateDir {
     ///
     /// # Errors
     /// `Denied` when it is a symbolic link, belongs to another user, can be written by a group or by
-    /// others, or may not be made; `Invalid` when it is not a directory or the path is empty;
+    /// others, lies below a directory in which somebody else could put another one in its place, or may not be made; `Invalid` when it is not a directory or the path is empty;
     /// `NoSpace`, `Io` as the operating system says. Nothing that exists is changed.
     pub fn open(given: Option<&Path>) -> Result<Self> {
         let wanted = match given {
@@ -44,6 +44,12 @@ impl StateDir {
         let wanted = absolute(&wanted).map_err(|error| failed("find", &wanted, error))?;
         private_directory(&wanted)?;
         let path = std::fs::canonicalize(&wanted).map_err(|error| failed("find", &wanted, error))?;
+        for above in path.ancestors().skip(1) {
+            let found = above
+                .metadata()
+                .map_err(|error| failed("look at", above, error))?;
+            check_above(&path, above, &found)?;
+        }
         let dir = Self { path };
         for part in [dir.images(), dir.run(), dir.locks()] {
             private_directory(&part)?;
@@ -172,6 +178,25 @@ fn check(path: &Path, found: &Metadata) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a way to the directory that another user can bend: who may rename what is in a directory can put another one in
+/// its place between two looks. A group is trusted by whoever let it write there.
+fn check_above(path: &Path, above: &Path, found: &Metadata) -> Result<()> {
+    let ours = rustix::process::geteuid().as_raw();
+    // In a sticky directory each may rename only what is theirs.
+    let sticky = found.mode() & 0o1000 != 0;
+    let why = if found.uid() != 0 && found.uid() != ours {
+        format!("{} belongs to user {}", above.display(), found.uid())
+    } else if found.mode() & 0o002 != 0 && !sticky {
+        format!("everyone can write {}", above.display())
+    } else {
+        return Ok(());
+    };
+    let what = format!("the state directory cannot be used: {why}, who could put another one in its place");
+    Err(Error::new(ErrorKind::Denied, what)
+        .with("path", path.display())
+        .hint("Name a directory that lies in those of root and your own only."))
+}
+
 fn failed(verb: &str, path: &Path, error: io::Error) -> Error {
     let invalid = error.kind() == io::ErrorKind::InvalidInput;
     let error = if invalid {
@@ -281,6 +306,27 @@ mod tests {
         let error = StateDir::open(Some(&path)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Denied);
         assert!(error.message().contains("belongs to user"), "{error}");
+    }
+
+    #[test]
+    fn a_directory_that_others_can_swap_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let (open, wanted) = (temp.path().join("open"), temp.path().join("open/deep/state"));
+        std::fs::create_dir(&open).unwrap();
+        set_mode(&open, 0o777);
+        let error = StateDir::open(Some(&wanted)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Denied);
+        assert!(error.message().contains("everyone can write"), "{error}");
+        // As /tmp is.
+        set_mode(&open, 0o1777);
+        StateDir::open(Some(&wanted)).unwrap();
+        if rustix::process::geteuid().is_root() {
+            set_mode(&open, 0o755);
+            std::os::unix::fs::chown(&open, Some(65534), None).unwrap();
+            let error = StateDir::open(Some(&wanted)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Denied);
+            assert!(error.message().contains("belongs to user 65534"), "{error}");
+        }
     }
 
     #[test]
