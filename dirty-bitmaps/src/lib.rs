@@ -4,6 +4,8 @@
 //! they are in the images, and `qemu-img bitmap` works on them.
 
 mod chain;
+#[doc(hidden)]
+pub mod fuzzing;
 mod live;
 mod off;
 mod raw;

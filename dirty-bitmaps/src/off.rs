@@ -15,7 +15,7 @@ use crate::{GRANULARITY, OLD_QCOW2};
 /// What `qemu-img info --output=json` says of one image.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct Image {
+pub(crate) struct Image {
     filename: String,
     virtual_size: u64,
     #[serde(default)]
@@ -50,9 +50,9 @@ impl InImage {
 }
 
 /// A disk's images, the top one first, as far as they are qcow2.
-struct Layers {
+pub(crate) struct Layers {
     size: u64,
-    images: Vec<Image>,
+    pub(crate) images: Vec<Image>,
 }
 
 /// The image that can keep bitmaps, or why there is none.
@@ -93,7 +93,12 @@ async fn run(arguments: &[&str]) -> Result<String> {
 
 async fn layers_of(path: &str) -> Result<Layers> {
     let said = run(&["info", "--output=json", "--backing-chain", "-f", "qcow2", path]).await?;
-    let images: Vec<Image> = serde_json::from_str(&said).map_err(|e| {
+    read(&said)
+}
+
+/// What `qemu-img info --backing-chain` says of a disk.
+pub(crate) fn read(said: &str) -> Result<Layers> {
+    let images: Vec<Image> = serde_json::from_str(said).map_err(|e| {
         Error::new(
             ErrorKind::Protocol,
             "the answer of qemu-img info is not what it should be",
@@ -170,7 +175,7 @@ fn nothing(trackable: Trackable) -> Tracked {
     }
 }
 
-fn tell(layers: &Layers) -> Tracked {
+pub(crate) fn tell(layers: &Layers) -> Tracked {
     let mut bitmaps = Vec::new();
     for (layer, image) in layers.images.iter().enumerate() {
         for bitmap in &image.format_specific.data.bitmaps {

@@ -15,6 +15,8 @@ mod bitmap_qcow2;
 mod chain;
 mod compared;
 mod empty_qcow2;
+#[doc(hidden)]
+pub mod fuzzing;
 mod live;
 mod made;
 mod map;

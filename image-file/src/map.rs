@@ -82,10 +82,15 @@ pub(crate) struct Map {
     lines: BufReader<ChildStdout>,
     complaint: JoinHandle<String>,
     line: Vec<u8>,
-    /// Up to where the disk is told.
+    telling: Telling,
+    ended: bool,
+}
+
+/// How far the disk is told.
+#[derive(Debug)]
+pub(crate) struct Telling {
     at: u64,
     size: u64,
-    ended: bool,
 }
 
 impl Map {
@@ -109,8 +114,7 @@ impl Map {
             lines: BufReader::with_capacity(64 << 10, lines),
             complaint: tokio::spawn(read_some(complaint)),
             line: Vec::new(),
-            at: 0,
-            size,
+            telling: Telling::of(size),
             ended: false,
         })
     }
@@ -126,16 +130,34 @@ impl Map {
             if read.map_err(|e| Error::io("cannot read what qemu-img says", e))? == 0 {
                 self.ended = true;
                 self.end().await?;
-            } else if let Some(piece) = self.piece()? {
+            } else if let Some(piece) = self.telling.piece(&self.line)? {
                 return Ok(Some(piece));
             }
         }
         Ok(None)
     }
 
+    async fn end(&mut self) -> Result<()> {
+        let status = self.child.wait().await;
+        let status = status.map_err(|e| Error::io("cannot wait for qemu-img", e))?;
+        if !status.success() {
+            let said = (&mut self.complaint).await.unwrap_or_default();
+            let what = format!("qemu-img map failed ({status}): {}", said.trim());
+            return Err(Error::new(ErrorKind::Io, what));
+        }
+        self.telling.all_is_told()
+    }
+}
+
+impl Telling {
+    /// A disk of this size, of which nothing is told yet.
+    pub(crate) fn of(size: u64) -> Self {
+        Self { at: 0, size }
+    }
+
     /// It prints one object in each line of the array.
-    fn piece(&mut self) -> Result<Option<Piece>> {
-        let told = self.line.trim_ascii();
+    pub(crate) fn piece(&mut self, line: &[u8]) -> Result<Option<Piece>> {
+        let told = line.trim_ascii();
         let told = told.strip_prefix(b"[").unwrap_or(told);
         let told = told.strip_suffix(b"]").unwrap_or(told);
         let told = told.strip_suffix(b",").unwrap_or(told);
@@ -160,22 +182,17 @@ impl Map {
         Ok(Some(piece))
     }
 
-    async fn end(&mut self) -> Result<()> {
-        let status = self.child.wait().await;
-        let status = status.map_err(|e| Error::io("cannot wait for qemu-img", e))?;
-        if !status.success() {
-            let said = (&mut self.complaint).await.unwrap_or_default();
-            let what = format!("qemu-img map failed ({status}): {}", said.trim());
-            return Err(Error::new(ErrorKind::Io, what));
+    /// # Errors
+    /// `Protocol` where the end of the disk was not told.
+    pub(crate) fn all_is_told(&self) -> Result<()> {
+        if self.at == self.size {
+            return Ok(());
         }
-        if self.at != self.size {
-            let what = format!(
-                "qemu-img tells of {} bytes of a disk that has {}",
-                self.at, self.size
-            );
-            return Err(Error::new(ErrorKind::Protocol, what));
-        }
-        Ok(())
+        let what = format!(
+            "qemu-img tells of {} bytes of a disk that has {}",
+            self.at, self.size
+        );
+        Err(Error::new(ErrorKind::Protocol, what))
     }
 }
 

@@ -152,7 +152,7 @@ impl Extents {
             INLINE => {
                 let length = extent.ram_bytes().min(LARGEST_SECTOR);
                 let held = self.read(start, length)?;
-                (start + length, Held::Inline(held))
+                (start.saturating_add(length), Held::Inline(held))
             }
             kind => {
                 let held = match kind {
@@ -181,7 +181,7 @@ impl Extents {
 }
 
 /// The pieces from `start` to `end`, with what lies between them: a file has no items for its holes.
-fn joined(found: Vec<Piece>, start: u64, end: u64) -> Vec<Piece> {
+pub(crate) fn joined(found: Vec<Piece>, start: u64, end: u64) -> Vec<Piece> {
     let zeros = |start, end| Piece {
         start,
         end,

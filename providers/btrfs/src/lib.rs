@@ -10,6 +10,8 @@ mod compare;
 mod differences;
 mod extents;
 mod file_changes;
+#[doc(hidden)]
+pub mod fuzzing;
 mod place;
 mod revert;
 mod snapshot;

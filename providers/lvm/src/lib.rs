@@ -10,6 +10,8 @@ mod compare;
 mod device;
 mod filling;
 mod find;
+#[doc(hidden)]
+pub mod fuzzing;
 mod lvm2;
 mod mapper;
 mod marker;

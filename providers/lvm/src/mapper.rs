@@ -241,6 +241,11 @@ fn held_root(status: &str) -> std::result::Result<Option<u64>, String> {
     }
 }
 
+/// Reads a line as each of those that the device mapper prints; for fuzzing.
+pub(crate) fn parse_each(line: &str) {
+    let _ = (thin(line), pool(line), held_root(line));
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test says what failed by panicking")]

@@ -120,7 +120,7 @@ impl ThinDelta {
 }
 
 /// Whether the version, as it is printed, misses no changes; else why.
-fn must_be_sound(printed: &str) -> std::result::Result<(), String> {
+pub(crate) fn must_be_sound(printed: &str) -> std::result::Result<(), String> {
     let version = version(printed).ok_or_else(|| format!("it calls its version {:?}", printed.trim()))?;
     let [from, until] = MISSING_CHANGES;
     let shown = version.map(|part| part.to_string()).join(".");
@@ -156,7 +156,7 @@ enum Place {
 }
 
 /// Reads the document to its very end.
-fn parse(
+pub(crate) fn parse(
     input: impl BufRead,
     chunk: u64,
     ids: [u64; 2],
