@@ -9,10 +9,12 @@
 
 mod apt;
 mod bench;
+mod cargo_tools;
 mod demo;
 mod demo_methods;
 mod demo_move;
 mod demo_stage;
+mod fuzz;
 mod guest;
 mod initrd;
 mod kernel;
@@ -28,10 +30,11 @@ const HELP: &str = "\
 ./x demo methods     four disks on four layers, each by its own method, at one instant; needs root
 ./x demo move        a machine with 50 checkpoints goes to another host, and its next backup is an incremental one
 ./x test [ARGS]      every test; ARGS go to cargo nextest (or cargo test), and only those tests run
-./x lint             formatting, clippy, documentation, and cargo-deny where it is installed
+./x lint             formatting, clippy, documentation, and the dependencies (cargo-deny)
 ./x bench [NAME…]    the benchmarks, or some: snapshot, take, writes, read, memory,
                      changes, redefine
-./x fuzz [SECONDS]   every fuzz target for that long (default 30); needs a nightly and cargo-fuzz
+./x fuzz [TARGET…] [--seconds N] [--at-once N]
+                     the fuzz targets, or some, each for that long (default 600)
 ./x tools            only get the programs and the test guest that tests and demo use
 ./x tools --fresh    get them anew, in the versions the mirror has now
 ./x help             this text
@@ -81,8 +84,7 @@ fn run() -> Result<()> {
             tools::ensure()?;
             bench::run(rest)?;
         }
-        ("fuzz", []) => suite::fuzz("30")?,
-        ("fuzz", [seconds]) => suite::fuzz(seconds)?,
+        ("fuzz", rest) => fuzz::run(&fuzz::Plan::from_args(rest)?)?,
         _ => bail!("`{verb} {}` is not a command\n{HELP}", rest.join(" ")),
     }
     Ok(())

@@ -1,13 +1,13 @@
-//! `./x test`, `lint` and `fuzz`: which cargo commands make them up.
+//! `./x test` and `lint`: which cargo commands make them up.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use disksnap_test_support::require::SKIPPED_ENV;
 use disksnap_test_support::tools::workspace_root;
 
-use crate::tools;
+use crate::{cargo_tools, fuzz, tools};
 
 /// A provider as a vendor would write it, outside the workspace.
 const VENDOR: &str = "examples/vendor-provider/Cargo.toml";
@@ -56,33 +56,12 @@ pub(crate) fn test(args: &[String]) -> Result<()> {
         ]));
     }
     if exists("fuzz/Cargo.toml") {
-        step(build_fuzz());
+        step(fuzz::run(&fuzz::Plan::short()));
     }
     if let Ok(lines) = std::fs::read_to_string(&skipped) {
         println!("tests that this machine cannot run:\n{}", lines.trim_end());
     }
     conclude("tests", &failed)
-}
-
-/// The fuzz targets build; where there is no cargo-fuzz they are only checked.
-fn build_fuzz() -> Result<()> {
-    if has_fuzz() {
-        return cargo(&["+nightly", "fuzz", "build"]);
-    }
-    println!("cargo-fuzz with a nightly is not installed: the fuzz targets are only checked");
-    let args = [
-        "check",
-        "--manifest-path",
-        "fuzz/Cargo.toml",
-        "--target-dir",
-        "target/fuzz",
-    ];
-    // Nothing is linked here, so libfuzzer need not be built, which takes a C++ compiler.
-    run(cargo_command(&args).env("CUSTOM_LIBFUZZER_PATH", "/nowhere/libfuzzer.a"))
-}
-
-fn has_fuzz() -> bool {
-    has(&["+nightly", "fuzz", "--version"])
 }
 
 /// Formatting, clippy, documentation, and the dependencies where a program for that is installed.
@@ -108,39 +87,42 @@ pub(crate) fn lint() -> Result<()> {
         ];
         step(cargo(&[&["clippy"], &at[..], &target].concat()));
     }
-    for (tool, args) in [("deny", &["deny", "check"][..]), ("audit", &["audit"])] {
-        if has(&[tool, "--version"]) {
-            step(cargo(args));
-        } else {
-            println!("skipped: cargo-{tool} is not installed");
-        }
-    }
+    step(deny());
     conclude("lints", &failed)
 }
 
-/// Every fuzz target, one after the other, for so many seconds each.
-pub(crate) fn fuzz(seconds: &str) -> Result<()> {
-    seconds
-        .parse::<u32>()
-        .with_context(|| format!("`{seconds}` is not a number of seconds"))?;
-    ensure!(exists("fuzz/Cargo.toml"), "there are no fuzz targets yet");
-    if !has_fuzz() {
-        bail!(
-            "fuzzing needs a nightly compiler and cargo-fuzz:\n  rustup toolchain install nightly\n  \
-             cargo install cargo-fuzz"
+/// The dependencies' licences, sources and versions (`deny.toml`), and those of the fuzz targets.
+fn deny() -> Result<()> {
+    let program = cargo_tools::DENY.get()?;
+    for manifest in ["Cargo.toml", "fuzz/Cargo.toml"] {
+        let mut command = tool_command(&program);
+        command.args([
+            "--manifest-path",
+            manifest,
+            "--config",
+            "deny.toml",
+            "--all-features",
+            "check",
+        ]);
+        command.args(["--hide-inclusion-graph", "licenses", "bans", "sources"]);
+        run(&mut command)?;
+    }
+    advisories(&program)
+}
+
+/// The advisories of RustSec. Their database is a git repository and no package: it is never fetched here, only used.
+fn advisories(program: &Path) -> Result<()> {
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
+    let there = home.is_some_and(|home| home.join("advisory-dbs").is_dir());
+    if !there {
+        println!(
+            "NOT CHECKED: the advisories of RustSec (cargo deny, cargo audit): their database is not on this machine; \
+             `cargo deny fetch db` gets it where its repository can be reached"
         );
+        return Ok(());
     }
-    let list = cargo_command(&["+nightly", "fuzz", "list"])
-        .output()
-        .context("cannot start cargo")?;
-    for target in String::from_utf8_lossy(&list.stdout).lines() {
-        let time = format!("-max_total_time={seconds}");
-        // What is found goes to the first folder; the seeds stay as they are.
-        let (corpus, seeds) = (format!("fuzz/corpus/{target}"), format!("fuzz/seeds/{target}"));
-        std::fs::create_dir_all(workspace_root().join(&corpus))?;
-        cargo(&["+nightly", "fuzz", "run", target, &corpus, &seeds, "--", &time])?;
-    }
-    Ok(())
+    run(tool_command(program).args(["--offline", "check", "advisories"]))
 }
 
 fn conclude(what: &str, failed: &[String]) -> Result<()> {
@@ -154,18 +136,22 @@ fn exists(path: &str) -> bool {
 }
 
 fn cargo_command(args: &[&str]) -> Command {
-    // `+toolchain` is rustup's, and the cargo that runs us is a toolchain's own.
-    let plain = args.first().is_some_and(|x| x.starts_with('+'));
-    let own = std::env::var_os("CARGO").filter(|_| !plain);
-    let mut command = Command::new(own.unwrap_or_else(|| "cargo".into()));
-    command.args(args).current_dir(workspace_root());
+    let own = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = tool_command(Path::new(&own));
+    command.args(args);
+    command
+}
+
+/// A program that is to work on the workspace, as cargo does.
+pub(crate) fn tool_command(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(workspace_root());
     // It fails only where the checkout's path has a colon; whoever misses a program then says so.
     command.envs(tools::environment().unwrap_or_default());
     // What cargo told this program of its own package is not for others.
     for (key, _) in std::env::vars_os() {
         let name = key.to_string_lossy();
-        let ours = name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
-        if ours || (plain && name == "RUSTUP_TOOLCHAIN") {
+        if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
             command.env_remove(&key);
         }
     }
@@ -182,12 +168,13 @@ pub(crate) fn cargo(args: &[&str]) -> Result<()> {
     run(&mut cargo_command(args))
 }
 
-fn run(command: &mut Command) -> Result<()> {
+pub(crate) fn run(command: &mut Command) -> Result<()> {
     let args: Vec<_> = command
         .get_args()
         .map(|x| x.to_string_lossy().into_owned())
         .collect();
-    let shown = format!("cargo {}", args.join(" "));
+    let program = Path::new(command.get_program()).file_name().unwrap_or_default();
+    let shown = format!("{} {}", program.to_string_lossy(), args.join(" "));
     println!("$ {shown}");
     let status = command
         .status()
