@@ -33,7 +33,10 @@ pub(crate) async fn merge(context: &Context, merge: Merge) -> Outcome {
         });
     }
     if drop.is_empty() {
-        let error = Error::new(ErrorKind::Invalid, "there is nothing to merge: no point is before it");
+        let error = Error::new(
+            ErrorKind::Invalid,
+            "there is nothing to merge: no point is before it",
+        );
         return Err(error.during("backup merge").into());
     }
     if merge.dry_run {
@@ -80,7 +83,12 @@ impl Text for PlanView {
         }
         for image in &plan.images {
             let parent = image.parent.as_ref();
-            out.push_str(&format!("would write {} of {} anew, {}\n", image.disk, image.point, over(parent)));
+            out.push_str(&format!(
+                "would write {} of {} anew, {}\n",
+                image.disk,
+                image.point,
+                over(parent)
+            ));
         }
         let rows = [("needs meanwhile", size(plan.room)), ("frees", freed(plan.freed))];
         out + &fields("", rows)
@@ -98,7 +106,10 @@ impl Text for MergedView {
         for point in &merged.dropped {
             out.push_str(&format!("dropped {point}\n"));
         }
-        for MergedImage { point, disk, parent, .. } in &merged.images {
+        for MergedImage {
+            point, disk, parent, ..
+        } in &merged.images
+        {
             out.push_str(&format!("{disk} of {point} is {} now\n", over(parent.as_ref())));
         }
         out + &fields("", [("freed", freed(merged.freed))])
@@ -106,7 +117,10 @@ impl Text for MergedView {
 }
 
 fn over(parent: Option<&String>) -> String {
-    parent.map_or_else(|| "a full image".to_owned(), |point| format!("an increment over {point}"))
+    parent.map_or_else(
+        || "a full image".to_owned(),
+        |point| format!("an increment over {point}"),
+    )
 }
 
 fn freed(bytes: i64) -> String {
@@ -121,7 +135,11 @@ struct PrunedView(Pruned);
 impl Text for PrunedView {
     fn text(&self) -> String {
         let pruned = &self.0;
-        let (drops, frees) = if pruned.dry_run { ("would drop", "would free") } else { ("dropped", "freed") };
+        let (drops, frees) = if pruned.dry_run {
+            ("would drop", "would free")
+        } else {
+            ("dropped", "freed")
+        };
         let mut rows = Vec::new();
         for kept in &pruned.kept {
             let why: Vec<String> = kept.reasons.iter().map(ToString::to_string).collect();
@@ -131,7 +149,11 @@ impl Text for PrunedView {
             rows.push(vec![drops.to_owned(), point.clone()]);
         }
         for doubtful in &pruned.doubtful {
-            rows.push(vec!["left alone".to_owned(), doubtful.point.clone(), doubtful.what.clone()]);
+            rows.push(vec![
+                "left alone".to_owned(),
+                doubtful.point.clone(),
+                doubtful.what.clone(),
+            ]);
         }
         table(&rows) + &fields("", [(frees, freed(pruned.freed))])
     }

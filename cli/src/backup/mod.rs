@@ -5,8 +5,10 @@ mod create;
 mod list;
 mod merge;
 mod progress;
+mod restore;
 mod serve;
 mod show;
+mod verify;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -27,10 +29,9 @@ pub(crate) async fn run(context: &Context, command: BackupCommand) -> Outcome {
         BackupCommand::Show { repo, point } => show::run(context, &repo, &point.point).await,
         BackupCommand::Merge(merge) => merge::merge(context, merge).await,
         BackupCommand::Prune(prune) => merge::prune(context, prune).await,
+        BackupCommand::Restore(restore) => restore::run(context, restore).await,
         BackupCommand::Serve(serve) => serve::run(context, serve).await,
-        BackupCommand::Verify(_) => {
-            Err(Error::new(ErrorKind::Internal, "not built yet").into())
-        }
+        BackupCommand::Verify(verify) => verify::run(context, verify).await,
     }
 }
 

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use disksnap_test_support::{DiskSpec, GuestDisk, KIB, MIB, Qemu, QemuBuilder, pattern, pattern::Random, tools};
+use disksnap_test_support::{
+    DiskSpec, GuestDisk, KIB, MIB, Qemu, QemuBuilder, pattern, pattern::Random, tools,
+};
 use serde_json::Value;
 
 use crate::kills::{kill_after, wait_running};
@@ -34,7 +36,11 @@ impl Night {
 
     pub(crate) fn words<'a>(&'a self, words: &[&'a str]) -> Vec<&'a str> {
         let verb = words[0];
-        [&["backup", verb, "--repo", &self.repo, "-d", &self.xml], &words[1..]].concat()
+        [
+            &["backup", verb, "--repo", &self.repo, "-d", &self.xml],
+            &words[1..],
+        ]
+        .concat()
     }
 
     pub(crate) fn json(&self, words: &[&str]) -> Value {
@@ -75,7 +81,11 @@ impl Night {
         assert_eq!(known.len(), checkpoints, "{known:#?}");
         assert_eq!(self.site.images(), [] as [PathBuf; 0]);
         let list = self.json(&["list"]);
-        assert_eq!(list["domains"][0]["unfinished"], serde_json::json!([]), "{list:#}");
+        assert_eq!(
+            list["domains"][0]["unfinished"],
+            serde_json::json!([]),
+            "{list:#}"
+        );
     }
 
     /// Starts a backup that takes its time.
@@ -99,7 +109,10 @@ impl Night {
             files.any(|file| arg(&file).ends_with(".qcow2.part"))
         };
         while !under_way() {
-            assert!(since.elapsed() < Duration::from_mins(2), "no image is being written");
+            assert!(
+                since.elapsed() < Duration::from_mins(2),
+                "no image is being written"
+            );
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -112,7 +125,10 @@ pub(crate) fn level(point: &Value, n: usize) -> &str {
 /// Writes bytes that no compression and no other seed makes alike.
 fn put(disk: &GuestDisk, offset: u64, length: u64, seed: u64) {
     for at in (0..length).step_by(usize::try_from(MIB).unwrap()) {
-        disk.write(offset + at, &pattern::bytes(seed + at, usize::try_from(MIB).unwrap()));
+        disk.write(
+            offset + at,
+            &pattern::bytes(seed + at, usize::try_from(MIB).unwrap()),
+        );
     }
 }
 
@@ -146,7 +162,11 @@ fn every_point_of_a_chain_reads_as_the_disks_were() {
     for round in 0..4 {
         life(&night, &mut random);
         let disks = [night.now("vda"), night.now("vdb")];
-        let more: &[&str] = if round == 2 { &["create", "--compress=zstd:1"] } else { &["create"] };
+        let more: &[&str] = if round == 2 {
+            &["create", "--compress=zstd:1"]
+        } else {
+            &["create"]
+        };
         let point = night.json(more);
         let wanted = if round == 0 { "full" } else { "incremental" };
         assert_eq!([level(&point, 0), level(&point, 1)], [wanted; 2], "{point:#}");
@@ -157,7 +177,11 @@ fn every_point_of_a_chain_reads_as_the_disks_were() {
     life(&night, &mut random);
     for (point, disks) in &then {
         for (target, was) in ["vda", "vdb"].iter().zip(disks) {
-            assert!(night.read(point, target) == *was, "{target} at {}", point["point"]);
+            assert!(
+                night.read(point, target) == *was,
+                "{target} at {}",
+                point["point"]
+            );
         }
         // The digest of the content, as anybody can compute it.
         let digests: Vec<u8> = disks[0]
@@ -170,9 +194,16 @@ fn every_point_of_a_chain_reads_as_the_disks_were() {
     let list = night.site.ok(&["backup", "list", "--repo", &night.repo]);
     assert_eq!(list.matches("incremental").count(), 3, "{list}");
     let shown = night.json(&["show"]);
-    assert_eq!(shown["chains"][0]["whole"].as_array().unwrap().len(), 4, "{shown:#}");
+    assert_eq!(
+        shown["chains"][0]["whole"].as_array().unwrap().len(),
+        4,
+        "{shown:#}"
+    );
     // A guest can be started from any of them as it is.
-    let info = program("qemu-img", &["info", "--backing-chain", &arg(&night.image(&then[3].0, "vda"))]);
+    let info = program(
+        "qemu-img",
+        &["info", "--backing-chain", &arg(&night.image(&then[3].0, "vda"))],
+    );
     assert_eq!(info.matches("virtual size: 16 MiB").count(), 4, "{info}");
 }
 
@@ -181,19 +212,38 @@ fn only_the_disks_that_need_it_are_backed_up_as_a_whole() {
     let night = Night::new(machine());
     let first = night.json(&["create"]);
     assert!(
-        first["disks"][0]["whyFull"].as_str().unwrap().contains("first backup"),
+        first["disks"][0]["whyFull"]
+            .as_str()
+            .unwrap()
+            .contains("first backup"),
         "{first:#}"
     );
     // The bitmap of a raw disk is in QEMU's memory alone.
     night.machine.quit();
     night.machine.restart();
     night.machine.disk("vda").fill(MIB, 64 * KIB, 3);
-    let refused = night.site.run(&night.words(&["create", "--level", "incremental"]));
+    let refused = night
+        .site
+        .run(&night.words(&["create", "--level", "incremental"]));
     assert_eq!(refused.code, Some(5), "{}", refused.stderr);
-    assert!(refused.stderr.contains("no increment of the disk is possible"), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("no increment of the disk is possible"),
+        "{}",
+        refused.stderr
+    );
     let second = night.json(&["create"]);
-    assert_eq!([level(&second, 0), level(&second, 1)], ["incremental", "full"], "{second:#}");
-    assert!(second["disks"][1]["whyFull"].as_str().unwrap().contains("not known"), "{second:#}");
+    assert_eq!(
+        [level(&second, 0), level(&second, 1)],
+        ["incremental", "full"],
+        "{second:#}"
+    );
+    assert!(
+        second["disks"][1]["whyFull"]
+            .as_str()
+            .unwrap()
+            .contains("not known"),
+        "{second:#}"
+    );
     assert_eq!(second["disks"][0]["data"], 64 * KIB);
     night.assert_tidy(1);
     // One disk of two: the other goes on from where it was.
@@ -202,7 +252,11 @@ fn only_the_disks_that_need_it_are_backed_up_as_a_whole() {
     night.json(&["create", "--disk", "vda"]);
     night.assert_tidy(2);
     let fourth = night.json(&["create"]);
-    assert_eq!([level(&fourth, 0), level(&fourth, 1)], ["incremental"; 2], "{fourth:#}");
+    assert_eq!(
+        [level(&fourth, 0), level(&fourth, 1)],
+        ["incremental"; 2],
+        "{fourth:#}"
+    );
     assert_eq!(fourth["disks"][1]["parent"], second["point"]);
     assert_eq!(fourth["disks"][0]["data"], 0);
     assert_eq!(fourth["disks"][1]["data"], 64 * KIB);
@@ -232,7 +286,10 @@ fn a_killed_run_is_gone_on_with() {
     let point = night.json(&["create"]);
     assert_eq!(point["resumed"], true, "{point:#}");
     assert_eq!(point["point"], unfinished);
-    assert!(night.read(&point, "vda") == then, "the instant is that of the killed run");
+    assert!(
+        night.read(&point, "vda") == then,
+        "the instant is that of the killed run"
+    );
     night.assert_tidy(1);
     let next = night.json(&["create"]);
     assert_eq!(level(&next, 0), "incremental");
@@ -250,7 +307,11 @@ fn a_run_that_is_told_to_stop_says_how_to_go_on_and_can_be_given_up() {
     rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
     let stopped = ended(child.wait_with_output().unwrap());
     assert_eq!(stopped.code, Some(130), "{}", stopped.stderr);
-    assert!(stopped.stderr.contains("disksnap backup abandon"), "{}", stopped.stderr);
+    assert!(
+        stopped.stderr.contains("disksnap backup abandon"),
+        "{}",
+        stopped.stderr
+    );
     let given_up = night.json(&["abandon"]);
     assert_eq!(given_up["givenUp"].as_array().unwrap().len(), 1, "{given_up:#}");
     night.assert_tidy(0);
@@ -321,7 +382,10 @@ fn a_disk_that_has_grown_is_an_increment_with_all_that_is_new() {
     night.json(&["create"]);
     let node = night.machine.top_node("vda");
     let size = 20 * MIB + 32 * KIB;
-    night.machine.qmp("block_resize", serde_json::json!({"node-name": node, "size": size}));
+    night.machine.qmp(
+        "block_resize",
+        serde_json::json!({"node-name": node, "size": size}),
+    );
     night.machine.disk("vda").fill(18 * MIB, 4 * KIB, 9);
     let point = night.json(&["create"]);
     assert_eq!(level(&point, 0), "incremental", "{point:#}");
@@ -356,8 +420,15 @@ fn with_the_domain_off_a_qcow2_is_backed_up_in_increments() {
     assert_eq!(level(&point, 0), "incremental", "{point:#}");
     assert!(night.read(&point, "vda") == then);
     night.assert_tidy(1);
-    assert_eq!(std::fs::read_to_string(&night.xml).unwrap(), before, "the domain has its disk back");
-    assert_eq!(pattern::digest(&night.read(&point, "vda")), pattern::digest(&then));
+    assert_eq!(
+        std::fs::read_to_string(&night.xml).unwrap(),
+        before,
+        "the domain has its disk back"
+    );
+    assert_eq!(
+        pattern::digest(&night.read(&point, "vda")),
+        pattern::digest(&then)
+    );
 }
 
 #[test]
@@ -366,17 +437,35 @@ fn what_cannot_be_is_said_and_changes_nothing() {
     let missing = night.site.fails(3, &["backup", "list", "--repo", &night.repo]);
     assert!(missing.contains("SITE/repo"), "{missing}");
     night.json(&["create"]);
-    let unknown = night
-        .site
-        .fails(3, &["backup", "show", "--repo", &night.repo, "-d", &night.xml, "2001-01-01"]);
+    let unknown = night.site.fails(
+        3,
+        &[
+            "backup",
+            "show",
+            "--repo",
+            &night.repo,
+            "-d",
+            &night.xml,
+            "2001-01-01",
+        ],
+    );
     assert!(unknown.contains("2001-01-01"), "{unknown}");
-    night.site.fails(3, &["backup", "show", "--repo", &night.repo, "-d", "other"]);
+    night
+        .site
+        .fails(3, &["backup", "show", "--repo", &night.repo, "-d", "other"]);
     night.site.fails(3, &night.words(&["create", "--disk", "vdx"]));
     night.assert_tidy(1);
     let foreign = night.site.path("full-of-other-things");
     std::fs::create_dir(&foreign).unwrap();
     std::fs::write(foreign.join("letter"), "dear").unwrap();
-    let words = ["backup", "create", "--repo", foreign.to_str().unwrap(), "-d", &night.xml];
+    let words = [
+        "backup",
+        "create",
+        "--repo",
+        foreign.to_str().unwrap(),
+        "-d",
+        &night.xml,
+    ];
     night.site.fails(4, &words);
     assert_eq!(crate::site::list(&foreign), [foreign.join("letter")]);
 }
@@ -392,14 +481,25 @@ fn a_hypervisor_that_dies_mid_way_leaves_what_was_there_and_the_next_backup_is_w
     night.wait_for_image();
     night.machine.kill9();
     let died = ended(child.wait_with_output().unwrap());
-    assert!(matches!(died.code, Some(8 | 11 | 1)), "{:?}: {}", died.code, died.stderr);
+    assert!(
+        matches!(died.code, Some(8 | 11 | 1)),
+        "{:?}: {}",
+        died.code,
+        died.stderr
+    );
     assert!(died.stderr.contains("next:"), "{}", died.stderr);
     assert!(night.read(&first, "vda") == then);
     night.machine.restart();
     // A hypervisor that is killed leaves its bitmaps inconsistent.
     let next = night.json(&["create"]);
     assert_eq!(level(&next, 0), "full", "{next:#}");
-    assert!(next["disks"][0]["whyFull"].as_str().unwrap().contains("not known"), "{next:#}");
+    assert!(
+        next["disks"][0]["whyFull"]
+            .as_str()
+            .unwrap()
+            .contains("not known"),
+        "{next:#}"
+    );
     assert!(night.read(&next, "vda") == night.now("vda"));
     assert!(night.read(&first, "vda") == then);
     night.assert_tidy(1);
