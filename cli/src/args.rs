@@ -8,6 +8,7 @@ use disksnap::{CheckpointName, ClientName, DiskChoice, Listen, MergeInto, NewChe
 
 use crate::backup::args::BackupCommand;
 use crate::checkpoint_args::CheckpointCommand;
+use crate::fill::FillCommand;
 use crate::values::{
     parse_checkpoint, parse_disk, parse_name, parse_new_checkpoint, parse_option, parse_seconds, parse_size,
 };
@@ -132,6 +133,9 @@ pub(crate) enum Command {
     /// Back up domains: full and incremental, verified, restored, merged and pruned
     #[command(subcommand)]
     Backup(BackupCommand),
+    /// Restore into a paused domain: serve its disks writable over NBD, and give them back to its guest
+    #[command(subcommand)]
+    Fill(FillCommand),
     /// Finish or undo what a killed run left behind; safe at any time
     Recover,
     /// Try a method's provider against the conformance suite

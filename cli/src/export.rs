@@ -92,7 +92,7 @@ fn disks(
         .collect()
 }
 
-fn tls(place: &Place) -> Result<Option<Tls>> {
+pub(crate) fn tls(place: &Place) -> Result<Option<Tls>> {
     let Some(directory) = &place.tls_credentials else {
         return Ok(None);
     };

@@ -100,6 +100,17 @@ impl ServerView {
         }
     }
 
+    /// Where it listens, and how.
+    pub(crate) fn place(&self) -> String {
+        fields(
+            "",
+            [
+                ("listens on", self.listen.clone()),
+                ("TLS", self.tls_text()),
+            ],
+        )
+    }
+
     fn tls_text(&self) -> String {
         match &self.tls {
             None => "none".to_owned(),

@@ -19,6 +19,7 @@ mod domain;
 mod export;
 mod export_view;
 mod failure;
+mod fill;
 mod inside_view;
 mod job;
 mod methods;
@@ -86,6 +87,7 @@ async fn run(context: &Context, command: Command) -> Outcome {
         Command::Attach(attach) => attach::attach(context, attach).await,
         Command::Detach(detach) => attach::detach(context, detach).await,
         Command::Backup(command) => backup::run(context, command).await,
+        Command::Fill(command) => fill::run(context, command).await,
         Command::Recover => recover::run(context).await,
         Command::Conform(conform) => conform::run(context, conform).await,
         Command::Completions { shell } => pages::completions(shell),

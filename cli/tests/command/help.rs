@@ -23,6 +23,7 @@ fn the_help_texts() {
         ("help_checkpoint_redefine", &["checkpoint", "redefine"]),
         ("help_export_start", &["export", "start"]),
         ("help_read", &["read"]),
+        ("help_fill_start", &["fill", "start"]),
     ] {
         insta::assert_snapshot!(name, help(arguments));
     }
@@ -55,6 +56,9 @@ fn every_subcommand_of_the_synopsis_is_there() {
         &["export", "server", "start"],
         &["export", "server", "stop"],
         &["read"],
+        &["fill", "start"],
+        &["fill", "list"],
+        &["fill", "end"],
         &["recover"],
         &["conform"],
         &["completions"],

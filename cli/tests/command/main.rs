@@ -13,6 +13,7 @@ mod daemons;
 mod disk_life;
 mod every_method;
 mod exports;
+mod filling;
 mod help;
 mod image_exports;
 mod kept;
