@@ -7,7 +7,7 @@
 //! A program that embeds disksnap calls [`run_if_asked`] first thing in `main`; then the program itself is also the
 //! guardian's program.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -40,7 +40,7 @@ const RETRY: Duration = Duration::from_millis(20);
 const ATTEMPT: Duration = Duration::from_secs(2);
 
 /// The longest answer that is read, in bytes.
-const LONGEST: u64 = 1 << 20;
+const LONGEST: usize = 1 << 20;
 
 /// Becomes the guardian if this process was started as one, and then does not return; otherwise returns at once.
 ///
@@ -330,13 +330,13 @@ fn resume(path: &Path, until: Instant) -> Result<(), Failed> {
 /// The port is one stream: a hung agent that freezes late finds the thaw behind the freeze, though nobody waits for the
 /// answer any more. And one that is started anew has lost what it was asked, which is why it is asked again.
 fn thaw(path: &Path, until: Instant) -> Result<(), Failed> {
-    let mut agent = Wire::connect(path)?;
-    agent.patience(until)?;
+    let mut agent = Wire::connect(path, until)?;
     let id = std::process::id();
     let sync = json!({"execute": "guest-sync-delimited", "arguments": {"id": id}});
     let thaw = json!({"execute": "guest-fsfreeze-thaw"});
     agent.write(format!("{sync}\n{thaw}\n").as_bytes(), true)?;
     while agent.delimited()?["return"] != id {}
+    agent.wait_anew();
     agent.message()?;
     loop {
         let status = agent.ask("guest-fsfreeze-status")?;
@@ -351,10 +351,17 @@ fn thaw(path: &Path, until: Instant) -> Result<(), Failed> {
 
 /// A blocking connection that speaks lines of JSON.
 #[derive(Debug)]
-struct Wire(BufReader<UnixStream>);
+struct Wire {
+    reader: BufReader<UnixStream>,
+    /// When all has to be done.
+    until: Instant,
+    /// When the answer to the last question has to be there, however much else is said meanwhile: whoever drips or floods does not
+    /// buy time.
+    answered: Instant,
+}
 
 impl Wire {
-    fn connect(path: &Path) -> Result<Self, Failed> {
+    fn connect(path: &Path, until: Instant) -> Result<Self, Failed> {
         let address = SocketAddrUnix::new(path).map_err(io::Error::from)?;
         // A blocking connect would wait in the queue behind other clients for ever.
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -367,36 +374,46 @@ impl Wire {
         }
         let stream = UnixStream::from(socket);
         stream.set_nonblocking(false)?;
-        Ok(Self(BufReader::new(stream)))
+        let mut wire = Self {
+            reader: BufReader::new(stream),
+            until,
+            answered: until,
+        };
+        wire.wait_anew();
+        Ok(wire)
     }
 
     /// A monitor that is ready for commands.
     fn greeted(path: &Path, until: Instant) -> Result<Self, Failed> {
-        let mut monitor = Self::connect(path)?;
-        monitor.patience(until)?;
+        let mut monitor = Self::connect(path, until)?;
         while monitor.message()?.get("QMP").is_none() {}
         monitor.ask_by_id(&Command::bare("qmp_capabilities"))?;
         Ok(monitor)
     }
 
-    /// Waits for each answer for one attempt's time, and not beyond `until`.
-    fn patience(&self, until: Instant) -> io::Result<()> {
-        self.until(until.min(Instant::now() + ATTEMPT))
+    /// Waits for the next answer for one attempt's time, and not beyond the end.
+    fn wait_anew(&mut self) {
+        self.answered = self.until.min(Instant::now() + ATTEMPT);
     }
 
-    fn until(&self, until: Instant) -> io::Result<()> {
-        let left = until.saturating_duration_since(Instant::now());
-        // Zero would mean for ever.
-        let left = left.max(Duration::from_millis(1));
-        self.0.get_ref().set_read_timeout(Some(left))?;
-        self.0.get_ref().set_write_timeout(Some(left))
+    /// What is left of the time for an answer.
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.answered.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(left)
     }
 
     fn write(&mut self, bytes: &[u8], delimit: bool) -> io::Result<()> {
+        self.wait_anew();
+        let left = self.left()?;
+        let stream = self.reader.get_mut();
+        stream.set_write_timeout(Some(left))?;
         if delimit {
-            self.0.get_mut().write_all(&[0xff])?;
+            stream.write_all(&[0xff])?;
         }
-        self.0.get_mut().write_all(bytes)
+        stream.write_all(bytes)
     }
 
     fn ask(&mut self, command: &str) -> io::Result<Value> {
@@ -428,11 +445,20 @@ impl Wire {
 
     fn line(&mut self) -> io::Result<Vec<u8>> {
         let mut line = Vec::new();
-        self.0.by_ref().take(LONGEST).read_until(b'\n', &mut line)?;
-        if line.pop() == Some(b'\n') {
-            Ok(line)
-        } else {
-            Err(io::ErrorKind::UnexpectedEof.into())
+        loop {
+            let left = self.left()?;
+            self.reader.get_ref().set_read_timeout(Some(left))?;
+            let chunk = self.reader.fill_buf()?;
+            let end = chunk.iter().position(|byte| *byte == b'\n');
+            let taken = end.unwrap_or(chunk.len());
+            if chunk.is_empty() || line.len() + taken > LONGEST {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            line.extend_from_slice(&chunk[..taken]);
+            self.reader.consume(taken + usize::from(end.is_some()));
+            if end.is_some() {
+                return Ok(line);
+            }
         }
     }
 
@@ -488,5 +514,29 @@ mod tests {
         });
         resume(&path, Instant::now() + Duration::from_mins(1)).unwrap();
         assert_eq!(qemu.join().unwrap(), ["qmp_capabilities", "query-status", "cont"]);
+    }
+
+    /// A guest's agent that says something all the time, and never an answer: the monitor's turn comes all the same.
+    #[test]
+    fn who_drips_or_floods_buys_no_time() {
+        let (drip, flood) = (&b"{"[..], b"{\"event\": 1}\n\xff{}\n".repeat(1000));
+        for (say, pause) in [(drip, Duration::from_millis(10)), (&*flood, Duration::ZERO)] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("agent");
+            let (listener, say) = (UnixListener::bind(&path).unwrap(), say.to_vec());
+            let peer = std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                while stream.write_all(&say).is_ok() {
+                    std::thread::sleep(pause);
+                }
+            });
+            let (done, told) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                let outcome = thaw(&path, Instant::now() + Duration::from_millis(300));
+                done.send(matches!(outcome, Err(Failed::Try(_))))
+            });
+            assert!(told.recv_timeout(Duration::from_mins(2)).expect("it never ends"));
+            peer.join().unwrap();
+        }
     }
 }
