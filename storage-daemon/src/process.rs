@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use disksnap_core::{Command, DomainId, Error, ErrorKind, Result};
 use disksnap_hypervisor::{Session, Timeouts};
+use rustix::fs::Mode;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::time::Instant;
 
@@ -54,7 +55,11 @@ pub(crate) async fn launch(files: &Files, domain: &DomainId, program: &Path) -> 
         .stdin(Stdio::from(lock.try_clone().map_err(failed)?))
         .stdout(Stdio::from(log.try_clone().map_err(failed)?))
         .stderr(Stdio::from(log));
-    let child = match command.spawn() {
+    // Its sockets are for us alone, and it makes them as its umask says. Whatever else this process makes meanwhile is private too.
+    let before = rustix::process::umask(Mode::RWXG | Mode::RWXO);
+    let spawned = command.spawn();
+    rustix::process::umask(before);
+    let child = match spawned {
         Ok(child) => child,
         Err(error) => {
             drop((command, lock));
