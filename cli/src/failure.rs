@@ -8,6 +8,7 @@ use disksnap::{Effect, Error, ErrorKind};
 use serde_json::{Map, Value, json};
 
 use crate::args::Form;
+use crate::output::plain;
 
 /// The end of a command that did not end well.
 #[derive(Debug)]
@@ -104,7 +105,7 @@ fn tell(error: &Error, form: Form) -> u8 {
 /// The error, its causes, what it left behind and the next step, each on a line of its own.
 fn text(error: &Error) -> String {
     let red = Style::new().bold().fg_color(Some(AnsiColor::Red.into()));
-    let mut lines = vec![format!("{red}error:{red:#} {error}")];
+    let mut lines = vec![error.to_string()];
     lines.extend(causes(error).into_iter().map(|cause| format!("  cause: {cause}")));
     for failure in error.rollback_failures() {
         lines.push(format!("  undoing failed: {failure}"));
@@ -116,7 +117,7 @@ fn text(error: &Error) -> String {
     }
     lines.push(format!("  effect: {}", effect(error.effect())));
     lines.push(format!("  next: {}", next_step(error)));
-    lines.join("\n") + "\n"
+    format!("{red}error:{red:#} {}\n", plain(&lines.join("\n")))
 }
 
 fn effect(effect: Effect) -> &'static str {

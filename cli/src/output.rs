@@ -1,5 +1,6 @@
 //! Printing: one form of three, on standard output; warnings on standard error.
 
+use std::borrow::Cow;
 use std::io::Write;
 
 use anstyle::{AnsiColor, Style};
@@ -30,7 +31,7 @@ impl Output {
         xml: impl FnOnce() -> disksnap::Result<String>,
     ) -> Outcome {
         let text = match self.form {
-            Form::Text => view.text(),
+            Form::Text => plain(&view.text()).into_owned(),
             Form::Xml => xml()?,
             Form::Json => {
                 let json = serde_json::to_string_pretty(view);
@@ -45,7 +46,11 @@ impl Output {
         if !self.quiet && self.form == Form::Text {
             let yellow = Style::new().bold().fg_color(Some(AnsiColor::Yellow.into()));
             // Where standard error is gone there is nobody to be told.
-            let _ = writeln!(anstream::stderr(), "{yellow}warning:{yellow:#} {warning}");
+            let _ = writeln!(
+                anstream::stderr(),
+                "{yellow}warning:{yellow:#} {}",
+                plain(warning)
+            );
         }
     }
 }
@@ -59,6 +64,26 @@ pub(crate) fn print(bytes: &[u8]) -> Outcome {
 
 fn defect(what: &str, error: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::new(disksnap::ErrorKind::Internal, what).because(error)
+}
+
+/// The text without what a terminal would obey: guests, hypervisors and NBD peers word parts of it. Lines stay lines.
+pub(crate) fn plain(text: &str) -> Cow<'_, str> {
+    // The marks that turn the direction of writing show one name as another.
+    let bidi =
+        |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let obeyed = |c: char| c != '\n' && (c.is_control() || bidi(c));
+    if !text.contains(obeyed) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if obeyed(c) {
+            shown.extend(c.escape_unicode());
+        } else {
+            shown.push(c);
+        }
+    }
+    Cow::Owned(shown)
 }
 
 /// Rows in columns, two spaces apart; the last column is not padded.
@@ -121,6 +146,15 @@ mod tests {
         let row = |cells: &[&str]| cells.iter().map(|c| (*c).to_owned()).collect();
         let rows = [row(&["NAME", "SIZE"]), row(&["nächtlich", "1"]), row(&["b", ""])];
         assert_eq!(table(&rows), "NAME       SIZE\nnächtlich  1\nb\n");
+    }
+
+    #[test]
+    fn what_a_terminal_would_obey_is_shown_instead() {
+        assert_eq!(plain("two\nlines, é😀"), "two\nlines, é😀");
+        assert_eq!(
+            plain("\u{1b}[2J\r\u{9b}1m\u{202e}txt.exe\u{7f}"),
+            r"\u{1b}[2J\u{d}\u{9b}1m\u{202e}txt.exe\u{7f}"
+        );
     }
 
     #[test]
