@@ -161,21 +161,104 @@ fn the_server_by_itself_stays_until_it_is_stopped() {
     assert!(std::net::TcpStream::connect(&listen).is_err());
 }
 
-/// A CA, a server's certificate for 127.0.0.1 and a client's, as QEMU wants them in one directory.
+/// A CA, a server's certificate for 127.0.0.1 and a client's, as QEMU wants them in one directory. Another client's are in `other`
+/// in there. Their names are `O=Example,CN=server`, `client` and `other`.
 pub(crate) fn credentials(dir: &Path) {
-    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-    std::fs::create_dir(dir).unwrap();
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+    std::fs::create_dir_all(dir.join("other")).unwrap();
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-    std::fs::write(dir.join("ca-cert.pem"), ca.pem()).unwrap();
-    for who in ["server", "client"] {
+    let other = dir.join("other");
+    for (who, dir, side) in [
+        ("server", dir, "server"),
+        ("client", dir, "client"),
+        ("other", &other, "client"),
+    ] {
         let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params
+            .distinguished_name
+            .push(DnType::OrganizationName, "Example");
+        params.distinguished_name.push(DnType::CommonName, who);
         let cert = params.signed_by(&key, &ca).unwrap();
-        std::fs::write(dir.join(format!("{who}-cert.pem")), cert.pem()).unwrap();
-        std::fs::write(dir.join(format!("{who}-key.pem")), key.serialize_pem()).unwrap();
+        std::fs::write(dir.join("ca-cert.pem"), ca.pem()).unwrap();
+        std::fs::write(dir.join(format!("{side}-cert.pem")), cert.pem()).unwrap();
+        std::fs::write(dir.join(format!("{side}-key.pem")), key.serialize_pem()).unwrap();
     }
+}
+
+/// Whether a client with the certificates in this directory is let in.
+pub(crate) fn is_let_in(uri: &str, directory: &Path) -> bool {
+    let uri = format!("{uri}?tls-certificates={}", directory.display());
+    let asked = Command::new(tools::program("nbdinfo"))
+        .args(["--size", &uri])
+        .output();
+    asked.unwrap().status.success()
+}
+
+#[test]
+fn of_the_verified_clients_only_those_on_the_list_are_let_in() {
+    need!("fuse");
+    let (site, _daemon, xml) = with_snapshot();
+    let dir = site.path("pki");
+    credentials(&dir);
+    let (pki, listen) = (dir.to_str().unwrap(), format!("127.0.0.1:{}", port()));
+    let start = [
+        "export", "start", "-d", &xml, "nightly", "--disk", "vda", "--listen", &listen,
+    ];
+    let start = [&start[..], &["--tls-credentials", pki]].concat();
+    let text = site.fails(2, &[&start[..], &["--allow-client", "client"]].concat());
+    assert!(text.contains("no parts such as CN=backup"), "{text}");
+    let text = site.fails(
+        2,
+        &[&start[..], &["--allow-client", "CN=x", "--no-verify-client"]].concat(),
+    );
+    assert!(text.contains("cannot be used with"), "{text}");
+    let only = [&start[..], &["--allow-client", "O=Example,CN=client"]].concat();
+    let served = site.json(&only);
+    assert_eq!(
+        served["server"]["tls"]["allowedClients"],
+        json!(["O=Example,CN=client"])
+    );
+    let uri = served["exports"][0]["uri"].as_str().unwrap();
+    assert!(is_let_in(uri, &dir));
+    assert!(!is_let_in(uri, &dir.join("other")));
+    let text = site.ok(&["export", "list", "-d", &xml]);
+    assert!(text.contains("only for O=Example,CN=client"), "{text}");
+    // With another list it would be another server.
+    let text = site.fails(
+        6,
+        &[
+            "export",
+            "start",
+            "-d",
+            &xml,
+            "nightly",
+            "--disk",
+            "vdb",
+            "--listen",
+            &listen,
+            "--tls-credentials",
+            pki,
+            "--allow-client",
+            "O=Example,CN=other",
+        ],
+    );
+    assert!(text.contains("one NBD server"), "{text}");
+    // What is listed can be asked for again, as a document.
+    let document = site.path("export.xml");
+    std::fs::write(
+        &document,
+        site.ok(&["export", "list", "-d", &xml, "--output", "xml"]),
+    )
+    .unwrap();
+    site.ok(&["export", "stop", "-d", &xml, "--all"]);
+    site.ok(&["export", "start", "-d", &xml, "--xml", document.to_str().unwrap()]);
+    assert!(is_let_in(uri, &dir));
+    assert!(!is_let_in(uri, &dir.join("other")));
+    site.ok(&["export", "stop", "-d", &xml, "--all"]);
 }
 
 #[test]

@@ -254,6 +254,50 @@ fn tls_is_spoken_and_the_reader_speaks_it_too() {
 }
 
 #[test]
+fn the_image_server_keeps_a_list_of_clients_too() {
+    need!("btrfs");
+    let off = Off::new();
+    let (site, xml) = (&off.site, off.xml.as_str());
+    let directory = site.path("pki");
+    crate::exports::credentials(&directory);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let place = listener.local_addr().unwrap().to_string();
+    drop(listener);
+    let pki = arg(&directory);
+    let start = [
+        "-d",
+        xml,
+        "export",
+        "start",
+        "nightly",
+        "--listen",
+        &place,
+        "--tls-credentials",
+        &pki,
+    ];
+    let served = site.json(&[&start[..], &["--allow-client", "O=Example,CN=other"]].concat());
+    let uri = uri(&served, 0);
+    assert!(crate::exports::is_let_in(&uri, &directory.join("other")));
+    assert!(!crate::exports::is_let_in(&uri, &directory));
+    // The list holds for the reader, which shows the certificate beside the server's.
+    let text = site.fails(
+        7,
+        &[
+            "-d",
+            xml,
+            "read",
+            "nightly",
+            "vda",
+            "--to",
+            &arg(&site.path("read.raw")),
+        ],
+    );
+    assert!(text.contains("TLS"), "{text}");
+    site.ok(&["-d", xml, "export", "stop", "--all"]);
+    off.nothing_left("after the list");
+}
+
+#[test]
 fn a_daemon_that_died_is_told_and_started_anew() {
     need!("btrfs");
     let off = Off::new();

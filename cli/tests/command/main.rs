@@ -15,6 +15,7 @@ mod every_method;
 mod exports;
 mod filling;
 mod help;
+mod hostile;
 mod image_exports;
 mod kept;
 mod kills;
