@@ -11,6 +11,7 @@ mod apt;
 mod bench;
 mod cargo_tools;
 mod demo;
+mod demo_backup;
 mod demo_methods;
 mod demo_move;
 mod demo_stage;
@@ -28,11 +29,12 @@ use anyhow::{Result, bail};
 const HELP: &str = "\
 ./x demo             a snapshot of a running machine's disks, step by step, on a real QEMU
 ./x demo methods     four disks on four layers, each by its own method, at one instant; needs root
+./x demo backup      four nights' backups of a machine that writes, one killed; verified, restored, pruned, started from
 ./x demo move        a machine with 50 checkpoints goes to another host, and its next backup is an incremental one
 ./x test [ARGS]      every test; ARGS go to cargo nextest (or cargo test), and only those tests run
 ./x lint             formatting, clippy, documentation, and the dependencies (cargo-deny)
 ./x bench [NAME…]    the benchmarks, or some: snapshot, take, writes, read, memory,
-                     changes, redefine
+                     changes, redefine, backup
 ./x fuzz [TARGET…] [--seconds N] [--at-once N]
                      the fuzz targets, or some, each for that long (default 600)
 ./x tools            only get the programs and the test guest that tests and demo use
@@ -66,6 +68,10 @@ fn run() -> Result<()> {
         ("demo", []) => {
             tools::ensure()?;
             demo::run()?;
+        }
+        ("demo", [which]) if which == "backup" => {
+            tools::ensure()?;
+            demo_backup::run()?;
         }
         ("demo", [which]) if which == "methods" => {
             tools::ensure()?;
