@@ -8,16 +8,15 @@
 mod fetch;
 mod plan;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use disksnap::{Error, ErrorKind, Piece, Result};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinError, JoinHandle};
 
-use crate::digests::{ChunksReader, Has, Overlay, Span, chunk_length, digest, digest_of};
+use crate::digests::{ChunksReader, Has, Overlay, Span, chunk_length, digest, digest_of, to_usize};
 use crate::object::Object;
-use crate::qcow2::Tables;
+use crate::qcow2::{MAX_L1_ENTRIES, Tables, l1_entries};
 use crate::{CHUNK, Digest, Store};
 use plan::{Planned, Planner, Source};
 
@@ -169,9 +168,7 @@ pub async fn content_digest(store: &dyn Store, layers: &[Layer]) -> Result<Diges
         match &span.has {
             Has::Nobody => return Err(uncovered(layers, &span)),
             Has::Zero(_) | Has::Behind(_) => {
-                for chunk in span.first..span.first + span.count {
-                    hasher.update(&Digest::of_zeroes(chunk_length(size, chunk)).0);
-                }
+                hash_zeroes(&mut hasher, size, &span).await;
             }
             Has::Data(layer, digests) if is_cut(*layer) => {
                 let content = one_chunk(store, &layers[*layer], &span, digest(digests, 0), size).await?;
@@ -183,6 +180,23 @@ pub async fn content_digest(store: &dyn Store, layers: &[Layer]) -> Result<Diges
         }
     }
     Ok(Digest(*hasher.finalize().as_bytes()))
+}
+
+/// Adds the digests of chunks that are zero, which may be very many.
+async fn hash_zeroes(hasher: &mut blake3::Hasher, size: u64, span: &Span) {
+    const AT_ONCE: u64 = 8192;
+    let last = span.first + span.count - 1;
+    let many = Digest::of_zeroes(CHUNK)
+        .0
+        .repeat(to_usize(AT_ONCE.min(span.count)));
+    let mut left = span.count - 1;
+    while left > 0 {
+        let now = left.min(AT_ONCE);
+        hasher.update(&many[..to_usize(now) * size_of::<Digest>()]);
+        left -= now;
+        tokio::task::yield_now().await;
+    }
+    hasher.update(&Digest::of_zeroes(chunk_length(size, last)).0);
 }
 
 /// A chunk of which an image has another length than the disk.
@@ -213,6 +227,7 @@ async fn open_images(store: &dyn Store, layers: &[Layer]) -> Result<Vec<Source>>
     let mut sources = Vec::with_capacity(layers.len());
     for (n, layer) in layers.iter().enumerate() {
         let object = Object::open(store, &layer.point, &layer.image).await?;
+        check_size(&object, layer.size)?;
         let tables = Tables::open(object, layer.size).await?;
         let backing = tables.header().backing.clone();
         if let (Some(name), Some(below)) = (&backing, layers.get(n + 1))
@@ -237,12 +252,11 @@ async fn open_images(store: &dyn Store, layers: &[Layer]) -> Result<Vec<Source>>
 
 /// Opens the files of digests, each of which is what its manifest says.
 async fn open_digests(store: &dyn Store, layers: &[Layer]) -> Result<Overlay> {
-    let (mut readers, mut seen) = (Vec::with_capacity(layers.len()), BTreeSet::new());
+    let mut readers = Vec::with_capacity(layers.len());
     for layer in layers {
         let object = Object::open(store, &layer.point, &layer.chunks).await?;
-        if seen.insert((&layer.chunks, layer.chunks_digest.0))
-            && digest_of(&object).await? != layer.chunks_digest
-        {
+        check_size(&object, layer.size)?;
+        if digest_of(&object).await? != layer.chunks_digest {
             let what = format!(
                 "the file is not the one whose digest, {}, was written down",
                 layer.chunks_digest
@@ -252,6 +266,14 @@ async fn open_digests(store: &dyn Store, layers: &[Layer]) -> Result<Overlay> {
         readers.push((ChunksReader::open(object, layer.size).await?, layer.size));
     }
     Overlay::new(readers).await
+}
+
+/// No image is of a larger disk, and no calculation with a disk's size goes wrong.
+fn check_size(object: &Object, size: u64) -> Result<()> {
+    if l1_entries(size) > MAX_L1_ENTRIES {
+        return Err(object.broken(0, format!("no image is of a disk of {size} bytes")));
+    }
+    Ok(())
 }
 
 fn uncovered(layers: &[Layer], span: &Span) -> Error {

@@ -44,12 +44,25 @@ impl Digest {
         if length == CHUNK {
             return *WHOLE;
         }
-        let length = usize::try_from(length).unwrap_or(ZEROES.len());
-        Self::of(&ZEROES[..length.min(ZEROES.len())])
+        Self::of(&ZEROES[..to_usize(length).min(CHUNK_BYTES)])
     }
 }
 
-static ZEROES: [u8; CHUNK as usize] = [0; CHUNK as usize];
+static ZEROES: [u8; CHUNK_BYTES] = [0; CHUNK_BYTES];
+
+/// [`CHUNK`] as a length in memory.
+pub(crate) const CHUNK_BYTES: usize = 64 << 10;
+const _: () = assert!(CHUNK_BYTES as u64 == CHUNK, "the same number");
+
+/// As a length in memory: for numbers that are bounded by what is there or was read.
+pub(crate) fn to_usize(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+/// Whether a chunk is zero; of data it is known after a few bytes.
+pub(crate) fn is_zero(chunk: &[u8]) -> bool {
+    chunk == &ZEROES[..chunk.len()]
+}
 
 /// How many chunks a disk of this size has.
 pub(crate) fn chunks(size: u64) -> u64 {

@@ -82,7 +82,7 @@ pub struct ImageSummary {
 
 /// Writes an image from its start to its end, and the digests of its chunks beside it.
 ///
-/// Reading the disk, hashing and compressing it, and writing it go on at the same time; some ten MiB are held for that. What was
+/// Reading the disk, hashing and compressing it, and writing it go on at the same time; up to some 25 MiB are held for that. What was
 /// written is read back and compared, where the store can.
 #[derive(Debug)]
 pub struct ImageWriter {

@@ -6,7 +6,7 @@ use tokio::task::spawn_blocking;
 
 use super::died;
 use crate::CHUNK;
-use crate::digests::Digest;
+use crate::digests::{CHUNK_BYTES, Digest, is_zero, to_usize};
 use crate::object::Object;
 use crate::qcow2::{CLUSTER, Entry};
 
@@ -64,7 +64,7 @@ impl Fetch {
         let mut read = Vec::with_capacity(groups.len());
         for group in groups {
             let image = &self.parts[group.parts.start].image;
-            let length = usize::try_from(group.end - group.start).unwrap_or(usize::MAX);
+            let length = to_usize(group.end - group.start);
             let bytes = image.read(group.start, length).await?;
             read.push((group, bytes));
         }
@@ -105,16 +105,16 @@ impl Fetch {
                 .all(|(n, part)| part.is_as_stored(group.start + n * CLUSTER))
         {
             for (n, part) in self.parts.iter().enumerate() {
-                let at = n * CLUSTER as usize;
-                part.check(&bytes[at..at + CLUSTER as usize])?;
+                let at = n * CHUNK_BYTES;
+                part.check(&bytes[at..at + CHUNK_BYTES])?;
             }
             let bytes = std::mem::take(bytes);
             let mut data = Vec::from(bytes);
-            data.truncate(usize::try_from(length).unwrap_or(usize::MAX));
+            data.truncate(to_usize(length));
             return Ok(Piece::Data { offset, data });
         }
-        let mut data = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
-        let mut unpacked = vec![0; CLUSTER as usize];
+        let mut data = Vec::with_capacity(to_usize(length));
+        let mut unpacked = vec![0; CHUNK_BYTES];
         for (group, bytes) in read {
             for part in &self.parts[group.parts] {
                 part.add(group.start, &bytes, &mut unpacked, &mut data)?;
@@ -169,7 +169,7 @@ impl Part {
         if Digest::of(bytes) != self.digest {
             return Err(self.broken("its data is not what was written: the digest differs"));
         }
-        if rest.iter().any(|byte| *byte != 0) {
+        if !is_zero(rest) {
             return Err(self.broken("there is something behind the disk's end"));
         }
         Ok(())
@@ -181,9 +181,4 @@ impl Part {
             .broken(at, what)
             .with("disk offset", self.chunk * CHUNK)
     }
-}
-
-/// Of numbers that are bounded by what was read.
-fn to_usize(number: u64) -> usize {
-    usize::try_from(number).unwrap_or(usize::MAX)
 }

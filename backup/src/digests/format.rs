@@ -48,12 +48,15 @@ impl Record {
         out
     }
 
-    pub(super) fn decode(bytes: [u8; RECORD]) -> Self {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = bytes;
+    pub(super) fn decode(bytes: &[u8; RECORD]) -> Self {
+        let (mut first, mut count, mut kind) = ([0; 8], [0; 4], [0; 4]);
+        first.copy_from_slice(&bytes[..8]);
+        count.copy_from_slice(&bytes[8..12]);
+        kind.copy_from_slice(&bytes[12..]);
         Self {
-            first: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
-            count: u32::from_le_bytes([i, j, k, l]),
-            kind: u32::from_le_bytes([m, n, o, p]),
+            first: u64::from_le_bytes(first),
+            count: u32::from_le_bytes(count),
+            kind: u32::from_le_bytes(kind),
         }
     }
 }

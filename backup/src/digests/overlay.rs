@@ -5,7 +5,7 @@ use bytes::Bytes;
 use disksnap::Result;
 
 use super::reader::{ChunksReader, Kind, Run};
-use super::{chunk_length, chunks};
+use super::{chunk_length, chunks, to_usize};
 
 /// Neighbouring chunks that are in the same place.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,7 +61,7 @@ impl Span {
 }
 
 fn digests_length(chunks: u64) -> usize {
-    usize::try_from(chunks).unwrap_or(usize::MAX) * size_of::<super::Digest>()
+    to_usize(chunks) * size_of::<super::Digest>()
 }
 
 /// Which layer tells of a span; layers are counted from the newest, 0.

@@ -4,7 +4,7 @@ use bytes::{Buf, Bytes};
 use disksnap::Result;
 
 use super::format::{self, DIGEST, HEADER, KIND_DATA, KIND_END, KIND_ZERO, RECORD, Record};
-use super::{Digest, chunks};
+use super::{Digest, chunks, to_usize};
 use crate::object::Object;
 
 /// How much of the file is read at once, in bytes.
@@ -101,7 +101,7 @@ impl ChunksReader {
         let at = self.at();
         let mut record = [0; RECORD];
         record.copy_from_slice(&self.take(RECORD).await?);
-        let record = Record::decode(record);
+        let record = Record::decode(&record);
         if record == Record::END {
             return self.end(at);
         }
@@ -195,9 +195,4 @@ pub(crate) async fn digest_of(object: &Object) -> Result<Digest> {
         hasher = hashed.await.map_err(crate::chain::died)?;
     }
     Ok(Digest(*hasher.finalize().as_bytes()))
-}
-
-/// Of numbers that are bounded by a window's length.
-fn to_usize(number: u64) -> usize {
-    usize::try_from(number).unwrap_or(usize::MAX)
 }

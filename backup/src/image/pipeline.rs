@@ -7,9 +7,8 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::regroup::{Batch, Part};
 use super::written::{Ready, ReadyPart, Written, WrittenState};
 use super::{Compression, ImageSummary};
-use crate::CHUNK;
 use crate::chain::died;
-use crate::digests::Digest;
+use crate::digests::{CHUNK_BYTES, Digest};
 use crate::qcow2::Stored;
 
 /// How many batches wait to be put down, at the most.
@@ -142,7 +141,7 @@ fn prepare(batch: Batch, compression: Compression) -> Result<Ready> {
                     digest,
                     length: bytes.len() as u64,
                 });
-                store(&mut ready.stored, chunk, &bytes, compressor.as_mut())?;
+                store(&mut ready.stored, chunk, &bytes, compressor.as_mut());
             }
         }
     }
@@ -150,18 +149,17 @@ fn prepare(batch: Batch, compression: Compression) -> Result<Ready> {
 }
 
 /// Puts a chunk where it is best, filled up to a cluster.
-fn store(to: &mut Stored, chunk: u64, bytes: &[u8], compressor: Option<&mut Compressor>) -> Result<()> {
+fn store(to: &mut Stored, chunk: u64, bytes: &[u8], compressor: Option<&mut Compressor>) {
     if let Some(compressor) = compressor
-        && let Some(packed) = compressor.pack(bytes)?
+        && let Some(packed) = compressor.pack(bytes)
     {
         to.compressed.push((chunk, packed.len() as u64));
         to.compressed_bytes.extend_from_slice(packed);
-        return Ok(());
+        return;
     }
     to.plain.push(chunk);
     to.plain_bytes.extend_from_slice(bytes);
-    to.plain_bytes.resize(to.plain.len() * CHUNK as usize, 0);
-    Ok(())
+    to.plain_bytes.resize(to.plain.len() * CHUNK_BYTES, 0);
 }
 
 /// Compresses chunk after chunk.
@@ -177,23 +175,21 @@ impl Compressor {
             zstd.map_err(|error| Error::io(format!("zstd cannot compress at level {level}"), error))?;
         Ok(Self {
             zstd,
-            packed: vec![0; CHUNK as usize - SAVING],
+            packed: vec![0; CHUNK_BYTES - SAVING],
         })
     }
 
     /// The whole cluster that begins with these bytes, where that is worth it.
-    fn pack(&mut self, bytes: &[u8]) -> Result<Option<&[u8]>> {
+    fn pack(&mut self, bytes: &[u8]) -> Option<&[u8]> {
         let filled;
-        let cluster = if bytes.len() as u64 == CHUNK {
+        let cluster = if bytes.len() == CHUNK_BYTES {
             bytes
         } else {
-            filled = [bytes, &vec![0; CHUNK as usize - bytes.len()]].concat();
+            filled = [bytes, &vec![0; CHUNK_BYTES - bytes.len()]].concat();
             &filled
         };
         // The one thing that goes wrong here is that it does not fit, which is the question.
-        match self.zstd.compress_to_buffer(cluster, &mut self.packed[..]) {
-            Ok(length) => Ok(Some(&self.packed[..length])),
-            Err(_) => Ok(None),
-        }
+        let length = self.zstd.compress_to_buffer(cluster, &mut self.packed[..]).ok()?;
+        Some(&self.packed[..length])
     }
 }

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use disksnap::{Error, ErrorKind, Piece, Result};
 
 use crate::CHUNK;
-use crate::digests::{chunk_length, chunks};
+use crate::digests::{CHUNK_BYTES, chunk_length, chunks, is_zero, to_usize};
 use crate::qcow2::L2_ENTRIES;
 
 /// How many chunks of data are put down together: 2 MiB.
@@ -26,7 +26,7 @@ pub(super) struct Batch {
 impl Batch {
     /// How much room its data takes as clusters, in bytes.
     pub(super) fn data_bytes(&self) -> usize {
-        self.data * to_usize(CHUNK)
+        self.data * CHUNK_BYTES
     }
 }
 
@@ -269,7 +269,7 @@ impl Regroup {
 impl Rest {
     fn data(offset: u64, bytes: Bytes) -> Self {
         let head = to_usize(offset.next_multiple_of(CHUNK) - offset).min(bytes.len());
-        let copy = bytes[head..].chunks(to_usize(CHUNK)).any(is_zero);
+        let copy = bytes[head..].chunks(CHUNK_BYTES).any(is_zero);
         Self::Data { bytes, copy }
     }
 
@@ -279,18 +279,4 @@ impl Rest {
             Self::Zero(length) => *length,
         }
     }
-}
-
-/// Whether all bytes are zero; of data it is known after a few.
-fn is_zero(bytes: &[u8]) -> bool {
-    let (words, rest) = bytes.as_chunks::<64>();
-    words
-        .iter()
-        .all(|word| word.iter().fold(0, |sum, byte| sum | byte) == 0)
-        && rest.iter().all(|byte| *byte == 0)
-}
-
-/// Of numbers that are bounded by a piece's length.
-fn to_usize(number: u64) -> usize {
-    usize::try_from(number).unwrap_or(usize::MAX)
 }

@@ -12,12 +12,13 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{CLUSTER, COPIED, Entry, Header, L2_ENTRIES, l1_entries};
+use crate::digests::{CHUNK_BYTES, to_usize};
 use crate::image::Packed;
 
 /// How many clusters of the file one block of refcounts counts: 2 GiB.
-const BLOCK: usize = (CLUSTER / 2) as usize;
+const BLOCK: usize = CHUNK_BYTES / 2;
 /// What fills clusters up.
-static ZEROES: [u8; CLUSTER as usize] = [0; CLUSTER as usize];
+static ZEROES: [u8; CHUNK_BYTES] = [0; CHUNK_BYTES];
 
 /// The data of chunks of one L2 table, as it is to be put down.
 #[derive(Debug, Default)]
@@ -326,11 +327,6 @@ fn from_be_16(bytes: &[u8]) -> Vec<u16> {
         .iter()
         .map(|number| u16::from_be_bytes(*number))
         .collect()
-}
-
-/// Of numbers that are bounded by what was allocated.
-fn to_usize(number: u64) -> usize {
-    usize::try_from(number).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]

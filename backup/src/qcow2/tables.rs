@@ -6,6 +6,7 @@ use disksnap::Result;
 use super::entry::plain_offset;
 use super::header::virtual_size;
 use super::{CLUSTER, Entry, Header, L2_ENTRIES, l1_entries};
+use crate::digests::{CHUNK_BYTES, to_usize};
 use crate::object::Object;
 
 /// How much of the L1 table is read at once, in entries: for 4 TiB.
@@ -35,7 +36,7 @@ impl Tables {
     /// # Errors
     /// `Broken` for what is no image of such a disk.
     pub(crate) async fn open(object: Object, size: u64) -> Result<Self> {
-        let length = usize::try_from(object.length().min(CLUSTER)).unwrap_or(0);
+        let length = to_usize(object.length().min(CLUSTER));
         let head = object.read(0, length).await?;
         let header = Header::decode(&head).map_err(|what| object.broken(0, what))?;
         if header.size != virtual_size(size) {
@@ -77,10 +78,7 @@ impl Tables {
         let table = match self.l1_entry(index).await? {
             None => None,
             Some(host) => {
-                let bytes = self
-                    .object
-                    .read(host, usize::try_from(CLUSTER).unwrap_or(0))
-                    .await?;
+                let bytes = self.object.read(host, CHUNK_BYTES).await?;
                 Some(L2 { host, bytes })
             }
         };
@@ -97,7 +95,7 @@ impl Tables {
         } else {
             let first = index / WINDOW * WINDOW;
             let entries = l1_entries(self.header.size).saturating_sub(first).min(WINDOW);
-            let length = usize::try_from(entries * 8).unwrap_or(0);
+            let length = to_usize(entries * 8);
             self.l1 = (first, self.object.read(self.header.l1 + first * 8, length).await?);
             index - first
         };
@@ -145,7 +143,7 @@ impl L2 {
 
 /// One big-endian number of a table.
 fn number(table: &[u8], index: u64) -> u64 {
-    let at = usize::try_from(index).unwrap_or(usize::MAX);
+    let at = to_usize(index);
     table
         .as_chunks()
         .0

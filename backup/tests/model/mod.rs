@@ -90,6 +90,11 @@ pub(crate) fn fill(random: &mut Random, bytes: &mut [u8]) {
     }
 }
 
+/// The whole of a disk.
+pub(crate) fn whole(disk: &[u8]) -> Vec<Range<usize>> {
+    std::iter::once(0..disk.len()).collect()
+}
+
 /// Some ranges of chunks of a disk of this size, in order.
 pub(crate) fn some_chunks(random: &mut Random, size: usize) -> Vec<Range<usize>> {
     let (mut ranges, mut at) = (Vec::new(), 0_u64);
