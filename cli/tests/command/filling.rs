@@ -557,70 +557,73 @@ impl Struck {
     }
 }
 
+/// One disk on virtio-blk and one on virtio-scsi, in iothreads: with those all commands there are.
+const STRUCK: [&str; 4] = ["--disk", "vda", "--disk", "sda"];
+
 #[test]
 fn a_start_killed_at_any_command_of_the_monitor_is_undone() {
-    for iothread in [false, true] {
-        let vm = Vm::of(QemuVersion::V10_0, iothread, Stood::Prelaunch);
-        let mut struck = Struck::new(vm);
-        let mut round = 0;
-        while let Some(told) = struck.next(&["fill", "start"]) {
-            let vm = &struck.vm;
-            round += 1;
-            // Whoever comes next on the domain settles it: `recover`, another act, or the same again.
-            match round % 3 {
-                0 => drop(vm.ok(&["fill", "end", "--resume"])),
-                1 => drop(vm.site.ok(&["recover"])),
-                _ => {
-                    vm.ok(&["fill", "start", "--disk", "vdb"]);
-                    vm.ok(&["fill", "end"]);
-                }
+    let mut struck = Struck::new(Vm::of(QemuVersion::V10_0, true, Stood::Prelaunch));
+    let start = [&["fill", "start"][..], &STRUCK].concat();
+    let mut round = 0;
+    while let Some(told) = struck.next(&start) {
+        let vm = &struck.vm;
+        round += 1;
+        // Whoever comes next on the domain settles it: `recover`, another act, or the end of what never began.
+        match round % 3 {
+            0 => drop(vm.ok(&["fill", "end", "--resume"])),
+            1 => drop(vm.site.ok(&["recover"])),
+            _ => {
+                vm.ok(&["fill", "start", "--disk", "vdb"]);
+                vm.ok(&["fill", "end"]);
             }
-            assert_eq!(vm.qemu.status(), "prelaunch", "{told}");
-            vm.assert_whole(&told);
-            vm.assert_no_socket(&told);
-            let seen = vm.qemu.disk("sda").read(0, 4096);
-            assert!(seen.iter().all(|byte| *byte == 0x55), "{told}");
         }
-        assert!(round > 10, "only {round} strikes: the test proves little");
-        struck.vm.ok(&["fill", "end", "--resume"]);
-        assert_eq!(struck.vm.qemu.status(), "running");
+        assert_eq!(vm.qemu.status(), "prelaunch", "{told}");
+        vm.assert_whole(&told);
+        vm.assert_no_socket(&told);
+        let seen = vm.qemu.disk("sda").read(0, 4096);
+        assert!(seen.iter().all(|byte| *byte == 0x55), "{told}");
     }
+    assert!(round > 10, "only {round} strikes: the test proves little");
+    struck.vm.ok(&["fill", "end", "--resume"]);
+    assert_eq!(struck.vm.qemu.status(), "running");
 }
 
 #[test]
 fn an_end_killed_at_any_command_of_the_monitor_is_finished() {
-    for iothread in [false, true] {
-        let vm = Vm::of(QemuVersion::V10_0, iothread, Stood::Prelaunch);
-        let contents = [vm.content(1), vm.content(2), vm.content(3)];
-        let mut struck = Struck::new(vm);
-        let mut round = 0;
-        loop {
-            let told = struck.vm.json(&["fill", "start"]);
-            for (n, content) in contents.iter().enumerate() {
-                if round % 4 == 0 {
-                    copy(content, &uri(&told, n));
-                }
-            }
-            let Some(hit) = struck.next(&["fill", "end"]) else {
-                break;
-            };
-            let vm = &struck.vm;
-            round += 1;
-            if round % 2 == 0 {
-                vm.site.ok(&["recover"]);
-                vm.site.ok(&["recover"]);
-            } else {
-                vm.ok(&["fill", "end"]);
-            }
-            assert_eq!(vm.qemu.status(), "prelaunch", "{hit}");
-            vm.assert_whole(&hit);
-            vm.assert_no_socket(&hit);
-            for (target, content) in TARGETS.iter().zip(&contents) {
-                vm.assert_holds(target, content, &hit);
+    let vm = Vm::of(QemuVersion::V10_0, true, Stood::Prelaunch);
+    let contents = [("vda", vm.content(1)), ("sda", vm.content(2))];
+    let mut struck = Struck::new(vm);
+    let start = [&["fill", "start"][..], &STRUCK].concat();
+    let mut round = 0;
+    loop {
+        let told = struck.vm.json(&start);
+        if round == 0 {
+            for (n, (_, content)) in contents.iter().enumerate() {
+                copy(content, &uri(&told, n));
             }
         }
-        assert!(round > 10, "only {round} strikes: the test proves little");
-        struck.vm.assert_whole("at the end");
+        let Some(hit) = struck.next(&["fill", "end"]) else {
+            break;
+        };
+        let vm = &struck.vm;
+        round += 1;
+        if round % 2 == 0 {
+            vm.site.ok(&["recover"]);
+        } else {
+            vm.ok(&["fill", "end"]);
+        }
+        assert_eq!(vm.qemu.status(), "prelaunch", "{hit}");
+        vm.assert_whole(&hit);
+        vm.assert_no_socket(&hit);
+        for (target, content) in &contents {
+            let head = std::fs::read(content).unwrap();
+            assert!(vm.qemu.disk(target).read(0, 4096) == head[..4096], "{hit}");
+        }
+    }
+    assert!(round > 10, "only {round} strikes: the test proves little");
+    struck.vm.assert_whole("at the end");
+    for (target, content) in &contents {
+        struck.vm.assert_holds(target, content, "at the end");
     }
 }
 
@@ -629,7 +632,7 @@ fn an_end_killed_at_any_command_of_the_monitor_is_finished() {
 fn an_end_that_was_to_resume_can_be_asked_again() {
     let mut struck = Struck::new(Vm::new());
     loop {
-        struck.vm.ok(&["fill", "start"]);
+        struck.vm.ok(&["fill", "start", "--disk", "vdb"]);
         let Some(hit) = struck.next(&["fill", "end", "--resume"]) else {
             break;
         };
