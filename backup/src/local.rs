@@ -224,7 +224,7 @@ impl BlobWriter for LocalWriter {
     }
 
     async fn sync(&mut self) -> Result<u64> {
-        self.act(|file| file.sync_data()).await?;
+        self.act(File::sync_data).await?;
         Ok(self.length)
     }
 

@@ -136,7 +136,9 @@ impl Retention {
 
     fn rules(&self) -> [(Reason, u32, Period); 6] {
         [
-            (Reason::Last, self.last, |age, _| (age as i64, 0)),
+            (Reason::Last, self.last, |age, _| {
+                (i64::try_from(age).unwrap_or(i64::MAX), 0)
+            }),
             (Reason::Hourly, self.hourly, |_, at| (day(at), at.hour().into())),
             (Reason::Daily, self.daily, |_, at| (day(at), 0)),
             (Reason::Weekly, self.weekly, |_, at| {

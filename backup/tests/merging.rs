@@ -127,14 +127,14 @@ async fn points_that_nothing_is_over_just_go() {
 #[tokio::test]
 async fn disks_with_chains_of_their_own_and_forks_are_merged_each_by_itself() {
     let mut life = Life::new(4).await;
-    let a = life.full(&["vda", "vdb"]).await;
-    let b = life.point(&[("vda", Some(&a)), ("vdb", None)]).await;
-    let c = life.increment(&[("vdb", &b)]).await;
-    let d = life.increment(&[("vda", &b), ("vdb", &c)]).await;
+    let first = life.full(&["vda", "vdb"]).await;
+    let second = life.point(&[("vda", Some(&first)), ("vdb", None)]).await;
+    let third = life.increment(&[("vdb", &second)]).await;
+    let fourth = life.increment(&[("vda", &second), ("vdb", &third)]).await;
     // A second one over the same point.
-    let e = life.increment(&[("vda", &b)]).await;
+    let fork = life.increment(&[("vda", &second)]).await;
     life.check().await;
-    let merged = life.drop_points(&names(&[&b])).await.unwrap();
+    let merged = life.drop_points(&names(&[&second])).await.unwrap();
     let done: Vec<(&String, &str, Option<&String>)> = merged
         .images
         .iter()
@@ -142,7 +142,11 @@ async fn disks_with_chains_of_their_own_and_forks_are_merged_each_by_itself() {
         .collect();
     assert_eq!(
         done,
-        [(&c, "vdb", None), (&d, "vda", Some(&a)), (&e, "vda", Some(&a))]
+        [
+            (&third, "vdb", None),
+            (&fourth, "vda", Some(&first)),
+            (&fork, "vda", Some(&first))
+        ]
     );
     life.check().await;
     check_left(&life.repository, &life.folder, &life.points).await;
@@ -206,13 +210,10 @@ async fn a_full_file_system_leaves_all_as_it_was() {
     assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
     check(&repository, &life.folder, &life.points).await;
     check_left(&repository, &life.folder, &life.points).await;
-    drop_file(&filler);
+    std::mem::drop(file);
+    std::fs::remove_file(&filler).unwrap();
     merge(&repository, &life.folder, &drop, &Silent).await.unwrap();
     check(&repository, &life.folder, &life.points).await;
-}
-
-fn drop_file(path: &Path) {
-    std::fs::remove_file(path).unwrap();
 }
 
 #[tokio::test]
@@ -240,19 +241,22 @@ async fn what_is_not_there_or_still_needed_is_not_dropped() {
         .await
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Broken, "{error}");
-    let rules = Retention {
-        last: 1,
-        ..Retention::default()
-    };
-    let error = prune(&life.repository, &life.folder, &rules, false, &Silent)
-        .await
-        .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Broken, "{error}");
     assert_eq!(
         life.repository.points(&life.folder).await.unwrap().len(),
         4,
         "nothing was dropped"
     );
+    // The rules look at what can be restored, and leave the rest alone.
+    let rules = Retention {
+        last: 1,
+        ..Retention::default()
+    };
+    let pruned = prune(&life.repository, &life.folder, &rules, false, &Silent)
+        .await
+        .unwrap();
+    assert_eq!((pruned.kept.len(), pruned.dropped.len()), (1, 0));
+    let doubtful: Vec<&String> = pruned.doubtful.iter().map(|doubtful| &doubtful.point).collect();
+    assert_eq!(doubtful, all[1..].iter().collect::<Vec<_>>());
     // It and all that is built on it can go.
     merge(
         &life.repository,
@@ -341,7 +345,7 @@ async fn die_everywhere(life: &Life, drop: &BTreeSet<String>, death: fn(usize) -
         if !dying.has_died() {
             outcome.unwrap();
             check_left(&repository, &life.folder, &kept).await;
-            assert!(at > 5, "a merge has more changes than {at}");
+            assert!(at > 20, "a merge has more changes than {at}");
             return;
         }
         // The next one finishes it, whatever it was asked for itself.
@@ -366,19 +370,42 @@ async fn die_everywhere(life: &Life, drop: &BTreeSet<String>, death: fn(usize) -
             (&found.strays[..], &found.unfinished[..], found.merging),
             (&[][..], &[][..], false)
         );
-        if at % 5 == 0 {
+        if at % 8 == 0 {
             check_with_qemu(copy.path(), &life.folder, &kept);
         }
     }
 }
 
+#[tokio::test]
+async fn nothing_is_dropped_below_a_point_that_cannot_be_read() {
+    let life = Life::chain(13, 2).await;
+    let torn = life.path(&life.names()[2], "manifest.json");
+    std::fs::write(&torn, "{").unwrap();
+    let rules = Retention {
+        last: 1,
+        ..Retention::default()
+    };
+    for dry_run in [true, false] {
+        let error = prune(&life.repository, &life.folder, &rules, dry_run, &Silent)
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Broken, "{error}");
+        assert!(
+            error.next_step().unwrap().contains("nothing was dropped"),
+            "{error:?}"
+        );
+    }
+    let there = life.repository.points(&life.folder).await.unwrap();
+    assert_eq!(there.len(), 3);
+}
+
+/// A full image that goes below two disks, and a point that nothing is over.
 async fn two_disks() -> (Life, BTreeSet<String>) {
     let mut life = Life::new(10).await;
     let a = life.full(&["vda", "vdb"]).await;
     let b = life.increment(&[("vda", &a), ("vdb", &a)]).await;
-    let c = life.increment(&[("vda", &b), ("vdb", &b)]).await;
-    let d = life.increment(&[("vda", &c), ("vdb", &c)]).await;
-    let _ = life.increment(&[("vda", &d)]).await;
+    let c = life.increment(&[("vda", &b)]).await;
+    let _ = life.increment(&[("vda", &b)]).await;
     (life, names(&[&a, &c]))
 }
 
@@ -401,7 +428,7 @@ async fn any_change_may_fail_and_every_point_reads_right() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 0, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 8, max_shrink_iters: 0, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn random_lives(seed in any::<u64>()) {

@@ -6,7 +6,7 @@ mod points;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -469,16 +469,106 @@ async fn found(life: &Life, dir: &Path, quick: bool) -> (Verification, Vec<(Stri
     (found, faults)
 }
 
-/// A damage, whether it is found without reading the data, the point that it lies in, the object that is named and how many points it
-/// concerns.
-type Damage<'a> = (
-    &'a str,
-    bool,
-    usize,
-    &'a str,
-    usize,
-    &'a dyn Fn(&dyn Fn(usize, &str) -> std::path::PathBuf),
-);
+/// What is done to a file.
+#[derive(Debug, Clone, Copy)]
+enum Harm {
+    Remove,
+    RemoveFolder,
+    Empty,
+    CutHalf,
+    CutOne,
+    Flip(usize),
+    /// That of this other point in its place.
+    Swap(usize),
+    /// One of another repository in its place.
+    Stranger,
+    /// A link to it in its place.
+    Link,
+}
+
+/// A name; whether it is found without reading the data; the point and the file that are harmed, and that must be named; how many of the
+/// five points of the chain cannot be restored then.
+const DAMAGES: [(&str, bool, usize, &str, usize, Harm); 16] = [
+    ("torn manifest", true, 1, "manifest.json", 4, Harm::CutHalf),
+    (
+        "manifest of another repository",
+        true,
+        2,
+        "manifest.json",
+        3,
+        Harm::Stranger,
+    ),
+    (
+        "manifest of another point",
+        true,
+        2,
+        "manifest.json",
+        3,
+        Harm::Swap(3),
+    ),
+    (
+        "missing increment",
+        true,
+        2,
+        "manifest.json",
+        2,
+        Harm::RemoveFolder,
+    ),
+    ("missing image", true, 0, "vda.qcow2", 5, Harm::Remove),
+    ("missing digests", true, 3, "vda.chunks", 2, Harm::Remove),
+    ("swapped digests", true, 2, "vda.chunks", 3, Harm::Swap(3)),
+    ("swapped images", true, 2, "vda.qcow2", 3, Harm::Swap(3)),
+    ("cut image", true, 4, "vda.qcow2", 1, Harm::CutOne),
+    ("no image at all", true, 4, "vda.qcow2", 1, Harm::Empty),
+    ("a bit in the digests", true, 0, "vda.chunks", 5, Harm::Flip(40)),
+    ("a bit in the data", false, 0, "vda.qcow2", 5, Harm::Flip(70_000)),
+    (
+        "a link in the place of an image",
+        true,
+        1,
+        "vda.qcow2",
+        4,
+        Harm::Link,
+    ),
+    ("a bit in the document", true, 3, "domain.xml", 1, Harm::Flip(5)),
+    (
+        "missing TPM state",
+        true,
+        3,
+        "tpm/tpm2-00.permall",
+        1,
+        Harm::Remove,
+    ),
+    ("cut variables", true, 3, "nvram.fd", 1, Harm::CutOne),
+];
+
+impl Harm {
+    fn to(self, path: &Path, at: impl Fn(usize) -> PathBuf, stranger: &Path) {
+        let mut bytes = fs::read(path).unwrap();
+        match self {
+            Self::Remove => fs::remove_file(path).unwrap(),
+            Self::RemoveFolder => fs::remove_dir_all(path.parent().unwrap()).unwrap(),
+            Self::Empty => fs::write(path, "").unwrap(),
+            Self::CutHalf => fs::write(path, &bytes[..bytes.len() / 2]).unwrap(),
+            Self::CutOne => fs::write(path, &bytes[..bytes.len() - 1]).unwrap(),
+            Self::Flip(at) => {
+                bytes[at] ^= 4;
+                fs::write(path, bytes).unwrap();
+            }
+            Self::Swap(other) => {
+                fs::copy(at(other), path).unwrap();
+            }
+            Self::Stranger => {
+                fs::copy(stranger, path).unwrap();
+            }
+            Self::Link => {
+                let moved = path.with_extension("moved");
+                fs::rename(path, &moved).unwrap();
+                symlink(&moved, path).unwrap();
+            }
+        }
+    }
+}
 
 #[tokio::test]
 async fn damage_is_found_and_named_and_the_rest_is_whole() {
@@ -486,120 +576,40 @@ async fn damage_is_found_and_named_and_the_rest_is_whole() {
     let all = life.names();
     let elsewhere = Life::chain(26, 1).await;
     let stranger = elsewhere.path(&elsewhere.names()[0], "manifest.json");
-    let flip = |path: &Path, at: u64| {
-        let mut bytes = fs::read(path).unwrap();
-        let at = usize::try_from(at).unwrap();
-        bytes[at] ^= 4;
-        fs::write(path, bytes).unwrap();
-    };
-    let cut = |path: &Path| {
-        let bytes = fs::read(path).unwrap();
-        fs::write(path, &bytes[..bytes.len() - 1]).unwrap();
-    };
-    let damages: &[Damage<'_>] = &[
-        ("torn manifest", true, 1, "manifest.json", 4, &|at| {
-            cut_half(&at(1, "manifest.json"))
-        }),
-        (
-            "manifest of another repository",
-            true,
-            2,
-            "manifest.json",
-            3,
-            &|at| {
-                fs::copy(&stranger, at(2, "manifest.json")).unwrap();
-            },
-        ),
-        ("manifest of another point", true, 2, "manifest.json", 3, &|at| {
-            fs::copy(at(3, "manifest.json"), at(2, "manifest.json")).unwrap();
-        }),
-        ("missing increment", true, 2, "manifest.json", 2, &|at| {
-            fs::remove_dir_all(at(2, "manifest.json").parent().unwrap()).unwrap();
-        }),
-        ("missing image", true, 0, "vda.qcow2", 5, &|at| {
-            fs::remove_file(at(0, "vda.qcow2")).unwrap()
-        }),
-        ("missing digests", true, 3, "vda.chunks", 2, &|at| {
-            fs::remove_file(at(3, "vda.chunks")).unwrap()
-        }),
-        ("swapped digests", true, 2, "vda.chunks", 3, &|at| {
-            fs::copy(at(3, "vda.chunks"), at(2, "vda.chunks")).unwrap();
-        }),
-        ("swapped images", true, 2, "vda.qcow2", 3, &|at| {
-            fs::copy(at(3, "vda.qcow2"), at(2, "vda.qcow2")).unwrap();
-        }),
-        ("cut image", true, 4, "vda.qcow2", 1, &|at| {
-            cut(&at(4, "vda.qcow2"))
-        }),
-        ("no image at all", true, 4, "vda.qcow2", 1, &|at| {
-            fs::write(at(4, "vda.qcow2"), "").unwrap()
-        }),
-        ("a bit in the digests", true, 0, "vda.chunks", 5, &|at| {
-            flip(&at(0, "vda.chunks"), 40)
-        }),
-        ("a bit in the data", false, 0, "vda.qcow2", 5, &|at| {
-            flip(&at(0, "vda.qcow2"), 70_000)
-        }),
-        (
-            "a link in the place of an image",
-            true,
-            1,
-            "vda.qcow2",
-            4,
-            &|at| {
-                let (path, moved) = (at(1, "vda.qcow2"), at(1, "vda.qcow2").with_extension("moved"));
-                fs::rename(&path, &moved).unwrap();
-                symlink(&moved, &path).unwrap();
-            },
-        ),
-        ("a bit in the document", true, 3, "domain.xml", 1, &|at| {
-            flip(&at(3, "domain.xml"), 5)
-        }),
-        ("missing TPM state", true, 3, "tpm/tpm2-00.permall", 1, &|at| {
-            fs::remove_file(at(3, "tpm/tpm2-00.permall")).unwrap();
-        }),
-        ("cut variables", true, 3, "nvram.fd", 1, &|at| {
-            cut(&at(3, "nvram.fd"))
-        }),
-    ];
-    for (name, quick, point, object, points, damage) in damages {
+    for (name, without_data, point, file, concerned, harm) in DAMAGES {
         let copy = copy_of(life.dir.path());
         let folder = copy.path().join(&life.folder.key);
-        damage(&|n, file| folder.join(&all[n]).join(file));
-        for is_quick in [true, false] {
-            let (found, faults) = found(&life, copy.path(), is_quick).await;
-            if is_quick && !quick {
-                assert!(found.is_whole(), "{name} cannot be found without reading");
+        let at = |n: usize| folder.join(&all[n]).join(file);
+        harm.to(&at(point), at, &stranger);
+        // The document and what is like it concern one point; all else those above, too.
+        let from = if concerned == 1 {
+            point
+        } else {
+            all.len() - concerned
+        };
+        let expected: Vec<&String> = all[from..from + concerned].iter().collect();
+        for quick in [true, false] {
+            let (verification, faults) = found(&life, copy.path(), quick).await;
+            if quick && !without_data {
+                assert!(verification.is_whole(), "{name} cannot be found without reading");
                 continue;
             }
             let told: Vec<&String> = faults.iter().map(|(concerned, _)| concerned).collect();
-            let gone = usize::from(*name == "missing increment");
-            let concerned: Vec<&String> = all[all.len() - points..].iter().collect();
-            let concerned = if all.len() - points == *point || gone == 1 {
-                concerned
-            } else {
-                vec![&all[*point]]
-            };
-            assert_eq!(told, concerned, "{name}, quick {is_quick}: {faults:#?}");
+            assert_eq!(told, expected, "{name}, quick {quick}: {faults:#?}");
+            let object = format!("{}/{}/{file}", life.folder.key, all[point]);
             for (_, fault) in &faults {
-                assert_eq!(fault.point, all[*point], "{name}: {fault:?}");
-                assert!(
-                    fault
-                        .object
-                        .as_ref()
-                        .unwrap()
-                        .ends_with(&format!("{}/{object}", all[*point])),
+                assert_eq!(
+                    (fault.kind, &fault.point),
+                    (ErrorKind::Broken, &all[point]),
                     "{name}: {fault:?}"
                 );
-                assert_eq!(fault.kind, ErrorKind::Broken, "{name}: {fault:?}");
+                assert!(
+                    fault.object.as_ref().unwrap().ends_with(&object),
+                    "{name}: {fault:?}"
+                );
             }
         }
     }
-}
-
-fn cut_half(path: &Path) {
-    let bytes = fs::read(path).unwrap();
-    fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
 }
 
 #[tokio::test]

@@ -201,7 +201,7 @@ impl Life {
         let seed = self.random.next_u64();
         let range = range(model, chunk);
         // Of the one half no byte compresses, of the other all do.
-        if seed % 2 == 0 {
+        if seed.is_multiple_of(2) {
             range.copy_from_slice(&pattern::bytes(seed, range.len()));
         } else {
             range.fill(u8::try_from(seed % 255).unwrap() + 1);
