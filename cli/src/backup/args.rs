@@ -47,6 +47,11 @@ pub(crate) enum BackupCommand {
     },
     /// Read points back, all of every image, and compare them with the digests that were taken of the snapshots
     Verify(Verify),
+    /// Restore a point: as new images, onto devices or NBD exports, as a whole machine, or into a paused domain
+    ///
+    /// All that is written has been compared with the digests that were taken of the snapshot. A new file appears under its name
+    /// when it is complete and on the disk, or not at all.
+    Restore(super::restore::Restore),
     /// Make a point stand alone or on an earlier one, by merging the points between into it
     ///
     /// Every point that is left keeps its content. Killed at any moment, every one of them can be restored.
@@ -234,7 +239,7 @@ pub(crate) fn parse_point(text: &str) -> Result<PointSpec, String> {
         .map_err(|error: disksnap::Error| error.message().to_owned())
 }
 
-fn parse_compression(text: &str) -> Result<Compression, String> {
+pub(crate) fn parse_compression(text: &str) -> Result<Compression, String> {
     let level = match text.split_once(':') {
         None if text == "zstd" => Some(ZSTD),
         Some(("zstd", level)) => level.parse().ok().filter(|level| (1..=19).contains(level)),

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod attach;
+mod backup_restore;
 mod backups;
 mod bad_input;
 mod bring;
