@@ -352,7 +352,7 @@ fn killed_at_any_moment_under_a_writer_the_chain_stays_right() {
     let since = Instant::now();
     night.json(&["create"]);
     let whole = since.elapsed();
-    let (rounds, mut killed) = (14, 0);
+    let (rounds, mut killed) = (8, 0);
     for round in 0..rounds {
         let words = night.words(&["create"]);
         killed += u32::from(kill_after(&night.site, whole * round / rounds, &words));
@@ -372,7 +372,7 @@ fn killed_at_any_moment_under_a_writer_the_chain_stays_right() {
         night.assert_tidy(1);
         night.machine.qmp("cont", serde_json::json!({}));
     }
-    assert!(killed >= 3, "only {killed} runs were killed");
+    assert!(killed >= 2, "only {killed} runs were killed");
 }
 
 #[test]

@@ -130,6 +130,52 @@ impl Other {
     }
 }
 
+/// Backups on the other host, in a state directory and a repository of its own.
+struct Backup<'a> {
+    other: &'a Other,
+    xml: &'a str,
+    dir: PathBuf,
+    credentials: &'a Path,
+}
+
+impl Backup<'_> {
+    fn disksnap(&self, words: &[&str]) -> serde_json::Value {
+        let (program, state) = (arg(&crate::site::program()), arg(&self.dir.join("state")));
+        let command = [&program, "--state-dir", &state, "--output", "json", "-q"];
+        let text = self.other.runs(&[&command[..], words].concat(), &[]);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn pull(&self, uri: &str, more: &[&str]) -> serde_json::Value {
+        let (repo, tls) = (arg(&self.dir.join("repo")), arg(self.credentials));
+        let disk = format!("vda={uri}");
+        let words = [
+            "backup",
+            "pull",
+            "--repo",
+            &repo,
+            "-d",
+            self.xml,
+            "--disk",
+            &disk,
+            "--tls-credentials",
+            &tls,
+        ];
+        self.disksnap(&[&words[..], more].concat())
+    }
+
+    /// The digest of the last point's disk, as QEMU reads its images.
+    fn restored(&self) -> String {
+        let folders = crate::site::list(&self.dir.join("repo"));
+        let points = crate::site::list(folders.iter().find(|path| path.is_dir()).unwrap());
+        let last = points.iter().rfind(|path| path.is_dir()).unwrap();
+        let raw = self.dir.join("raw");
+        let (image, to) = (arg(&last.join("vda.qcow2")), arg(&raw));
+        crate::programs::program("qemu-img", &["convert", "-O", "raw", &image, &to]);
+        pattern::digest_file(&raw)
+    }
+}
+
 impl Drop for Other {
     fn drop(&mut self) {
         let _ = self.0.kill();
@@ -190,6 +236,29 @@ fn the_host_that_exports() {
     site.ok(&[&create[..], &["monday"]].concat());
     let copy = site.path("copy");
     site.ok(&["read", "-d", &xml, "monday", "vda", "--to", &arg(&copy)]);
+    let listen = format!("{HERE}:10809");
+    let tls = arg(&credentials.server);
+    let served = site.json(&[
+        "export",
+        "start",
+        "-d",
+        &xml,
+        "monday",
+        "--listen",
+        &listen,
+        "--tls-credentials",
+        &tls,
+    ]);
+    let backup = Backup {
+        other: &other,
+        xml: &xml,
+        dir: site.path("other"),
+        credentials: &credentials.client,
+    };
+    let uri = served["exports"][0]["uri"].as_str().unwrap();
+    let first = backup.pull(uri, &["--snapshot", "monday", "--checkpoint", "monday"]);
+    assert_eq!(first["disks"][0]["level"], "full", "{first:#}");
+    site.ok(&["export", "stop", "-d", &xml, "--all"]);
     machine
         .disk("vda")
         .write(7 * MIB + 512, &pattern::bytes(2, 3_000_320));
@@ -199,8 +268,6 @@ fn the_host_that_exports() {
     let expected = site.path("expected");
     site.ok(&["read", "-d", &xml, "tuesday", "vda", "--to", &arg(&expected)]);
     let expected = pattern::digest_file(&expected);
-    let listen = format!("{HERE}:10809");
-    let tls = arg(&credentials.server);
     let start = [
         "export",
         "start",
@@ -237,6 +304,25 @@ fn the_host_that_exports() {
     assert_ne!(pattern::digest_file(&copy), expected);
     other.pulls(uri, &credentials.client, &copy, "well");
     assert_eq!(pattern::digest_file(&copy), expected);
+
+    let since = [
+        "--snapshot",
+        "tuesday",
+        "--checkpoint",
+        "tuesday",
+        "--since",
+        "monday",
+    ];
+    let increment = backup.pull(uri, &since);
+    assert_eq!(increment["disks"][0]["level"], "incremental", "{increment:#}");
+    assert_eq!(increment["disks"][0]["parent"], first["point"]);
+    let data = increment["disks"][0]["data"].as_u64().unwrap();
+    assert!((3_000_320..4 * MIB).contains(&data), "{increment:#}");
+    assert_eq!(backup.restored(), expected);
+    // What the exports tell is not since the last point any more.
+    let again = backup.pull(uri, &since);
+    let why = again["disks"][0]["whyFull"].as_str().unwrap();
+    assert!(why.contains("'tuesday'") && why.contains("'monday'"), "{why}");
     site.ok(&["export", "stop", "-d", &xml, "--all"]);
     other.pulls(uri, &credentials.client, &copy, "unavailable");
 }
