@@ -29,6 +29,7 @@ const MEMORY: u64 = 64 << 10;
 /// A client that hangs is ended after this, and the case fails.
 const HANGS: Duration = Duration::from_mins(2);
 
+/// For those who never come to an end by themselves.
 fn impatient() -> Timeouts {
     Timeouts {
         greeting: Duration::from_secs(2),
@@ -36,6 +37,16 @@ fn impatient() -> Timeouts {
         agent: Duration::from_secs(1),
         thaw: Duration::from_secs(2),
         guardian: Duration::from_secs(2),
+    }
+}
+
+/// For those who are cut off: on a busy machine even that takes a while.
+fn patient() -> Timeouts {
+    Timeouts {
+        greeting: Duration::from_mins(1),
+        command: Duration::from_mins(1),
+        agent: Duration::from_mins(1),
+        ..impatient()
     }
 }
 
@@ -82,18 +93,18 @@ fn monitor(dir: &Path, answer: impl Fn(&Value, &mut UnixStream) + Send + Sync + 
 }
 
 /// What a monitor is asked, and what comes of it.
-async fn asked(path: &Path) -> Error {
-    let session = Session::new(path, impatient());
+async fn asked(path: &Path, timeouts: Timeouts) -> Error {
+    let session = Session::new(path, timeouts);
     session.execute(Command::bare("query-x")).await.unwrap_err()
 }
 
 /// What comes of freezing, and of thawing, where this is the agent.
-async fn frozen(place: &Place, path: &Path) -> (Error, Error) {
-    let connector = place.connector.clone().timeouts(impatient());
+async fn frozen(place: &Place, path: &Path, timeouts: Timeouts) -> (Error, Error) {
+    let connector = place.connector.clone().timeouts(timeouts);
     let control = connector
         .control(&domain(Path::new("/no/monitor"), Some(path)))
         .unwrap();
-    let freeze = control.freeze(&[], Duration::from_secs(2)).await.unwrap_err();
+    let freeze = control.freeze(&[], timeouts.agent).await.unwrap_err();
     (freeze, control.thaw().await.unwrap_err())
 }
 
@@ -106,39 +117,38 @@ async fn case(name: &str) {
     let place = Place::new();
     let dir = place.dir.path();
     let greeting = "{\"QMP\": {}}\n";
+    let (soon, late) = (impatient(), patient());
     match name {
         "a greeting without end" => {
-            let error = asked(&endless(dir, "{\"QMP\": \"", chunk(b"x"), Duration::ZERO)).await;
-            assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
+            let path = endless(dir, "{\"QMP\": \"", chunk(b"x"), Duration::ZERO);
+            assert_eq!(asked(&path, late).await.kind(), ErrorKind::Protocol);
         }
         "a greeting that nests without end" => {
-            let error = asked(&endless(dir, "", chunk(b"["), Duration::ZERO)).await;
-            assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
+            let path = endless(dir, "", chunk(b"["), Duration::ZERO);
+            assert_eq!(asked(&path, late).await.kind(), ErrorKind::Protocol);
         }
         "messages instead of a greeting" => {
-            let error = asked(&endless(
-                dir,
-                "",
-                chunk(b"{\"return\": {}, \"id\": 0}\n"),
-                Duration::ZERO,
-            ))
-            .await;
-            assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
+            let path = endless(dir, "", chunk(b"{\"return\": {}, \"id\": 0}\n"), Duration::ZERO);
+            assert_eq!(asked(&path, late).await.kind(), ErrorKind::Protocol);
         }
         "a greeting that drips" => {
             // As one that says nothing: it serves somebody else, as far as can be told.
-            let error = asked(&endless(dir, "{", b" ".to_vec(), Duration::from_millis(50))).await;
-            assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+            let path = endless(dir, "{", b" ".to_vec(), Duration::from_millis(50));
+            assert_eq!(asked(&path, soon).await.kind(), ErrorKind::Busy);
         }
         "answers to nobody" => {
-            let error = asked(&endless(
+            let path = endless(
                 dir,
                 greeting,
                 chunk(b"{\"return\": {}, \"id\": 7}\n"),
                 Duration::ZERO,
-            ))
-            .await;
-            assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+            );
+            let error = asked(&path, soon).await;
+            // Busy where the machine is: then even the greeting came late.
+            assert!(
+                matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Busy),
+                "{error}"
+            );
         }
         "an answer without end" => {
             let path = monitor(dir, |command, stream| {
@@ -146,7 +156,7 @@ async fn case(name: &str) {
                 let more = chunk(b"x");
                 while stream.write_all(&more).is_ok() {}
             });
-            assert_eq!(asked(&path).await.kind(), ErrorKind::Protocol);
+            assert_eq!(asked(&path, late).await.kind(), ErrorKind::Protocol);
         }
         "events that nobody takes" => {
             let event = json!({"event": "FLOOD", "data": "x".repeat(1 << 20)}).to_string();
@@ -156,11 +166,7 @@ async fn case(name: &str) {
                 }
                 let _ = writeln!(stream, "{}", json!({"return": 1, "id": command["id"]}));
             });
-            let patient = Timeouts {
-                command: HANGS,
-                ..impatient()
-            };
-            let session = Session::new(path, patient);
+            let session = Session::new(path, late);
             let mut events = session.subscribe();
             assert_eq!(session.execute(Command::bare("query-x")).await.unwrap(), 1);
             assert_eq!(
@@ -170,27 +176,26 @@ async fn case(name: &str) {
             );
         }
         "an agent's line without end" => {
-            let (freeze, thaw) = frozen(&place, &endless(dir, "", chunk(b"x"), Duration::ZERO)).await;
+            let path = endless(dir, "", chunk(b"x"), Duration::ZERO);
+            let (freeze, thaw) = frozen(&place, &path, late).await;
             assert_eq!(freeze.kind(), ErrorKind::Protocol, "{freeze}");
-            assert_eq!(thaw.kind(), ErrorKind::Protocol, "{thaw}");
+            // It is tried again and again, and the last time is cut short.
+            assert!(
+                matches!(thaw.kind(), ErrorKind::Protocol | ErrorKind::Timeout),
+                "{thaw}"
+            );
         }
         "an agent that is never in step" => {
             let say = chunk(b"\xff{\"return\": 1}\nnonsense\n\n");
-            let (freeze, thaw) = frozen(&place, &endless(dir, "", say, Duration::ZERO)).await;
-            assert_eq!(
-                (freeze.kind(), thaw.kind()),
-                (ErrorKind::Timeout, ErrorKind::Timeout),
-                "{freeze} {thaw}"
-            );
+            let (freeze, thaw) = frozen(&place, &endless(dir, "", say, Duration::ZERO), soon).await;
+            assert_eq!(freeze.kind(), ErrorKind::Timeout, "{freeze}");
+            assert_eq!(thaw.kind(), ErrorKind::Timeout, "{thaw}");
         }
         "an agent that drips" => {
             let path = endless(dir, "", b"{".to_vec(), Duration::from_millis(50));
-            let (freeze, thaw) = frozen(&place, &path).await;
-            assert_eq!(
-                (freeze.kind(), thaw.kind()),
-                (ErrorKind::Timeout, ErrorKind::Timeout),
-                "{freeze} {thaw}"
-            );
+            let (freeze, thaw) = frozen(&place, &path, soon).await;
+            assert_eq!(freeze.kind(), ErrorKind::Timeout, "{freeze}");
+            assert_eq!(thaw.kind(), ErrorKind::Timeout, "{thaw}");
         }
         other => panic!("no such case: {other}"),
     }
@@ -314,7 +319,7 @@ async fn a_monitor_that_anybody_could_be_is_refused() {
             .lines()
             .map_while(Result::ok);
         assert!(said.any(|line| line == "LISTENS"));
-        let error = asked(&path).await;
+        let error = asked(&path, impatient()).await;
         if denied {
             assert_eq!(error.kind(), ErrorKind::Denied, "{its_mode:o}: {error}");
             assert!(error.to_string().contains("user 65534 listens"), "{error}");
