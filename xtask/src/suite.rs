@@ -110,7 +110,7 @@ fn deny() -> Result<()> {
     advisories(&program)
 }
 
-/// The advisories of RustSec. Their database is a git repository and no package: it is never fetched here, only used.
+/// The advisories of `RustSec`. Their database is a git repository and no package: it is never fetched here, only used.
 fn advisories(program: &Path) -> Result<()> {
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
