@@ -24,6 +24,10 @@ const KEPT: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b':')
     .remove(b'@');
 
+/// What stands for itself in a host: a slash would end it, and before an `@` stands a user's name. A zone (fe80::1%eth0) is written
+/// with an escaped percent sign, by RFC 6874.
+const IN_HOST: &AsciiSet = &KEPT.add(b'/').add(b'@');
+
 /// Where a server listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -145,13 +149,10 @@ impl fmt::Display for Uri {
         let tls = if self.tls { "s" } else { "" };
         let mut separator = '?';
         match &self.address {
-            Address::Tcp { host, port } if host.contains(':') => {
-                // A zone (fe80::1%eth0) is written with an escaped percent sign, by RFC 6874.
-                write!(f, "nbd{tls}://[{}]:{port}/{export}", host.replace('%', "%25"))?;
-            }
             Address::Tcp { host, port } => {
-                let host = percent_encode(host.as_bytes(), KEPT);
-                write!(f, "nbd{tls}://{host}:{port}/{export}")?;
+                let (open, close) = if host.contains(':') { ("[", "]") } else { ("", "") };
+                let host = percent_encode(host.as_bytes(), IN_HOST);
+                write!(f, "nbd{tls}://{open}{host}{close}:{port}/{export}")?;
             }
             Address::Unix(path) => {
                 let path = percent_encode(path.as_os_str().as_bytes(), KEPT);
@@ -375,6 +376,24 @@ mod tests {
         assert_eq!(uri("nbd+unix:///?socket=/s").tls_server_name(), None);
     }
 
+    /// A host that is written as something else would be another host.
+    #[test]
+    fn an_odd_host_stays_in_its_place() {
+        for (text, host) in [
+            ("nbd://x%5d0%0a%3a", "x]0\n:"),
+            ("nbd://1.%409", "1.@9"),
+            ("nbd://a%2fb", "a/b"),
+        ] {
+            let read = uri(text);
+            assert_eq!(read, Uri::tcp(host, DEFAULT_PORT, ""));
+            assert_eq!(uri(&read.to_string()), read, "{read}");
+        }
+        assert_eq!(
+            Uri::tcp("fe80::1%eth0", 7, "x").to_string(),
+            "nbd://[fe80::1%25eth0]:7/x"
+        );
+    }
+
     #[test]
     fn what_is_wrong_is_named() {
         for (text, part) in [
@@ -403,7 +422,7 @@ mod tests {
     proptest! {
         #[test]
         fn written_and_read_again(
-            host in "[a-z0-9.-]{1,20}|::1|fe80::1%eth0",
+            host in "[a-z0-9.-]{1,20}|::1|fe80::1%eth0|[^\0]{1,9}",
             port: u16,
             socket in "\0?[^\0]{1,30}",
             export in "[^\0]{0,40}",
