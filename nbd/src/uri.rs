@@ -24,7 +24,7 @@ const KEPT: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b':')
     .remove(b'@');
 
-/// What stands for itself in a host: a slash would end it, and before an `@` stands a user's name. A zone (fe80::1%eth0) is written
+/// What stands for itself in a host: a slash would end it, and before an `@` stands a user's name. A zone (`fe80::1%eth0`) is written
 /// with an escaped percent sign, by RFC 6874.
 const IN_HOST: &AsciiSet = &KEPT.add(b'/').add(b'@');
 
