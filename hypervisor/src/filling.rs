@@ -233,7 +233,7 @@ fn has_stand_in(graph: &Graph, disk: &LentDisk) -> bool {
 
 fn stand_in(disk: &LentDisk) -> Value {
     let fails = |request: &&str| json!({"event": "none", "iotype": request, "errno": EIO});
-    let rules: Vec<Value> = REQUESTS.iter().map(|request| fails(&request)).collect();
+    let rules: Vec<Value> = REQUESTS.iter().map(fails).collect();
     json!({"driver": "blkdebug", "node-name": disk.stand_in, "inject-error": rules,
         "image": {"driver": "null-co", "size": disk.size}})
 }
