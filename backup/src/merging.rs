@@ -204,7 +204,7 @@ pub(crate) async fn journal(repository: &Repository, folder: &DomainFolder) -> R
             "the journal of a merge that was cut short cannot be read",
         )
         .with("object", key)
-        .hint("No point needs it. Remove it, and repeat the merge.")
+        .hint("Put it back from a copy of the repository. Where there is none: remove it, verify, and repeat the merge.")
         .because(e)),
     }
 }

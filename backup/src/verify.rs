@@ -157,8 +157,7 @@ pub async fn verify(
         line,
         options,
         watcher,
-        // A journal that cannot be read tells of a merge, too.
-        merging: !matches!(journal(repository, folder).await, Ok(None)),
+        merging: journal(repository, folder).await.map(|journal| journal.is_some()),
         images: BTreeMap::new(),
         read: 0,
     };
@@ -176,7 +175,8 @@ struct Verifier<'a> {
     line: Line,
     options: &'a VerifyOptions,
     watcher: &'a dyn Watcher,
-    merging: bool,
+    /// Whether there is a journal of a merge, or what is wrong with it.
+    merging: Result<bool>,
     /// What was wrong with each image that was read.
     images: BTreeMap<ImageOf, Option<Fault>>,
     read: u64,
@@ -351,7 +351,8 @@ impl Verifier<'_> {
             points,
             strays: self.strays().await?,
             unfinished: self.repository.unfinished(self.folder).await?,
-            merging: self.merging,
+            // A journal that cannot be read tells of a merge, too.
+            merging: *self.merging.as_ref().unwrap_or(&true),
             read: self.read,
         })
     }
@@ -417,6 +418,12 @@ impl Verifier<'_> {
     /// What nothing knows. Points that are unfinished, or whose manifest is not to be trusted, are not looked into.
     async fn strays(&self) -> Result<Vec<Stray>> {
         let mut strays = Vec::new();
+        if let Err(error) = &self.merging {
+            strays.push(Stray {
+                object: format!("{}/{JOURNAL}", self.folder.key),
+                what: error.message().to_owned(),
+            });
+        }
         for name in self.repository.store().list(&self.folder.key).await? {
             if !matches!(name.as_str(), DOMAIN | LOCK | JOURNAL) && point_order(&name).is_none() {
                 strays.push(stray(format!("{}/{name}", self.folder.key), None));
