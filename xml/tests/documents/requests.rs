@@ -103,7 +103,7 @@ fn sockets_export_names_and_tls() {
     assert_eq!(tls("verify='yes'", ""), expected(true));
     assert_eq!(tls("verify='no'", ""), expected(false));
     let only = tls("", "<client name='O=A &amp; B,CN=backup'/><client name='CN=x'/>").allowed;
-    let only: Vec<_> = only.iter().map(|name| name.as_str()).collect();
+    let only: Vec<String> = only.iter().map(ToString::to_string).collect();
     assert_eq!(only, ["O=A & B,CN=backup", "CN=x"]);
     let nowhere = export_request("<blockexport type='nbd'><disk name='a'/></blockexport>").unwrap();
     assert_eq!(nowhere.listen, None);
