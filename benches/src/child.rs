@@ -12,7 +12,7 @@ use disksnap_core::{Redefine, SnapshotName};
 use disksnap_nbd::{BASE_ALLOCATION, BulkOptions, BulkReader, Chunk, Client, ConnectOptions, Uri};
 use tokio::runtime::Runtime;
 
-use crate::lvm;
+use crate::{backup, lvm};
 use crate::scene::{Scene, request};
 
 /// `READ URI [FILE]`: the whole export, to a file or to nowhere.
@@ -48,6 +48,13 @@ pub(crate) fn run_if_asked(arguments: &[String]) -> Result<bool> {
             return Ok(true);
         }
         [REDEFINE, state, domain, set] => redefine(Path::new(state), Path::new(domain), Path::new(set))?,
+        [backup::PULL, repository, domain, uri, checkpoint] => {
+            backup::pull_here(repository, domain, uri, checkpoint, None)?;
+        }
+        [backup::PULL, repository, domain, uri, checkpoint, since] => {
+            backup::pull_here(repository, domain, uri, checkpoint, Some(since))?;
+        }
+        [backup::CHANGED, uri, bitmap] => backup::read_changed(uri, bitmap)?,
         [lvm::TAKES, rounds] => {
             lvm::run_inside(rounds.parse()?)?;
             return Ok(true);

@@ -5,6 +5,7 @@
 
 #![allow(clippy::print_stdout, reason = "a program for people, who read it")]
 
+mod backup;
 mod bare;
 mod changes;
 mod child;
@@ -28,7 +29,7 @@ use anyhow::{Result, bail};
 /// A part: its name, and what runs it with a directory for all its files.
 type Part = (&'static str, fn(&Path) -> Result<()>);
 
-const PARTS: [Part; 7] = [
+const PARTS: [Part; 8] = [
     ("snapshot", snapshot::run),
     ("take", take::run),
     ("writes", writes::run),
@@ -36,6 +37,7 @@ const PARTS: [Part; 7] = [
     ("memory", memory::run),
     ("changes", changes::run),
     ("redefine", redefine::run),
+    ("backup", backup::run),
 ];
 
 fn main() -> Result<()> {
