@@ -158,7 +158,7 @@ impl ImageWriter {
     }
 
     /// Makes durable what was written, and tells what a later writer needs. Its offset may lie before
-    /// [`ImageWriter::offset`] by up to 2 MiB of data and what is zero or left out around these: a later writer is given the disk
+    /// [`ImageWriter::offset`] by up to 1 MiB of data and what is zero or left out around these: a later writer is given the disk
     /// from that offset, and what becomes of it is the same file to the byte.
     pub async fn checkpoint(&mut self) -> Result<ImageState> {
         let (offset, written) = self.pipeline.checkpoint().await?;

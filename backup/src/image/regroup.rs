@@ -8,8 +8,8 @@ use crate::CHUNK;
 use crate::digests::{CHUNK_BYTES, chunk_length, chunks, is_zero, to_usize};
 use crate::qcow2::L2_ENTRIES;
 
-/// How many chunks of data are put down together: 2 MiB.
-const BATCH: usize = 32;
+/// How many chunks of data are put down together: 1 MiB.
+const BATCH: usize = 16;
 
 /// What is put down together: what one L2 table tells of, and of a full image zeroes beyond it.
 #[derive(Debug, Default)]
