@@ -376,3 +376,42 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
         .because(e)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// Reads what comes next; the last of it for ever.
+    fn reading(states: &[Option<u8>]) -> (io::Result<(u8, bool)>, usize) {
+        let reads = Cell::new(0);
+        let found = settled(|| {
+            let n = reads.replace(reads.get() + 1);
+            let state = states[n.min(states.len() - 1)];
+            let gone = || io::Error::from(io::ErrorKind::NotFound);
+            state.map(|state| (state, Vec::new())).ok_or_else(gone)
+        });
+        (found, reads.get())
+    }
+
+    #[test]
+    fn two_reads_in_a_row_must_agree() {
+        for (states, expected, reads) in [
+            (&[Some(1)][..], (1, true), 2),
+            (&[Some(1), Some(2)], (2, true), 3),
+            (&[Some(1), Some(2), Some(1), Some(2), Some(2)], (2, true), 5),
+            (&[Some(1), Some(2), Some(1), Some(2), Some(3)], (3, false), 5),
+            // It was being replaced.
+            (&[None, Some(1)], (1, true), 3),
+            (&[Some(1), None, Some(1)], (1, true), 4),
+        ] {
+            let (found, count) = reading(states);
+            assert_eq!((found.unwrap(), count), (expected, reads), "{states:?}");
+        }
+        let (found, count) = reading(&[None]);
+        assert_eq!((found.unwrap_err().kind(), count), (io::ErrorKind::NotFound, 2));
+    }
+}
