@@ -24,7 +24,10 @@ pub fn differing(data: &[u8]) {
             range.start >= last && range.start < range.end,
             "{range:?} after {last}"
         );
-        assert!(range.start.is_multiple_of(CHUNK) && range.end.is_multiple_of(CHUNK), "{range:?}");
+        assert!(
+            range.start.is_multiple_of(CHUNK) && range.end.is_multiple_of(CHUNK),
+            "{range:?}"
+        );
         last = range.end;
         Ok(())
     };
