@@ -138,9 +138,9 @@ impl FromStr for ClientName {
             "it is too long"
         } else if name.chars().any(char::is_control) {
             "it has control characters"
-        } else if !name
+        } else if name
             .split_once('=')
-            .is_some_and(|(kind, _)| !kind.trim().is_empty())
+            .is_none_or(|(kind, _)| kind.trim().is_empty())
         {
             "it has no parts such as CN=backup"
         } else if name.trim() != name {
