@@ -251,7 +251,7 @@ async fn open_images(store: &dyn Store, layers: &[Layer]) -> Result<Vec<Source>>
 }
 
 /// Opens the files of digests, each of which is what its manifest says.
-async fn open_digests(store: &dyn Store, layers: &[Layer]) -> Result<Overlay> {
+pub(crate) async fn open_digests(store: &dyn Store, layers: &[Layer]) -> Result<Overlay> {
     let mut readers = Vec::with_capacity(layers.len());
     for layer in layers {
         let object = Object::open(store, &layer.point, &layer.chunks).await?;

@@ -1,17 +1,20 @@
 //! A backup of a domain of this host: the snapshot, the pull, the point, and what is tidied up behind it.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use disksnap::{
-    CheckpointName, DEADLINE, Disk, Disks, Disksnap, Dispatcher, Domain, DomainDocument, Effect, Error, ErrorKind,
-    NewCheckpoint, Quiesce, Result, Snapshot, SnapshotId, SnapshotName, SnapshotRequest,
+    CheckpointName, DEADLINE, Disk, Disks, Disksnap, Dispatcher, Domain, DomainDocument, Effect, Error,
+    ErrorKind, NewCheckpoint, Quiesce, Result, Snapshot, SnapshotId, SnapshotName, SnapshotRequest,
 };
 
 use crate::journal::{Asked, Begun, Journal};
 use crate::levels::{Opened, open};
 use crate::pull::{About, Puller};
 use crate::tidy::{self, Ours};
-use crate::{Compression, DomainFolder, Event, MachineOptions, Manifest, Repository, WantedLevel, Watcher, save_machine, stopped};
+use crate::{
+    Compression, DomainFolder, Event, MachineOptions, Manifest, Repository, WantedLevel, Watcher,
+    save_machine, stopped,
+};
 
 /// A domain to back up.
 #[derive(Debug, Clone, Copy)]
@@ -113,6 +116,13 @@ impl<'a> Live<'a> {
     }
 }
 
+/// A snapshot that so many runs could not pull to its end is given up, and so is one that is older than this: the next backup
+/// is to be of its own night.
+const ATTEMPTS: u32 = 3;
+const OLDEST: Duration = Duration::from_hours(24);
+/// What is saved beside the disks this long after their instant is told to be later.
+const SOON: Duration = Duration::from_mins(1);
+
 /// What carries a backup out.
 struct Run<'a> {
     live: Live<'a>,
@@ -131,7 +141,7 @@ struct Run<'a> {
 /// # Errors
 /// What the snapshot meets; `Busy` while another backup of the domain is under way in the repository; `Unsupported` when an
 /// increment is wanted and not possible; `Broken` when the snapshot broke while it was pulled; `NoSpace`; `Unavailable` when it was stopped. The
-/// repository has no new point then.
+/// repository has no new point then, unless the error says that the backup is complete: then only the snapshot is left to be given up.
 pub async fn create(
     of: Subject<'_>,
     repository: &Repository,
@@ -167,16 +177,33 @@ impl Run<'_> {
             self.watcher,
         )
         .await?;
-        let resumed = going_on.is_some();
+        let mut resumed = going_on.is_some();
         let (mut journal, snapshot) = match going_on {
-            Some(journal) => {
+            Some(mut journal) => {
+                journal.attempts += 1;
+                journal.save(self.repository, self.folder).await?;
                 let snapshot = self.ours.snapshot(&self.live, &journal.snapshot).await?;
                 let gone = || Error::new(ErrorKind::NotFound, "the snapshot is gone");
                 (journal, snapshot.ok_or_else(gone)?)
             }
             None => self.begin().await?,
         };
-        let pulled = self.pull(&mut journal, &snapshot).await;
+        let mut pulled = self.pull(&mut journal, &snapshot).await;
+        if let (true, Err(error)) = (resumed, &pulled)
+            && error.kind() == ErrorKind::Broken
+        {
+            // What had been begun is good for nothing any more: then as if it had not been.
+            let message = format!(
+                "{} cannot be gone on with: {}; it was given up",
+                journal.point,
+                error.message()
+            );
+            tidy::abandon_point(&mut self.live, self.repository, self.folder, &journal.point).await?;
+            self.watcher.event(&Event::Note { message: &message });
+            let (anew, snapshot) = self.begin().await?;
+            (journal, resumed) = (anew, false);
+            pulled = self.pull(&mut journal, &snapshot).await;
+        }
         let manifest = match pulled {
             Ok(manifest) => manifest,
             Err(error) => return Err(self.interrupted(&journal, error).await),
@@ -194,9 +221,7 @@ impl Run<'_> {
     async fn settle(&mut self) -> Result<Option<Journal>> {
         let mut going_on = None;
         for point in self.repository.unfinished(self.folder).await?.iter().rev() {
-            let journal = Journal::load(self.repository, self.folder, point).await;
-            let journal = journal.unwrap_or_default();
-            match journal {
+            match Journal::load_if_sound(self.repository, self.folder, point).await? {
                 Some(journal) if going_on.is_none() && self.can_go_on(&journal).await? => {
                     let message = format!("going on with {point}, which was interrupted");
                     self.watcher.event(&Event::Note { message: &message });
@@ -214,12 +239,15 @@ impl Run<'_> {
     }
 
     async fn can_go_on(&self, journal: &Journal) -> Result<bool> {
-        if !self.request.resume || journal.asked != self.asked() {
+        if !self.request.resume || journal.asked != self.asked() || journal.attempts >= ATTEMPTS {
             return Ok(false);
         }
         let dispatcher = self.live.dispatcher();
         match dispatcher.show(&self.live.domain, &journal.snapshot).await {
-            Ok(found) => Ok(Some(found.snapshot.id) == journal.id && found.overall().is_good()),
+            Ok(found) => {
+                let age = found.snapshot.created.elapsed().unwrap_or_default();
+                Ok(Some(found.snapshot.id) == journal.id && found.overall().is_good() && age <= OLDEST)
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error),
         }
@@ -230,12 +258,15 @@ impl Run<'_> {
             level: self.request.level,
             disks: self.request.disks.clone(),
             compression: self.request.compression,
+            quiesce: self.request.quiesce,
+            mountpoints: self.request.mountpoints.clone(),
+            served: None,
         }
     }
 
     /// Takes the snapshot. The journal is there first, so that whoever comes next knows whose it is.
     async fn begin(&mut self) -> Result<(Journal, Snapshot)> {
-        let point = self.repository.new_point(self.folder, SystemTime::now()).await?;
+        let point = self.repository.next_point(self.folder).await?;
         let name: SnapshotName = self.ours.name(&point).parse()?;
         let checkpoint = CheckpointName::try_from(&name)?;
         let id = SnapshotId::random();
@@ -245,7 +276,9 @@ impl Run<'_> {
             snapshot: name.clone(),
             id: Some(id),
             checkpoint: Some(checkpoint.clone()),
+            attempts: 0,
             machine: None,
+            warnings: Vec::new(),
             disks: Vec::new(),
         };
         journal.save(self.repository, self.folder).await?;
@@ -259,9 +292,7 @@ impl Run<'_> {
             checkpoint: Some(NewCheckpoint::Named(checkpoint)),
             checkpoint_where_possible: true,
         };
-        let created = self.live.dispatcher()
-            .create(&self.live.domain, &request)
-            .await;
+        let created = self.live.dispatcher().create(&self.live.domain, &request).await;
         let snapshot = match created {
             Ok(snapshot) => snapshot,
             Err(error) => {
@@ -281,7 +312,6 @@ impl Run<'_> {
 
     /// Pulls every disk, and makes the point exist.
     async fn pull(&self, journal: &mut Journal, snapshot: &Snapshot) -> Result<Manifest> {
-        let mut warnings = snapshot.warnings.clone();
         for warning in &snapshot.warnings {
             self.watcher.event(&Event::Warning { message: warning });
         }
@@ -291,8 +321,17 @@ impl Run<'_> {
             };
             let prefix = self.repository.folder_of(self.folder, &journal.point);
             let store = &**self.repository.store();
-            let saved = save_machine(store, &prefix, self.live.of.document, &options, &mut warnings).await?;
+            let (document, mut warnings) = (self.live.of.document, Vec::new());
+            let saved = save_machine(store, &prefix, document, &options, &mut warnings).await?;
+            let later = snapshot.created.elapsed().unwrap_or_default();
+            if later > SOON && (saved.nvram.is_some() || !saved.tpm.is_empty()) {
+                warnings.push(format!(
+                    "EFI variables and TPM state were saved {} s after the disks' instant: the run was interrupted in between",
+                    later.as_secs()
+                ));
+            }
             journal.machine = Some(saved);
+            journal.warnings = warnings;
             journal.save(self.repository, self.folder).await?;
         }
         let mut disks = Vec::new();
@@ -309,6 +348,8 @@ impl Run<'_> {
             ));
         }
         let machine = journal.machine.clone();
+        let mut warnings = snapshot.warnings.clone();
+        warnings.extend(journal.warnings.iter().cloned());
         let manifest = Manifest {
             repository: self.repository.id(),
             point: journal.point.clone(),
@@ -323,6 +364,7 @@ impl Run<'_> {
             warnings,
             tool: tool(),
         };
+        check_chains(self.repository, self.folder, &manifest).await?;
         self.repository.publish(self.folder, &manifest).await?;
         Ok(manifest)
     }
@@ -354,31 +396,34 @@ impl Run<'_> {
         )
         .await
         .map_err(|e| e.with("disk", target))?;
-        if journal.disk(target).is_err() {
-            journal.disks.push(Begun {
-                target: target.to_owned(),
-                planned,
-                state: None,
-                entry: None,
-            });
-            journal.save(self.repository, self.folder).await?;
-        }
-        for warning in source.warnings() {
-            self.watcher.event(&Event::Warning { message: warning });
-        }
-        let about = About {
-            target,
-            method,
-            tracked: self.tracked(snapshot, target).await?,
-            below: &below,
+        let pulled = async {
+            if journal.disk(target).is_err() {
+                journal.disks.push(Begun {
+                    target: target.to_owned(),
+                    planned,
+                    state: None,
+                    entry: None,
+                });
+                journal.save(self.repository, self.folder).await?;
+            }
+            for warning in source.warnings() {
+                self.watcher.event(&Event::Warning { message: warning });
+            }
+            let about = About {
+                target,
+                method,
+                tracked: self.tracked(snapshot, target).await?,
+                below: &below,
+            };
+            let puller = Puller {
+                repository: self.repository,
+                folder: self.folder,
+                watcher: self.watcher,
+                rate_limit: self.request.rate_limit,
+            };
+            puller.disk(journal, &about, &source).await
         };
-        let puller = Puller {
-            repository: self.repository,
-            folder: self.folder,
-            watcher: self.watcher,
-            rate_limit: self.request.rate_limit,
-        };
-        let pulled = puller.disk(journal, &about, &source).await;
+        let pulled = pulled.await;
         let closed = source.close().await;
         let entry = pulled?;
         closed?;
@@ -419,7 +464,8 @@ impl Run<'_> {
                  `disksnap backup abandon` gives them up.",
             );
         }
-        let abandoned = tidy::abandon_point(&mut self.live, self.repository, self.folder, &journal.point).await;
+        let abandoned =
+            tidy::abandon_point(&mut self.live, self.repository, self.folder, &journal.point).await;
         match abandoned {
             Ok(()) => error
                 .leaving(Effect::RolledBack)
@@ -432,6 +478,18 @@ impl Run<'_> {
 fn modified(snapshot: &Snapshot) -> Vec<Disk> {
     let disks = snapshot.disks.iter();
     disks.filter_map(|disk| disk.modified_disk.clone()).collect()
+}
+
+/// Makes sure that what the increments are over is still there: points may have been dropped while this one was unfinished.
+pub(crate) async fn check_chains(
+    repository: &Repository,
+    folder: &DomainFolder,
+    manifest: &Manifest,
+) -> Result<()> {
+    for disk in &manifest.disks {
+        repository.chain(folder, manifest, &disk.target).await?;
+    }
+    Ok(())
 }
 
 /// What wrote a manifest.

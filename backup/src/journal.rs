@@ -1,9 +1,12 @@
 //! What is written down of a point while it is being pulled, so that a later run can go on: `unfinished.json`.
 
-use disksnap::{CheckpointName, Disks, SnapshotId, SnapshotName};
+use std::time::SystemTime;
+
+use disksnap::{CheckpointName, Disks, Quiesce, SnapshotId, SnapshotName};
 use disksnap::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::levels::Parent;
 use crate::{Compression, DiskEntry, DomainFolder, ImageState, Level, MachineEntry, Repository};
 
 /// The journal's file in the point's folder.
@@ -30,6 +33,21 @@ pub(crate) struct Asked {
     pub(crate) level: WantedLevel,
     pub(crate) disks: Disks,
     pub(crate) compression: Compression,
+    pub(crate) quiesce: Quiesce,
+    pub(crate) mountpoints: Vec<String>,
+    /// Where another host's snapshot is served, and what was said of it.
+    #[serde(default)]
+    pub(crate) served: Option<Served>,
+}
+
+/// What was said of a snapshot that another host serves: one of which anything else is said is another one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Served {
+    pub(crate) taken: SystemTime,
+    pub(crate) since: Option<CheckpointName>,
+    pub(crate) checkpoint: Option<CheckpointName>,
+    /// The exports, as they were named.
+    pub(crate) exports: Vec<String>,
 }
 
 /// A point that is being pulled.
@@ -42,8 +60,14 @@ pub(crate) struct Journal {
     pub(crate) id: Option<SnapshotId>,
     /// The checkpoint that begins with it.
     pub(crate) checkpoint: Option<CheckpointName>,
+    /// How many runs have gone on with it.
+    #[serde(default)]
+    pub(crate) attempts: u32,
     #[serde(default)]
     pub(crate) machine: Option<MachineEntry>,
+    /// What is to be known of what was saved beside the disks.
+    #[serde(default)]
+    pub(crate) warnings: Vec<String>,
     /// The disks that have been begun.
     #[serde(default)]
     pub(crate) disks: Vec<Begun>,
@@ -71,6 +95,14 @@ pub(crate) struct Planned {
     pub(crate) why_full: Option<String>,
 }
 
+impl Planned {
+    /// Whether it is an increment over this very point.
+    pub(crate) fn is_over(&self, parent: &Parent) -> bool {
+        let over = self.parent.as_ref();
+        over.is_some_and(|(point, since)| *point == parent.point && *since == parent.checkpoint)
+    }
+}
+
 impl Journal {
     /// The disk's part of it.
     ///
@@ -90,15 +122,21 @@ impl Journal {
         repository.store().put(&key, &json).await
     }
 
-    /// The journal of an unfinished point; `None` where it has none.
-    ///
-    /// # Errors
-    /// `Broken` for one that cannot be read.
-    pub(crate) async fn load(
+    /// The journal of an unfinished point; `None` where it has none, or a damaged one: nobody can go on with that.
+    pub(crate) async fn load_if_sound(
         repository: &Repository,
         folder: &DomainFolder,
         point: &str,
     ) -> Result<Option<Self>> {
+        match Self::load(repository, folder, point).await {
+            Err(error) if error.kind() == ErrorKind::Broken => Ok(None),
+            loaded => loaded,
+        }
+    }
+
+    /// # Errors
+    /// `Broken` for one that is damaged.
+    async fn load(repository: &Repository, folder: &DomainFolder, point: &str) -> Result<Option<Self>> {
         let key = repository.key(folder, point, FILE);
         let bytes = match repository.store().get(&key, LIMIT).await {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),

@@ -1,11 +1,14 @@
 //! Whether a disk's image is to be full or an increment: decided with the snapshot at hand, and told why.
 
+use std::sync::Arc;
+use std::time::SystemTime;
+
 use disksnap::{CheckpointName, Error, ErrorKind, Result, SnapshotName};
 
 use crate::create::Live;
 use crate::journal::Planned;
 use crate::source::Source;
-use crate::{DomainFolder, Layer, Level, Manifest, Repository, WantedLevel};
+use crate::{ChainReader, DomainFolder, Layer, Level, Manifest, Repository, Store, WantedLevel, spot};
 
 /// A disk that is open for pulling.
 #[derive(Debug)]
@@ -20,6 +23,8 @@ pub(crate) struct Opened {
 #[derive(Debug)]
 pub(crate) struct Parent {
     pub(crate) point: String,
+    /// The instant of its snapshot.
+    pub(crate) created: SystemTime,
     pub(crate) checkpoint: CheckpointName,
     pub(crate) chain: Vec<Layer>,
 }
@@ -58,21 +63,33 @@ pub(crate) async fn open(
         return whole(None).await;
     }
     let parent = match parent(repository, folder, target).await? {
-        Ok(parent) => parent,
+        Ok(parent) if planned.as_ref().is_none_or(|planned| planned.is_over(&parent)) => parent,
+        Ok(parent) => {
+            let why = format!(
+                "the disk's last point is {} now, and its increment was begun over another",
+                parent.point
+            );
+            return not_possible(planned, wanted, why, whole).await;
+        }
         Err(why) => return not_possible(planned, wanted, why, whole).await,
     };
-    let since = live.of.disksnap.read_since(&live.domain, snapshot, target, &parent.checkpoint)
+    if let Some(why) = another_checkpoint(live, &parent).await? {
+        return not_possible(planned, wanted, why, whole).await;
+    }
+    let since = live
+        .of
+        .disksnap
+        .read_since(&live.domain, snapshot, target, &parent.checkpoint)
         .await;
     match since {
-        Ok(reader) => Ok(Opened {
-            source: Source::Snapshot(reader),
-            planned: Planned {
-                level: Level::Incremental,
-                parent: Some((parent.point, parent.checkpoint)),
-                why_full: None,
-            },
-            below: parent.chain,
-        }),
+        Ok(reader) => {
+            let source = Source::Snapshot(reader);
+            if let Some(why) = stranger(&**repository.store(), &parent, &source, planned.is_some()).await? {
+                source.close().await?;
+                return not_possible(planned, wanted, why, whole).await;
+            }
+            Ok(parent.opened(source))
+        }
         Err(error) if tells_no_changes(&error) => {
             let why = format!(
                 "what has changed since {} is not known: {}",
@@ -83,6 +100,60 @@ pub(crate) async fn open(
         }
         Err(error) => Err(error),
     }
+}
+
+impl Parent {
+    /// An increment over it.
+    pub(crate) fn opened(self, source: Source) -> Opened {
+        Opened {
+            source,
+            planned: Planned {
+                level: Level::Incremental,
+                parent: Some((self.point, self.checkpoint)),
+                why_full: None,
+            },
+            below: self.chain,
+        }
+    }
+}
+
+/// Why the domain's checkpoint of that name is not the one that began with the point, if it is not. Sets of checkpoints that were moved
+/// know the second only.
+async fn another_checkpoint(live: &Live<'_>, parent: &Parent) -> Result<Option<String>> {
+    let lineage = live.dispatcher().checkpoints(&live.domain).await?;
+    let Ok(known) = lineage.get(&parent.checkpoint) else {
+        return Ok(None);
+    };
+    let second = |at: SystemTime| {
+        at.duration_since(SystemTime::UNIX_EPOCH)
+            .map(|since| since.as_secs())
+    };
+    let same = matches!((second(known.created), second(parent.created)), (Ok(a), Ok(b)) if a == b);
+    Ok((!same).then(|| {
+        format!(
+            "the checkpoint '{}' is another one than that which began with {}",
+            known.name, parent.point
+        )
+    }))
+}
+
+/// Why the disk is not the one that the point was taken of, if it is not. One that is gone on with was looked at when it was begun.
+pub(crate) async fn stranger(
+    store: &dyn Store,
+    parent: &Parent,
+    source: &Source,
+    begun: bool,
+) -> Result<Option<String>> {
+    if begun {
+        return Ok(None);
+    }
+    let (differ, looked) = spot::differing(store, &parent.chain, source).await?;
+    Ok((differ > 0).then(|| {
+        format!(
+            "of {looked} places that are told as unchanged since {}, {differ} differ from it: it is another disk, or was written past its bitmaps",
+            parent.point
+        )
+    }))
 }
 
 /// A full one where that may be, else an error.
@@ -134,17 +205,25 @@ pub(crate) async fn parent(
             manifest.point
         )));
     };
-    match repository.chain(folder, &manifest, target).await {
+    let chain = async {
+        let chain = repository.chain(folder, &manifest, target).await?;
+        // Nobody wants an increment over images that are not there: their heads and all their digests are looked at.
+        ChainReader::open(Arc::clone(repository.store()), &chain).await?;
+        Ok::<_, Error>(chain)
+    };
+    match chain.await {
         Ok(chain) => Ok(Ok(Parent {
             point: manifest.point,
+            created: manifest.created,
             checkpoint,
             chain,
         })),
-        Err(error) => Ok(Err(format!(
+        Err(error) if matches!(error.kind(), ErrorKind::Broken | ErrorKind::NotFound) => Ok(Err(format!(
             "the chain of {} is not whole: {}",
             manifest.point,
             error.message()
         ))),
+        Err(error) => Err(error),
     }
 }
 

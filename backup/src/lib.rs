@@ -13,7 +13,8 @@
 //! | `digests` | the digests of an image's chunks as a file, and what they come to over a chain |
 //! | `chain` | reading a disk as it was at a point, each chunk checked |
 //! | `create`, `remote` | a backup of a domain of this host; of a snapshot that another host serves |
-//! | `levels`, `source`, `pull` | whether an image is full or an increment; where a disk is read from; pulling one |
+//! | `levels`, `spot` | whether an image is full or an increment; whether what is told unchanged is |
+//! | `source`, `pull` | where a disk is read from; pulling one |
 //! | `journal`, `tidy` | what lets an interrupted backup be gone on with; what backups leave with the domain, and its end |
 //! | `restore` | writing a disk to a file, a device or an NBD export; a point into a directory or a paused domain |
 //! | `serve` | the disks of a point over NBD, read-only, as long as somebody looks |
@@ -44,6 +45,7 @@ mod restore;
 mod retention;
 mod serve;
 mod source;
+mod spot;
 mod store;
 mod tidy;
 mod verify;
@@ -62,8 +64,8 @@ pub use progress::{Event, Phase, Silent, Watcher, stopped};
 pub use remote::{RemoteExport, RemoteRequest, pull};
 pub use repository::{DomainFolder, ListedPoint, PointSpec, Repository};
 pub use restore::{
-    Form, IntoRequest, PointRequest, Restored, RestoredDisk, RestoredInto, RestoredPoint, Target, restore_disk,
-    restore_disks, restore_into, restore_point,
+    Form, IntoRequest, PointRequest, Restored, RestoredDisk, RestoredInto, RestoredPoint, Target,
+    restore_disk, restore_disks, restore_into, restore_point,
 };
 pub use retention::{Doubtful, Kept, Pruned, Reason, Retention, prune};
 pub use serve::{PointServer, ServeRequest, ServedDisk, run_if_asked, serve};

@@ -69,11 +69,11 @@ pub async fn save_machine(
 ) -> Result<MachineEntry> {
     let mut entry = save_document(store, prefix, document).await?;
     let nvram = read_nvram(document, warnings).await;
-    if let Some(Some((path, bytes))) = or_missing(nvram, options, warnings)? {
+    if let Some(Some((path, bytes))) = or_missing(nvram, *options, warnings)? {
         entry.nvram = Some(save(store, prefix, NVRAM, Some(&path), &bytes).await?);
     }
     let tpm = read_tpm(document, warnings).await;
-    for (name, path, bytes) in or_missing(tpm, options, warnings)?.unwrap_or_default() {
+    for (name, path, bytes) in or_missing(tpm, *options, warnings)?.unwrap_or_default() {
         let file = format!("{TPM}/{name}");
         let saved = save(store, prefix, &file, Some(&path), &bytes).await?;
         entry.tpm.push(saved);
@@ -172,7 +172,7 @@ fn broken(prefix: &str, entry: &FileEntry, what: &str) -> Error {
 }
 
 /// What was read; or nothing and a warning, where that is allowed.
-fn or_missing<T>(read: Result<T>, options: &MachineOptions, warnings: &mut Vec<String>) -> Result<Option<T>> {
+fn or_missing<T>(read: Result<T>, options: MachineOptions, warnings: &mut Vec<String>) -> Result<Option<T>> {
     match read {
         Ok(read) => Ok(Some(read)),
         Err(error) if options.allow_missing => {
@@ -301,7 +301,9 @@ fn names_in(folder: impl AsFd) -> io::Result<Vec<String>> {
 /// Whether a name can be that of a file in a point's folder.
 fn is_plain(name: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
-    name.bytes().all(plain) && !name.is_empty() && !name.starts_with('.') && !name.ends_with(".part")
+    // A store writes under such names what is not whole yet.
+    let unfinished = Path::new(name).extension().is_some_and(|suffix| suffix == "part");
+    name.bytes().all(plain) && !name.is_empty() && !name.starts_with('.') && !unfinished
 }
 
 fn state_file(folder: impl AsFd, path: &Path, most: u64) -> io::Result<(Vec<u8>, Stamp)> {

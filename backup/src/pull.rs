@@ -130,7 +130,7 @@ impl Puller<'_> {
             meter.count(&piece);
             writer.write(piece).await?;
             self.tell(about.target, &meter);
-            self.wait(&meter).await;
+            self.wait(&meter).await?;
             if meter.is_due() {
                 let state = writer.checkpoint().await?;
                 journal.disk(about.target)?.state = Some(state);
@@ -189,10 +189,19 @@ impl Puller<'_> {
     }
 
     /// Waits until what was moved is no more than the limit allows since the beginning.
-    async fn wait(&self, meter: &Meter) {
-        let Some(limit) = self.rate_limit else { return };
+    async fn wait(&self, meter: &Meter) -> Result<()> {
+        let Some(limit) = self.rate_limit else {
+            return Ok(());
+        };
         let due = Duration::from_secs_f64(as_f64(meter.moved) / as_f64(limit.max(1)));
-        tokio::time::sleep(due.saturating_sub(meter.began.elapsed())).await;
+        loop {
+            let left = due.saturating_sub(meter.began.elapsed());
+            if left.is_zero() {
+                return Ok(());
+            }
+            tokio::time::sleep(left.min(Duration::from_millis(200))).await;
+            stopped(self.watcher)?;
+        }
     }
 }
 

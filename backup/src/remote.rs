@@ -4,14 +4,14 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use disksnap::{
-    CheckpointName, Consistency, DiskChoice, Disks, DomainDocument, Effect, Error, ErrorKind, RemoteDisk,
-    Result, SnapshotName,
+    CheckpointName, Consistency, DiskChoice, Disks, DomainDocument, Effect, Error, ErrorKind, Quiesce,
+    RemoteDisk, Result, SnapshotName,
 };
 
-use crate::create::{Backup, tool};
+use crate::create::{Backup, check_chains, tool};
+use crate::journal::{Asked, Begun, Journal, Planned, Served};
+use crate::levels::{Opened, parent, stranger};
 use crate::machine::save_document;
-use crate::journal::{Asked, Begun, Journal, Planned};
-use crate::levels::{Opened, parent};
 use crate::pull::{About, Puller};
 use crate::source::Source;
 use crate::{Compression, DiskEntry, DomainFolder, Event, Level, Manifest, Repository, WantedLevel, Watcher};
@@ -90,27 +90,47 @@ impl Run<'_> {
             Some(journal) => journal,
             None => self.begin().await?,
         };
-        let manifest = self.all(&mut journal).await.map_err(|error| {
-            error
-                .with("point", &journal.point)
-                .leaving(Effect::Unknown)
-                .hint("What was pulled is kept: while the same snapshot is served, --resume goes on with it; else it is dropped.")
-        })?;
-        self.repository.publish(self.folder, &manifest).await?;
+        let made = async {
+            let manifest = self.all(&mut journal).await?;
+            check_chains(self.repository, self.folder, &manifest).await?;
+            self.repository.publish(self.folder, &manifest).await?;
+            Ok::<_, Error>(manifest)
+        };
+        let manifest = match made.await {
+            Ok(manifest) => manifest,
+            Err(error) => return Err(self.interrupted(&journal.point, error).await),
+        };
         journal.remove(self.repository, self.folder).await?;
         Ok(Backup { manifest, resumed })
+    }
+
+    /// Keeps what can be gone on with; what cannot is dropped.
+    async fn interrupted(&self, point: &str, error: Error) -> Error {
+        let error = error.with("point", point);
+        if error.kind() != ErrorKind::Broken {
+            return error.leaving(Effect::Unknown).hint(
+                "What was pulled is kept: while the very same snapshot is served, --resume goes on with it; else it is dropped.",
+            );
+        }
+        let folder = self.repository.folder_of(self.folder, point);
+        match self.repository.store().remove(&folder).await {
+            Ok(()) => error
+                .leaving(Effect::RolledBack)
+                .hint("What was pulled cannot be gone on with, and is dropped. Pull again."),
+            Err(failure) => error.rollback_failed(vec![failure]),
+        }
     }
 
     /// What interrupted runs have left: one to go on with, the others dropped.
     async fn settle(&self) -> Result<Option<Journal>> {
         let mut going_on = None;
         for point in self.repository.unfinished(self.folder).await?.iter().rev() {
-            let journal = Journal::load(self.repository, self.folder, point).await;
+            let journal = Journal::load_if_sound(self.repository, self.folder, point).await?;
             let same = |journal: &Journal| {
                 let asked = journal.asked == self.asked() && journal.snapshot == self.request.snapshot;
                 self.request.resume && asked && journal.id.is_none()
             };
-            match journal.unwrap_or_default() {
+            match journal {
                 Some(journal) if journal.id.is_some() => {
                     return Err(Error::new(
                         ErrorKind::Busy,
@@ -139,12 +159,27 @@ impl Run<'_> {
             level: self.request.level,
             disks: Disks::Named(exports.map(|export| DiskChoice::new(&export.target)).collect()),
             compression: self.request.compression,
+            quiesce: Quiesce::None,
+            mountpoints: Vec::new(),
+            served: Some(Served {
+                taken: self.request.taken,
+                since: self.request.since.clone(),
+                checkpoint: self.request.checkpoint.clone(),
+                exports: self
+                    .request
+                    .exports
+                    .iter()
+                    .map(|export| export.uri.clone())
+                    .collect(),
+            }),
         }
     }
 
     async fn begin(&self) -> Result<Journal> {
         let mut journal = Journal {
-            point: self.repository.new_point(self.folder, SystemTime::now()).await?,
+            attempts: 0,
+            warnings: Vec::new(),
+            point: self.repository.next_point(self.folder).await?,
             asked: self.asked(),
             snapshot: self.request.snapshot.clone(),
             id: None,
@@ -199,28 +234,31 @@ impl Run<'_> {
             planned,
             below,
         } = self.open(export, planned).await?;
-        if journal.disk(&export.target).is_err() {
-            journal.disks.push(Begun {
-                target: export.target.clone(),
-                planned,
-                state: None,
-                entry: None,
-            });
-            journal.save(self.repository, self.folder).await?;
-        }
-        let about = About {
-            target: &export.target,
-            method: "nbd",
-            tracked: self.request.checkpoint.is_some(),
-            below: &below,
+        let pulled = async {
+            if journal.disk(&export.target).is_err() {
+                journal.disks.push(Begun {
+                    target: export.target.clone(),
+                    planned,
+                    state: None,
+                    entry: None,
+                });
+                journal.save(self.repository, self.folder).await?;
+            }
+            let about = About {
+                target: &export.target,
+                method: "nbd",
+                tracked: self.request.checkpoint.is_some(),
+                below: &below,
+            };
+            let puller = Puller {
+                repository: self.repository,
+                folder: self.folder,
+                watcher: self.watcher,
+                rate_limit: self.request.rate_limit,
+            };
+            puller.disk(journal, &about, &source).await
         };
-        let puller = Puller {
-            repository: self.repository,
-            folder: self.folder,
-            watcher: self.watcher,
-            rate_limit: self.request.rate_limit,
-        };
-        let pulled = puller.disk(journal, &about, &source).await;
+        let pulled = pulled.await;
         let closed = source.close().await;
         let entry = pulled?;
         closed?;
@@ -238,8 +276,19 @@ impl Run<'_> {
                 _,
             ) => why_full.clone(),
             (None, WantedLevel::Full) => None,
-            (begun, level) => match self.increment(export).await? {
-                Ok(opened) => return Ok(opened),
+            (begun, level) => match self.increment(export, begun.is_some()).await? {
+                Ok(opened)
+                    if begun
+                        .as_ref()
+                        .is_none_or(|begun| begun.parent == opened.planned.parent) =>
+                {
+                    return Ok(opened);
+                }
+                Ok(opened) => {
+                    opened.source.close().await?;
+                    let why = "the disk's last point is another now than its increment was begun over";
+                    return Err(Error::new(ErrorKind::Broken, why));
+                }
                 Err(why) if begun.is_some() => return Err(Error::new(ErrorKind::Broken, why)),
                 Err(why) if level == WantedLevel::Incremental => {
                     return Err(Error::new(
@@ -263,7 +312,11 @@ impl Run<'_> {
     }
 
     /// An increment over the disk's last point, or why none is possible.
-    async fn increment(&self, export: &RemoteExport) -> Result<std::result::Result<Opened, String>> {
+    async fn increment(
+        &self,
+        export: &RemoteExport,
+        begun: bool,
+    ) -> Result<std::result::Result<Opened, String>> {
         let Some(since) = &self.request.since else {
             return Ok(Err(
                 "no checkpoint was named that the exports tell the changes since".to_owned(),
@@ -280,15 +333,16 @@ impl Run<'_> {
             )));
         }
         let bitmap = export.bitmap.as_deref().unwrap_or(since.as_str());
-        let disk = RemoteDisk::connect(&export.uri, self.request.tls.as_deref(), Some(bitmap)).await?;
-        Ok(Ok(Opened {
-            source: Source::Remote(disk),
-            planned: Planned {
-                level: Level::Incremental,
-                parent: Some((parent.point, parent.checkpoint)),
-                why_full: None,
-            },
-            below: parent.chain,
-        }))
+        let connected = RemoteDisk::connect(&export.uri, self.request.tls.as_deref(), Some(bitmap)).await;
+        let source = match connected {
+            Ok(disk) => Source::Remote(disk),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Err(error.message().to_owned())),
+            Err(error) => return Err(error),
+        };
+        if let Some(why) = stranger(&**self.repository.store(), &parent, &source, begun).await? {
+            source.close().await?;
+            return Ok(Err(why));
+        }
+        Ok(Ok(parent.opened(source)))
     }
 }

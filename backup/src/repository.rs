@@ -208,8 +208,13 @@ impl Repository {
         let mut points = Vec::new();
         for name in self.point_names(folder).await? {
             match self.manifest_or(folder, &name, renewed.as_ref()).await {
-                // Never came to be, or is gone since.
-                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(e) if e.kind() == ErrorKind::NotFound => {
+                    // Else it never came to be, or is gone since.
+                    if self.is_lost(folder, &name).await? {
+                        let manifest = Err(lost(folder, &name));
+                        points.push(ListedPoint { name, manifest });
+                    }
+                }
                 manifest => points.push(ListedPoint { name, manifest }),
             }
         }
@@ -332,16 +337,42 @@ impl Repository {
             .map_err(told)
     }
 
-    /// The folders that have no manifest: points that never came to be, or were being removed.
+    /// The folders that have no manifest: points that never came to be, or were being removed. One that has images and nothing that
+    /// says why is none of them: its manifest was lost, and others may be built on it.
     pub async fn unfinished(&self, folder: &DomainFolder) -> Result<Vec<String>> {
         let mut unfinished = Vec::new();
         for name in self.point_names(folder).await? {
             let files = self.store.list(&self.folder_of(folder, &name)).await?;
-            if !files.iter().any(|file| file == Manifest::FILE) {
+            let has = |wanted: &str| files.iter().any(|file| file == wanted);
+            if !has(Manifest::FILE) && !self.is_lost(folder, &name).await? {
                 unfinished.push(name);
             }
         }
         Ok(unfinished)
+    }
+
+    /// Whether a point has images, and neither a manifest nor anything that says that it is to have none.
+    async fn is_lost(&self, folder: &DomainFolder, point: &str) -> Result<bool> {
+        let files = self.store.list(&self.folder_of(folder, point)).await?;
+        let has = |wanted: &str| files.iter().any(|file| file == wanted);
+        if has(Manifest::FILE)
+            || has(crate::journal::FILE)
+            || !files.iter().any(|file| file.ends_with(".qcow2"))
+        {
+            return Ok(false);
+        }
+        // One that cannot be read is told of by verifying, and is no reason to give up images.
+        let merging = merging::journal(self, folder).await.ok().flatten();
+        Ok(!merging.is_some_and(|merging| merging.drop.contains(point)))
+    }
+
+    /// The name for a point that begins now. Names ascend, also where the clock has gone back.
+    pub async fn next_point(&self, folder: &DomainFolder) -> Result<String> {
+        let last = self.point_names(folder).await?;
+        let last = last.last().and_then(|name| named_instant(name));
+        let now = SystemTime::now();
+        self.new_point(folder, last.map_or(now, |last| last.max(now)))
+            .await
     }
 
     /// The key of a file of a point.
@@ -690,6 +721,14 @@ fn find(points: &[ListedPoint], which: &PointSpec) -> Result<usize> {
             }
         }
     }
+}
+
+/// What is said of a point whose manifest is not there although nothing has removed it.
+fn lost(folder: &DomainFolder, point: &str) -> Error {
+    Error::new(ErrorKind::Broken, "the point has images, and its manifest is missing")
+        .with("domain", &folder.id.name)
+        .with("point", point)
+        .hint("Put the manifest back from a copy of the repository. The images are left alone: later points may be built on them.")
 }
 
 fn named_instant(name: &str) -> Option<SystemTime> {

@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use disksnap::{DiskReader, Pieces, RemoteDisk, Result, SnapshotReader};
+use disksnap::{ChangeStream, DiskReader, Pieces, RemoteDisk, Result, SnapshotReader};
 
 use crate::CHUNK;
+use crate::digests::CHUNK_BYTES;
 
 /// A disk that is pulled.
 #[derive(Debug)]
@@ -48,6 +49,16 @@ impl Source {
     /// The chunks from `offset` on that have changed, or lie in `also`.
     pub(crate) fn changed(&self, offset: u64, also: Option<Range<u64>>) -> Result<Pieces<'_>> {
         self.disk().changed_pieces(offset..self.size(), CHUNK, also)
+    }
+
+    /// The ranges that are told as changed.
+    pub(crate) fn changes(&self) -> Result<ChangeStream> {
+        self.disk().changes()
+    }
+
+    /// A whole chunk.
+    pub(crate) async fn read_at(&self, offset: u64) -> Result<Vec<u8>> {
+        self.disk().read_at(offset, CHUNK_BYTES).await
     }
 
     /// How much has changed, in bytes, as far as it is told.

@@ -60,7 +60,9 @@ pub(crate) async fn abandon_point(
     let disks = ours.delete_snapshot(live, &name).await?;
     live.follow(&disks).await?;
     let checkpoint = CheckpointName::try_from(&name)?;
-    match live.dispatcher().remove_checkpoint(&live.domain, &checkpoint)
+    match live
+        .dispatcher()
+        .remove_checkpoint(&live.domain, &checkpoint)
         .await
     {
         // Broken: the one before it is, and both go with the next full backup.
@@ -90,7 +92,7 @@ pub(crate) async fn tidy(
             live.follow(&disks).await?;
         }
     }
-    let mut needed = needed(repository, folder).await?;
+    let mut needed = needed(repository, folder, &ours).await?;
     needed.extend(going_on.and_then(|journal| journal.checkpoint.clone()));
     let dispatcher = live.dispatcher();
     let lineage = dispatcher.checkpoints(&live.domain).await?;
@@ -106,11 +108,23 @@ pub(crate) async fn tidy(
     Ok(())
 }
 
-/// The checkpoints that the next increments are since: of each disk that of its last point.
-async fn needed(repository: &Repository, folder: &DomainFolder) -> Result<BTreeSet<CheckpointName>> {
+/// The checkpoints that the next increments are since: of each disk that of its last point. That of a point whose manifest is damaged may be
+/// one: the manifest can be put back.
+async fn needed(
+    repository: &Repository,
+    folder: &DomainFolder,
+    ours: &Ours,
+) -> Result<BTreeSet<CheckpointName>> {
     let (mut seen, mut needed) = (BTreeSet::new(), BTreeSet::new());
     for point in repository.points(folder).await?.into_iter().rev() {
-        let Ok(manifest) = point.manifest else { continue };
+        let manifest = match point.manifest {
+            Ok(manifest) => manifest,
+            Err(error) if error.kind() == ErrorKind::Broken => {
+                needed.extend(ours.name(&point.name).parse::<CheckpointName>());
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         for disk in &manifest.disks {
             if seen.insert(disk.target.clone()) && disk.tracked {
                 needed.extend(manifest.checkpoint.clone());

@@ -50,11 +50,9 @@ impl Device {
             _ => failed(e),
         })?;
         // Held until the end: QEMU then refuses to open it, too.
-        match fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::AGAIN | Errno::ACCESS) => {
-                return Err(busy(path, "a hypervisor or a storage daemon has it open"));
-            }
-            _ => {}
+        let locked = fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive);
+        if matches!(locked, Err(Errno::AGAIN | Errno::ACCESS)) {
+            return Err(busy(path, "a hypervisor or a storage daemon has it open"));
         }
         let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if length < size {

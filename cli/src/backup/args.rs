@@ -52,9 +52,9 @@ pub(crate) enum BackupCommand {
     /// All that is written has been compared with the digests that were taken of the snapshot. A new file appears under its name
     /// when it is complete and on the disk, or not at all.
     Restore(super::restore::Restore),
-    /// Make a point stand alone or on an earlier one, by merging the points between into it
+    /// Make a point stand alone, or drop some, by merging what later points need into them
     ///
-    /// Every point that is left keeps its content. Killed at any moment, every one of them can be restored.
+    /// Every point that is left keeps its content; the last point of each disk is left in any case. Killed at any moment, every one of them can be restored.
     Merge(Merge),
     /// Drop the points that no rule keeps, merging what later ones need into them
     ///
@@ -117,6 +117,9 @@ pub(crate) struct Pulling {
     /// Pull no more than so many bytes in a second; K, M, G stand for their powers of 1024
     #[arg(long, value_name = "BYTES", value_parser = parse_rate)]
     pub(crate) rate_limit: Option<u64>,
+    /// Make a new repository also in an empty directory that is there already
+    #[arg(long)]
+    pub(crate) init: bool,
 }
 
 #[derive(Debug, Args)]
@@ -172,7 +175,7 @@ pub(crate) struct Pull {
     #[command(flatten)]
     pub(crate) pulling: Pulling,
     /// Go on with what an interrupted pull had begun: the very same snapshot is served
-    #[arg(long)]
+    #[arg(long, requires = "taken")]
     pub(crate) resume: bool,
 }
 
@@ -195,12 +198,17 @@ pub(crate) struct Verify {
 pub(crate) struct Merge {
     #[command(flatten)]
     pub(crate) repo: Repo,
-    /// The point that is to stand alone: all points before it are merged into it, and are gone
+    /// The point that is to stand alone: the points before it are merged into it, and are gone
+    ///
+    /// One that is the last of a disk which the point does not have stays.
     #[arg(value_parser = parse_point, required_unless_present = "drop")]
     pub(crate) point: Option<PointSpec>,
     /// Drop these points and no others; what later points need of them is merged into the next
     #[arg(long, value_name = "POINT", value_parser = parse_point, conflicts_with = "point", num_args = 1..)]
     pub(crate) drop: Vec<PointSpec>,
+    /// Drop them even where one is the last point of a disk: nothing of that disk is left then but what earlier points have
+    #[arg(long, requires = "drop")]
+    pub(crate) even_last: bool,
     /// Only tell what would be done
     #[arg(long)]
     pub(crate) dry_run: bool,

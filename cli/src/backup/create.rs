@@ -18,7 +18,7 @@ use crate::signals::Stop;
 
 pub(crate) async fn create(context: &Context, create: Create) -> Outcome {
     let target = context.target().await?;
-    let repository = repository_or_new(&create.repo).await?;
+    let repository = repository_or_new(&create.repo, create.pulling.init).await?;
     let mut request = BackupRequest {
         level: create.pulling.level.into(),
         quiesce: create.quiesce.map_or(Quiesce::None, Into::into),
@@ -51,7 +51,7 @@ pub(crate) async fn create(context: &Context, create: Create) -> Outcome {
 
 pub(crate) async fn pull(context: &Context, pull: Pull) -> Outcome {
     let target = context.target().await?;
-    let repository = repository_or_new(&pull.repo).await?;
+    let repository = repository_or_new(&pull.repo, pull.pulling.init).await?;
     let request = RemoteRequest {
         document: target.document.clone(),
         exports: pull.exports,
@@ -91,8 +91,8 @@ pub(crate) async fn abandon(context: &Context, repo: &Repo) -> Outcome {
     stop.check()
 }
 
-async fn repository_or_new(repo: &Repo) -> Outcome<Repository> {
-    made(&repo.repo)?;
+async fn repository_or_new(repo: &Repo, init: bool) -> Outcome<Repository> {
+    made(&repo.repo, init)?;
     let store = Arc::new(LocalStore::at(&repo.repo));
     Ok(Repository::open_or_init(store).await?)
 }

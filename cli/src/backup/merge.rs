@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 
 use disksnap::{Error, ErrorKind};
-use disksnap_backup::{MergePlan, Merged, MergedImage, PointSpec, Pruned, Retention, merge_plan};
+use disksnap_backup::{
+    ListedPoint, MergePlan, Merged, MergedImage, PointSpec, Pruned, Retention, merge_plan,
+};
 use serde::Serialize;
 
 use crate::backup::args::{Merge, Prune};
@@ -24,6 +26,13 @@ pub(crate) async fn merge(context: &Context, merge: Merge) -> Outcome {
         let alone = repository.point(&folder, point).await?.point;
         let before = points.iter().take_while(|point| point.name != alone);
         drop.extend(before.map(|point| point.name.clone()));
+        for (point, disk) in lasts(&points) {
+            if drop.remove(&point) {
+                context
+                    .out
+                    .warn(&format!("{point} stays: it is the last point of {disk}"));
+            }
+        }
     }
     for spec in &merge.drop {
         drop.insert(match spec {
@@ -31,6 +40,14 @@ pub(crate) async fn merge(context: &Context, merge: Merge) -> Outcome {
             PointSpec::Named(name) if points.iter().any(|point| point.name == *name) => name.clone(),
             spec => repository.point(&folder, spec).await?.point,
         });
+    }
+    let last = lasts(&points).into_iter().find(|(point, _)| drop.contains(point));
+    if let Some((point, disk)) = last.filter(|_| !merge.even_last) {
+        let error = Error::new(ErrorKind::Invalid, format!("{point} is the last point of {disk}"));
+        return Err(error
+            .during("backup merge")
+            .hint("Nothing was dropped. --even-last drops it all the same.")
+            .into());
     }
     if drop.is_empty() {
         let error = Error::new(
@@ -49,6 +66,23 @@ pub(crate) async fn merge(context: &Context, merge: Merge) -> Outcome {
     teller.end();
     let merged = merged.map_err(|error| stopped(error, &stop))?;
     context.out.show(&MergedView(merged), no_xml)
+}
+
+/// The last point of each disk.
+fn lasts(points: &[ListedPoint]) -> Vec<(String, String)> {
+    let (mut seen, mut lasts) = (BTreeSet::new(), Vec::new());
+    for manifest in points
+        .iter()
+        .rev()
+        .filter_map(|point| point.manifest.as_ref().ok())
+    {
+        for disk in &manifest.disks {
+            if seen.insert(&disk.target) {
+                lasts.push((manifest.point.clone(), disk.target.clone()));
+            }
+        }
+    }
+    lasts
 }
 
 pub(crate) async fn prune(context: &Context, prune: Prune) -> Outcome {

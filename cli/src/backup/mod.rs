@@ -13,7 +13,7 @@ mod verify;
 use std::path::Path;
 use std::sync::Arc;
 
-use disksnap::{DomainId, Error, ErrorKind};
+use disksnap::{Error, ErrorKind};
 use disksnap_backup::{DomainFolder, LocalStore, Repository};
 
 use crate::backup::args::{BackupCommand, Repo};
@@ -56,29 +56,42 @@ pub(crate) async fn folder(context: &Context, repository: &Repository) -> Outcom
             ),
         };
     };
-    let meant = |id: &DomainId| id.name == given || Some(id.uuid) == given.parse().ok();
-    if let Some(n) = all.iter().position(|folder| meant(&folder.id)) {
-        return Ok(all.swap_remove(n));
-    }
-    // A document, or a domain that is known here by another name.
-    let id = match context.disksnap().await?.load(given).await {
-        Ok(document) => Some(document.domain().id.clone()),
-        Err(error) if error.kind() == ErrorKind::NotFound => None,
-        Err(error) => return Err(error.into()),
+    // A UUID or a path means one machine. A name means the one that bears it here now, before any that did once.
+    let uuid = match given.parse() {
+        Ok(uuid) => Some(uuid),
+        Err(_) => match context.disksnap().await?.load(given).await {
+            Ok(document) => Some(document.domain().id.uuid),
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(error) => return Err(error.into()),
+        },
     };
-    let found = all
-        .iter()
-        .position(|folder| id.as_ref().is_some_and(|id| id.uuid == folder.id.uuid));
-    if let Some(n) = found {
-        return Ok(all.swap_remove(n));
+    if let Some(uuid) = uuid {
+        let found = all.iter().position(|folder| folder.id.uuid == uuid);
+        return found
+            .map(|n| all.swap_remove(n))
+            .ok_or_else(|| not_there(repository, given, &all).into());
     }
-    Err(Error::new(
+    let named: Vec<usize> = (0..all.len()).filter(|n| all[*n].id.name == given).collect();
+    match named.as_slice() {
+        [n] => Ok(all.swap_remove(*n)),
+        [] => Err(not_there(repository, given, &all).into()),
+        several => {
+            let uuids: Vec<String> = several.iter().map(|n| all[*n].id.uuid.to_string()).collect();
+            let message = format!("the repository has several machines called '{given}'");
+            Err(Error::new(ErrorKind::Invalid, message)
+                .hint(format!("Say -d with the UUID of one: {}.", uuids.join(", ")))
+                .into())
+        }
+    }
+}
+
+fn not_there(repository: &Repository, given: &str, all: &[DomainFolder]) -> Error {
+    Error::new(
         ErrorKind::NotFound,
         format!("the repository has no backup of '{given}'"),
     )
     .with("repository", repository.store().describe())
-    .hint(format!("It has: {}.", names(&all)))
-    .into())
+    .hint(format!("It has: {}.", names(all)))
 }
 
 fn names(all: &[DomainFolder]) -> String {
@@ -86,8 +99,23 @@ fn names(all: &[DomainFolder]) -> String {
     names.join(", ")
 }
 
-/// A directory that exists, for a repository that may have to be made in it.
-pub(crate) fn made(path: &Path) -> disksnap::Result<()> {
-    std::fs::create_dir_all(path)
-        .map_err(|e| Error::io("cannot make the repository", e).with("path", path.display()))
+/// A directory for a repository, which is made where there is nothing. One that is empty may be a place where nothing is mounted.
+pub(crate) fn made(path: &Path, init: bool) -> disksnap::Result<()> {
+    let told = |e| Error::io("cannot make the repository", e).with("path", path.display());
+    let mut entries = match std::fs::read_dir(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return std::fs::create_dir_all(path).map_err(told);
+        }
+        entries => entries.map_err(told)?,
+    };
+    if entries.next().is_none() && !init {
+        let error = Error::new(
+            ErrorKind::NotFound,
+            "the directory is empty: there is no repository in it",
+        );
+        return Err(error
+            .with("path", path.display())
+            .hint("Is the file system mounted? --init makes a new repository there."));
+    }
+    Ok(())
 }

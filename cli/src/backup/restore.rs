@@ -123,7 +123,14 @@ async fn into_domain(context: &Context, repository: &Repository, restore: &Resto
     };
     let folder = match own {
         Some(own) => own,
-        None => folder(context, repository).await?,
+        None if context.global.domain.is_some() => folder(context, repository).await?,
+        None => {
+            let message = format!("the repository has no backup of '{}'", target.domain.id.name);
+            return Err(Error::new(ErrorKind::NotFound, message)
+                .with("repository", repository.store().describe())
+                .hint("Say with -d whose backup it is to be, where another machine's is meant.")
+                .into());
+        }
     };
     let point = repository.point(&folder, &restore.point.point).await?;
     let stop = Stop::listen(false)?;

@@ -298,6 +298,98 @@ fn a_killed_run_is_gone_on_with() {
 }
 
 #[test]
+fn where_its_parent_was_dropped_an_interrupted_run_begins_anew() {
+    let night = Night::new(Qemu::builder().disk(DiskSpec::new("vda", 64 * MIB).qcow2()));
+    put(&night.machine.disk("vda"), 0, 8 * MIB, 5);
+    night.json(&["create"]);
+    put(&night.machine.disk("vda"), 8 * MIB, MIB, 6);
+    let second = night.json(&["create"]);
+    put(&night.machine.disk("vda"), 0, 32 * MIB, 7);
+    let mut child = night.slowly("8M");
+    night.wait_for_image();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let drop = ["merge", "--drop", second["point"].as_str().unwrap()];
+    let refused = night.site.fails(2, &night.words(&drop));
+    assert!(refused.contains("the last point of vda"), "{refused}");
+    night.json(&[&drop[..], &["--even-last"]].concat());
+    let point = night.json(&["create"]);
+    assert_eq!(point["resumed"], false, "{point:#}");
+    assert!(night.read(&point, "vda") == night.now("vda"));
+    night.json(&["verify"]);
+    night.assert_tidy(1);
+}
+
+#[test]
+fn disks_that_changed_places_are_backed_up_as_a_whole() {
+    let disks = ["vda", "vdb"].map(|target| DiskSpec::new(target, 16 * MIB).qcow2());
+    let night = Night::new(disks.into_iter().fold(Qemu::builder(), QemuBuilder::disk));
+    put(&night.machine.disk("vda"), 0, 8 * MIB, 5);
+    put(&night.machine.disk("vdb"), 0, 8 * MIB, 6);
+    night.json(&["create"]);
+    let images = ["vda", "vdb"].map(|target| night.machine.image(target).to_owned());
+    night.machine.quit();
+    let aside = images[0].with_extension("aside");
+    std::fs::rename(&images[0], &aside).unwrap();
+    std::fs::rename(&images[1], &images[0]).unwrap();
+    std::fs::rename(&aside, &images[1]).unwrap();
+    night.machine.restart();
+    // Their bitmaps have one name, and both say that nothing has changed.
+    let point = night.json(&["create"]);
+    assert_eq!([level(&point, 0), level(&point, 1)], ["full"; 2], "{point:#}");
+    let why = point["disks"][0]["whyFull"].as_str().unwrap();
+    assert!(why.contains("it is another disk"), "{why}");
+    for target in ["vda", "vdb"] {
+        assert!(night.read(&point, target) == night.now(target));
+    }
+    night.assert_tidy(1);
+}
+
+#[test]
+fn what_a_chain_needs_is_looked_at_before_an_increment_is_made_over_it() {
+    let night = Night::new(Qemu::builder().disk(DiskSpec::new("vda", 16 * MIB).qcow2()));
+    put(&night.machine.disk("vda"), 0, 4 * MIB, 5);
+    let first = night.json(&["create"]);
+    night.json(&["create"]);
+    // A manifest that is lost is no reason to throw away the images that others are built on.
+    let image = night.image(&first, "vda");
+    let manifest = image.with_file_name("manifest.json");
+    let aside = image.with_file_name("aside");
+    std::fs::rename(&manifest, &aside).unwrap();
+    let third = night.json(&["create"]);
+    assert_eq!(level(&third, 0), "full", "{third:#}");
+    assert!(image.exists());
+    let found = night.site.run(&night.words(&["verify"]));
+    let told = String::from_utf8(found.stdout).unwrap();
+    assert_eq!(found.code, Some(11), "{told}{}", found.stderr);
+    assert!(told.contains("its manifest is missing"), "{told}");
+    std::fs::rename(&aside, &manifest).unwrap();
+    night.json(&["verify"]);
+    // Nor is an image that is lost.
+    let image = night.image(&third, "vda");
+    std::fs::rename(&image, image.with_file_name("aside")).unwrap();
+    let fourth = night.json(&["create"]);
+    assert_eq!(level(&fourth, 0), "full", "{fourth:#}");
+    assert!(
+        fourth["disks"][0]["whyFull"]
+            .as_str()
+            .unwrap()
+            .contains("not whole"),
+        "{fourth:#}"
+    );
+    assert!(night.read(&fourth, "vda") == night.now("vda"));
+}
+
+#[test]
+fn a_place_where_nothing_is_mounted_does_not_become_a_repository() {
+    let night = Night::new(machine());
+    std::fs::create_dir(&night.repo).unwrap();
+    let refused = night.site.fails(3, &night.words(&["create"]));
+    assert!(refused.contains("mounted"), "{refused}");
+    night.json(&["create", "--init"]);
+}
+
+#[test]
 fn a_run_that_is_told_to_stop_says_how_to_go_on_and_can_be_given_up() {
     let night = Night::new(Qemu::builder().disk(DiskSpec::new("vda", 64 * MIB).qcow2()));
     put(&night.machine.disk("vda"), 0, 48 * MIB, 5);
