@@ -12,8 +12,8 @@ use disksnap_core::{Redefine, SnapshotName};
 use disksnap_nbd::{BASE_ALLOCATION, BulkOptions, BulkReader, Chunk, Client, ConnectOptions, Uri};
 use tokio::runtime::Runtime;
 
-use crate::{backup, lvm};
 use crate::scene::{Scene, request};
+use crate::{backup, lvm};
 
 /// `READ URI [FILE]`: the whole export, to a file or to nowhere.
 pub(crate) const READ: &str = "child-read";

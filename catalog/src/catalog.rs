@@ -244,8 +244,11 @@ impl Catalog for SqliteCatalog {
 
     async fn intend(&self, intent: &Intent) -> Result<()> {
         let space = match intent.act {
-            Act::Create { .. } | Act::Serve { .. } | Act::Read { .. } | Act::Attach { .. } => Space::Ordinary,
-            Act::Fill {
+            Act::Create { .. }
+            | Act::Serve { .. }
+            | Act::Read { .. }
+            | Act::Attach { .. }
+            | Act::Fill {
                 stage: FillStage::Starting,
                 ..
             } => Space::Ordinary,

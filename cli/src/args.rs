@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
-use disksnap::{CheckpointName, ClientName, DiskChoice, Listen, MergeInto, NewCheckpoint, Quiesce, SnapshotName};
+use disksnap::{
+    CheckpointName, ClientName, DiskChoice, Listen, MergeInto, NewCheckpoint, Quiesce, SnapshotName,
+};
 
 use crate::backup::args::BackupCommand;
 use crate::checkpoint_args::CheckpointCommand;
@@ -459,7 +461,12 @@ pub(crate) struct Place {
     pub(crate) tls_credentials: Option<PathBuf>,
     /// Let in no other client than this one, by its certificate's distinguished name, for example CN=backup,O=Example; may
     /// be given several times
-    #[arg(long, value_name = "NAME", requires = "tls_credentials", conflicts_with = "no_verify_client")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        requires = "tls_credentials",
+        conflicts_with = "no_verify_client"
+    )]
     pub(crate) allow_client: Vec<ClientName>,
     /// Do not ask clients for a certificate
     #[arg(long, requires = "tls_credentials")]

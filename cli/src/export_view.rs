@@ -104,10 +104,7 @@ impl ServerView {
     pub(crate) fn place(&self) -> String {
         fields(
             "",
-            [
-                ("listens on", self.listen.clone()),
-                ("TLS", self.tls_text()),
-            ],
+            [("listens on", self.listen.clone()), ("TLS", self.tls_text())],
         )
     }
 

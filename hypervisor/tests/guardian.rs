@@ -5,13 +5,13 @@
 mod common;
 
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use common::{Place, eventually, guardian_program, qemu_domain};
 use disksnap_core::{Control, ErrorKind, Host, RunState, Verdict, Watch};
-use disksnap_hypervisor::{GuardianProgram, Heard};
+use disksnap_hypervisor::{GuardianProgram, Heard, Paths, QemuConnector, Timeouts};
 use disksnap_test_support::{DiskSpec, GuestSetup, MIB, Qemu, need};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -181,7 +181,8 @@ async fn parent() {
     let agent = std::env::var_os("PARENT_AGENT").map(PathBuf::from);
     let deadline = Duration::from_millis(std::env::var("PARENT_DEADLINE").unwrap().parse().unwrap());
     let domain = common::domain(monitor.as_ref(), agent.as_deref());
-    let control = place().control(&domain);
+    let run = PathBuf::from(std::env::var_os("PARENT_RUN").unwrap());
+    let control = connector(&run).control(&domain).unwrap();
     let watch = Watch {
         release: Vec::new(),
         resume: agent.is_none(),
@@ -198,6 +199,15 @@ async fn parent() {
     std::future::pending::<()>().await;
 }
 
+/// One whose sockets and notes are in this directory.
+fn connector(run: &Path) -> QemuConnector {
+    let paths = Paths {
+        images: run.to_owned(),
+        run: run.to_owned(),
+    };
+    QemuConnector::new(paths).guardian(guardian_program())
+}
+
 struct Parent(Child);
 
 impl Parent {
@@ -205,6 +215,7 @@ impl Parent {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "parent", "--ignored", "--nocapture"]);
         command.env("PARENT_MONITOR", qemu.qmp_path());
+        command.env("PARENT_RUN", qemu.dir());
         command.env("PARENT_DEADLINE", deadline.as_millis().to_string());
         if agent {
             command.env("PARENT_AGENT", qemu.agent_path());
@@ -309,4 +320,81 @@ fn a_killed_parent_s_guest_is_thawed() {
         let mut agent = qemu.agent();
         agent.execute("guest-fsfreeze-status", serde_json::json!({})) == "thawed"
     });
+}
+
+/// What guardians have left in the machine's directory for whoever comes next.
+fn notes(qemu: &Qemu) -> usize {
+    let files = std::fs::read_dir(qemu.dir()).unwrap().flatten();
+    files
+        .filter(|file| file.path().extension().is_some_and(|end| end == "still"))
+        .count()
+}
+
+#[tokio::test]
+async fn what_nobody_let_go_is_let_go_by_the_next() {
+    let qemu = Qemu::builder().start();
+    let control = connector(qemu.dir()).control(&qemu_domain(&qemu)).unwrap();
+    let parent = Parent::start(&qemu, false, Duration::from_mins(10));
+    kill_process(parent.child(), Signal::KILL).unwrap();
+    parent.signal(Signal::KILL);
+    drop(parent);
+    assert_eq!((qemu.status(), notes(&qemu)), ("paused".to_owned(), 1));
+    control.let_go().await.unwrap();
+    assert_eq!((qemu.status(), notes(&qemu)), ("running".to_owned(), 0));
+    // Nothing is known any more: now it is somebody else who paused it.
+    control.pause().await.unwrap();
+    control.let_go().await.unwrap();
+    assert_eq!(qemu.status(), "paused");
+}
+
+#[tokio::test]
+async fn a_note_of_an_earlier_run_lets_nobody_go() {
+    let qemu = Qemu::builder().start();
+    let parent = Parent::start(&qemu, false, Duration::from_mins(10));
+    kill_process(parent.child(), Signal::KILL).unwrap();
+    drop(parent);
+    qemu.restart();
+    qemu.qmp("stop", serde_json::json!({}));
+    let control = connector(qemu.dir()).control(&qemu_domain(&qemu)).unwrap();
+    assert_eq!(notes(&qemu), 1);
+    control.let_go().await.unwrap();
+    assert_eq!((qemu.status(), notes(&qemu)), ("paused".to_owned(), 0));
+    // And one that was cut off tells of nothing.
+    let uuid = control.domain().id.uuid.simple().to_string();
+    std::fs::write(qemu.dir().join(format!("{}.1.still", &uuid[..12])), "{\"mon").unwrap();
+    control.let_go().await.unwrap();
+    assert_eq!((qemu.status(), notes(&qemu)), ("paused".to_owned(), 0));
+}
+
+#[test]
+fn a_guardian_that_has_acted_leaves_nothing_to_do() {
+    let qemu = Qemu::builder().start();
+    let parent = Parent::start(&qemu, false, Duration::from_mins(10));
+    assert_eq!(notes(&qemu), 1);
+    parent.signal(Signal::KILL);
+    eventually("the note is gone", || notes(&qemu) == 0);
+    assert_eq!(qemu.status(), "running");
+}
+
+/// A hypervisor that answers nobody for longer than the guardian tries at once, and a parent that asks for nothing.
+#[tokio::test]
+async fn it_tries_again_until_it_is_let_go() {
+    let qemu = Qemu::builder().start();
+    let short = Timeouts {
+        guardian: Duration::from_secs(4),
+        ..Timeouts::default()
+    };
+    let connector = connector(qemu.dir()).timeouts(short);
+    let control = connector.control(&qemu_domain(&qemu)).unwrap();
+    let watch = Watch {
+        deadline: Duration::from_secs(1),
+        ..PAUSE
+    };
+    let guard = control.guard(watch).await.unwrap();
+    pause_before_or_behind_the_deadline(&control).await;
+    qemu.hang();
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    qemu.unhang();
+    eventually("the guest runs again", || qemu.status() == "running");
+    assert_eq!(guard.disarm().await.unwrap(), Verdict::Fired);
 }

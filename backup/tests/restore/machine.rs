@@ -35,13 +35,13 @@ impl Machine {
     /// A domain with EFI variables and a TPM in this directory.
     fn document(&self) -> DomainDocument {
         let (nvram, tpm) = (self.path("vars.fd"), self.path("swtpm"));
-        self.with(
+        Self::with(
             &format!("<nvram>{}</nvram>", nvram.display()),
             &format!("<source type='dir' path='{}'/>", tpm.display()),
         )
     }
 
-    fn with(&self, os: &str, tpm: &str) -> DomainDocument {
+    fn with(os: &str, tpm: &str) -> DomainDocument {
         DomainDocument::parse(format!(
             "<domain><name>a</name><uuid>5768a388-c1c4-414c-ac4e-eab216ba7c0c</uuid><os><type>hvm</type>{os}</os><devices>\
              <tpm><backend type='emulator' version='2.0'>{tpm}</backend></tpm></devices></domain>"
@@ -64,7 +64,7 @@ impl Machine {
 #[tokio::test]
 async fn what_was_saved_is_what_it_was() {
     let machine = Machine::new();
-    machine.put("vars.fd", &[1; 540_672]);
+    machine.put("vars.fd", &vec!vec![1; 540_672]);
     machine.put("swtpm/tpm2-00.permall", b"secret");
     machine.put("swtpm/tpm2-00.volatilestate", b"");
     machine.put("swtpm/.lock", b"");
@@ -94,7 +94,7 @@ async fn what_was_saved_is_what_it_was() {
     }
     let loaded = load_machine(&machine.store, "d/p", &entry).await.unwrap();
     assert_eq!(loaded.document, document);
-    assert_eq!(loaded.nvram.unwrap(), [1; 540_672]);
+    assert_eq!(loaded.nvram.unwrap(), vec![1; 540_672]);
     assert_eq!(loaded.tpm[0], ("tpm2-00.permall".to_owned(), b"secret".to_vec()));
     // Again, in the place of the first.
     machine.put("vars.fd", b"other");
@@ -201,7 +201,7 @@ async fn what_cannot_be_read_is_an_error_or_a_warning() {
         (good_os, String::new(), "/var/lib/libvirt/swtpm/5768a388"),
     ];
     for (os, tpm, named) in cases {
-        let document = machine.with(&os, &tpm);
+        let document = Machine::with(&os, &tpm);
         let (refused, _) = machine.save(&document, false).await;
         let error = refused.unwrap_err();
         assert!(error.to_string().contains(named), "{os}{tpm}: {error}");
@@ -223,7 +223,7 @@ async fn what_cannot_be_read_is_an_error_or_a_warning() {
 async fn other_forms_of_a_tpm() {
     let machine = Machine::new();
     machine.put("state-file", b"secret");
-    let document = machine.with(
+    let document = Machine::with(
         "",
         &format!(
             "<source type='file' path='{}'/>",
@@ -248,7 +248,7 @@ async fn a_file_that_changes_all_the_time_is_told() {
     let restless = "/proc/sys/kernel/random/uuid";
     machine.put("swtpm/tpm2-00.permall", b"secret");
     let tpm = format!("<source type='dir' path='{}'/>", machine.path("swtpm").display());
-    let document = machine.with(&format!("<nvram>{restless}</nvram>"), &tpm);
+    let document = Machine::with(&format!("<nvram>{restless}</nvram>"), &tpm);
     let (entry, warnings) = machine.save(&document, false).await;
     verify_machine(&machine.store, "d/p", &entry.unwrap())
         .await

@@ -184,7 +184,7 @@ fn piece(content: &[u8], n: usize) -> Piece {
 fn change(content: &mut [u8], changed: &mut [bool], seed: u64) {
     let mut random = pattern::Random::new(seed);
     let count = chunks(content);
-    for n in 0..count {
+    for (n, changed) in changed.iter_mut().enumerate() {
         let edge = seed == 0 && (n == 0 || n + 1 == count);
         let kind = if edge { 0 } else { random.below(4) };
         let range = range(content, n);
@@ -195,7 +195,7 @@ fn change(content: &mut [u8], changed: &mut [bool], seed: u64) {
             2 if seed == 0 => content[range.end - 1] = 7,
             _ => continue,
         }
-        changed[n] = true;
+        *changed = true;
     }
 }
 

@@ -23,6 +23,7 @@ use crate::signals::Stop;
 
 /// Which point, and where to.
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is an option of its own")]
 #[command(group = ArgGroup::new("where").args(["to", "into", "disks"]).multiple(true).required(true))]
 pub(crate) struct Restore {
     #[command(flatten)]
@@ -96,17 +97,14 @@ pub(crate) async fn run(context: &Context, restore: Restore) -> Outcome {
     let point = repository.point(&folder, &restore.point.point).await?;
     let stop = Stop::listen(false)?;
     let teller = Teller::new(context.out, &stop);
-    let view = match &restore.to {
-        Some(directory) => {
-            let request = restore.directory_request(directory)?;
-            let done = restore_point(&repository, &folder, &point, &request, &teller).await;
-            done.map(|done| View::of_point(&point, done))
-        }
-        None => {
-            let to = restore.places()?;
-            let done = restore_disks(&repository, &folder, &point, &to, restore.overwrite, &teller).await;
-            done.map(|done| View::of_disks(&point, done))
-        }
+    let view = if let Some(directory) = &restore.to {
+        let request = restore.directory_request(directory)?;
+        let done = restore_point(&repository, &folder, &point, &request, &teller).await;
+        done.map(|done| View::of_point(&point, done))
+    } else {
+        let to = restore.places()?;
+        let done = restore_disks(&repository, &folder, &point, &to, restore.overwrite, &teller).await;
+        done.map(|done| View::of_disks(&point, done))
     };
     teller.end();
     let view = view.map_err(|error| stopped(error, &stop))?;
@@ -114,7 +112,7 @@ pub(crate) async fn run(context: &Context, restore: Restore) -> Outcome {
 }
 
 async fn into_domain(context: &Context, repository: &Repository, restore: &Restore, domain: &str) -> Outcome {
-    let request = restore.into_request()?;
+    let request = restore.request_into()?;
     let target = context.target_of(domain).await?;
     // Its own backups, where no other domain's are meant.
     let own = match context.global.domain {
@@ -155,7 +153,7 @@ impl Restore {
         })
     }
 
-    fn into_request(&self) -> Result<IntoRequest> {
+    fn request_into(&self) -> Result<IntoRequest> {
         if self.format.is_some() || self.compress.is_some() || self.preallocate {
             return Err(invalid("a domain's disks stay in the format that they have")
                 .hint("Leave out --format, --compress and --preallocate."));

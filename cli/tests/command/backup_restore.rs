@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use disksnap_test_support::{DiskSpec, MIB, Qemu, pattern};
+use disksnap_test_support::{DiskSpec, MIB, Qemu, QemuBuilder, pattern};
 use insta::assert_snapshot;
 
 use crate::backups::Night;
@@ -23,7 +23,7 @@ impl Restoring {
         let disks = [DiskSpec::new("vda", SIZE).qcow2(), DiskSpec::new("vdb", MIB)];
         let builder = disks
             .into_iter()
-            .fold(Qemu::builder().prelaunch(), |b, disk| b.disk(disk));
+            .fold(Qemu::builder().prelaunch(), QemuBuilder::disk);
         let night = Night::new(builder);
         let (mut points, mut then) = (Vec::new(), Vec::new());
         for n in 0..2 {

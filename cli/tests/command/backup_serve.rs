@@ -12,8 +12,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::backups::Night;
+use crate::kills::kill_after;
 use crate::programs::program;
-use crate::site::{Ended, arg, ended, list};
+use crate::site::{Ended, Site, arg, ended, list};
 
 /// A domain with two points, and what its disks held at each.
 struct Shelf {
@@ -278,6 +279,48 @@ fn a_point_that_is_served_is_not_taken_away_and_a_kill_leaves_nothing() {
     assert_eq!(look.told["disks"][0]["images"], 1);
     program("nbdcopy", &[&look.uri(0), &arg(&to)]);
     assert!(std::fs::read(&to).unwrap() == shelf.points[1].1[0]);
+}
+
+/// The processes that have a path of this site on their command line.
+fn of_site(site: &Site) -> Vec<u32> {
+    let path = site.dir.path().display().to_string();
+    let pids = list("/proc".as_ref());
+    let pids = pids
+        .iter()
+        .filter_map(|entry| entry.file_name()?.to_str()?.parse().ok());
+    let names_it = |pid: &u32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(&path) && runs(*pid)
+    };
+    pids.filter(names_it).collect()
+}
+
+#[test]
+fn killed_at_any_moment_of_its_start_it_leaves_no_daemon() {
+    let shelf = Shelf::new();
+    let words = shelf.night.words(&["serve"]);
+    let since = Instant::now();
+    drop(shelf.serve(&[]));
+    let (whole, rounds) = (since.elapsed(), 16);
+    let killed = (0..rounds).filter(|round| {
+        let at_work = kill_after(&shelf.night.site, whole * *round / rounds, &words);
+        let since = Instant::now();
+        while !of_site(&shelf.night.site).is_empty() {
+            assert!(
+                since.elapsed() < Duration::from_mins(2),
+                "round {round}: a daemon lives on"
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        at_work
+    });
+    assert!(
+        killed.count() > 4,
+        "hardly one was killed at work: the test proves little"
+    );
+    let look = shelf.serve(&[]);
+    assert_eq!(shelf.sockets().len(), 1);
+    drop(look);
 }
 
 #[test]

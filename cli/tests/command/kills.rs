@@ -47,7 +47,7 @@ pub(crate) fn wait_running(qemu: &Qemu) {
 }
 
 /// What there is of ours in QEMU and in the state directory.
-fn leftovers(site: &Site, qemu: &Qemu) -> Vec<String> {
+pub(crate) fn leftovers(site: &Site, qemu: &Qemu) -> Vec<String> {
     let mut left: Vec<String> = site
         .images()
         .iter()

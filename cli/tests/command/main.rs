@@ -3,9 +3,11 @@
 
 mod attach;
 mod backup_restore;
+mod backup_serve;
 mod backups;
 mod bad_input;
 mod bring;
+mod catalog_fire;
 mod changes;
 mod checkpoint_kills;
 mod checkpoints;
@@ -15,6 +17,7 @@ mod disk_life;
 mod every_method;
 mod exports;
 mod filling;
+mod guardian;
 mod help;
 mod hostile;
 mod image_exports;
@@ -29,4 +32,5 @@ mod signals;
 mod site;
 mod snapshots;
 mod strike;
+mod tap;
 mod tracking;
