@@ -64,7 +64,7 @@ impl Machine {
 #[tokio::test]
 async fn what_was_saved_is_what_it_was() {
     let machine = Machine::new();
-    machine.put("vars.fd", &vec!vec![1; 540_672]);
+    machine.put("vars.fd", &vec![1; 540_672]);
     machine.put("swtpm/tpm2-00.permall", b"secret");
     machine.put("swtpm/tpm2-00.volatilestate", b"");
     machine.put("swtpm/.lock", b"");
