@@ -183,7 +183,7 @@ async fn disk_arguments(
         let backing = (number + 1 < layers.len()).then(|| name(number + 1));
         arguments.extend([
             "--blockdev".to_owned(),
-            node(&name(number), &image, backing).to_string(),
+            node(&name(number), &image, backing.as_deref()).to_string(),
         ]);
     }
     let export = json!({"type": "nbd", "id": format!("export{n}"), "node-name": name(0), "name": disk.target,
@@ -194,7 +194,7 @@ async fn disk_arguments(
 
 /// QEMU's `blockdev-add` for an image (QAPI `BlockdevOptions`). Nothing writes to it, so that no lock of QEMU's is needed, which
 /// not every file system has.
-fn node(name: &str, image: &str, backing: Option<String>) -> Value {
+fn node(name: &str, image: &str, backing: Option<&str>) -> Value {
     json!({"driver": "qcow2", "node-name": name, "read-only": true, "backing": backing,
         "file": {"driver": "file", "filename": image, "read-only": true, "locking": "off"}})
 }
@@ -249,7 +249,7 @@ mod tests {
 
     #[test]
     fn a_node_has_its_backing_by_name_and_none_where_there_is_none() {
-        let top = node("disk0-0", "/repo/a,b.qcow2", Some("disk0-1".to_owned()));
+        let top = node("disk0-0", "/repo/a,b.qcow2", Some("disk0-1"));
         assert_eq!(
             (&top["backing"], &top["file"]["filename"]),
             (&json!("disk0-1"), &json!("/repo/a,b.qcow2"))

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use disksnap_test_support::{DiskSpec, GuestSetup, MIB, Qemu, pattern, tools};
+use disksnap_test_support::{DiskSpec, GuestSetup, MIB, Qemu, QemuBuilder, pattern, tools};
 use serde_json::Value;
 
 use crate::demo_stage::{build, step};
@@ -147,7 +147,7 @@ impl Tale {
 
     /// While a backup pulls, copies the snapshot that it pulls with another program, and digests that.
     fn copy_snapshot(&self) -> Result<Taken> {
-        let name = self.wait_for("a snapshot", || {
+        let name = wait_for("a snapshot", || {
             let listed = self.json(&["snapshot", "list"])?;
             Ok(listed["snapshots"][0]["name"].as_str().map(str::to_owned))
         })?;
@@ -263,9 +263,7 @@ impl Tale {
                 .qcow2()
                 .image(&restored.join(format!("{target}.qcow2")))
         });
-        let builder = disks
-            .into_iter()
-            .fold(Qemu::builder(), |builder, disk| builder.disk(disk));
+        let builder = disks.into_iter().fold(Qemu::builder(), QemuBuilder::disk);
         let machine = builder.guest(GuestSetup::new()).start();
         machine.wait_serial("the end of the boot", |text| {
             text.contains("GUEST: ready").then_some(())
@@ -324,16 +322,16 @@ impl Tale {
         let words = [&["-d", "vm.xml", "--output", "json"], words].concat();
         Ok(serde_json::from_str(&self.quiet(&words)?)?)
     }
+}
 
-    fn wait_for<T>(&self, what: &str, look: impl Fn() -> Result<Option<T>>) -> Result<T> {
-        let since = Instant::now();
-        loop {
-            if let Some(found) = look()? {
-                return Ok(found);
-            }
-            ensure!(since.elapsed() < PATIENCE, "there is no {what}");
-            std::thread::sleep(Duration::from_millis(20));
+fn wait_for<T>(what: &str, look: impl Fn() -> Result<Option<T>>) -> Result<T> {
+    let since = Instant::now();
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
         }
+        ensure!(since.elapsed() < PATIENCE, "there is no {what}");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

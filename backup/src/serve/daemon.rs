@@ -29,7 +29,7 @@ const ASKED: &str = "DISKSNAP_SERVE_PARENT";
 /// What a program exits with that could not become another one (as shells and env(1) do).
 const CANNOT_RUN: i32 = 126;
 /// How long it may take to open its images: seconds where nothing is wrong with a loaded host.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// How long it may take to end when asked.
 const LAST_MOMENT: Duration = Duration::from_secs(10);
 /// How many of its last lines are kept for an error.

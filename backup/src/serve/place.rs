@@ -50,13 +50,12 @@ impl Place {
     /// # Errors
     /// `Denied`, `Invalid` as [`serve`](super::serve) says.
     pub(super) fn wanted(request: &ServeRequest) -> Result<Self> {
-        let (listen, run) = match &request.listen {
-            Some(listen) => (listen.clone(), None),
-            None => {
-                let name = Uuid::new_v4().simple().to_string();
-                let socket = request.run.join(format!("{PREFIX}{}{SUFFIX}", &name[..8]));
-                (Listen::Unix(socket), Some(request.run.clone()))
-            }
+        let (listen, run) = if let Some(listen) = &request.listen {
+            (listen.clone(), None)
+        } else {
+            let name = Uuid::new_v4().simple().to_string();
+            let socket = request.run.join(format!("{PREFIX}{}{SUFFIX}", &name[..8]));
+            (Listen::Unix(socket), Some(request.run.clone()))
         };
         refuse_careless(&listen, request)?;
         if let Listen::Unix(path) = &listen

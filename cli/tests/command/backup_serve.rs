@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, pattern, tools};
+use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, QemuBuilder, pattern, tools};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -28,11 +28,7 @@ impl Shelf {
             DiskSpec::new("vda", 8 * MIB).qcow2(),
             DiskSpec::new("vdb", 4 * MIB),
         ];
-        let night = Night::new(
-            disks
-                .into_iter()
-                .fold(Qemu::builder(), |builder, disk| builder.disk(disk)),
-        );
+        let night = Night::new(disks.into_iter().fold(Qemu::builder(), QemuBuilder::disk));
         let mut points = Vec::new();
         for round in 1..=2 {
             for (n, target) in ["vda", "vdb"].into_iter().enumerate() {
