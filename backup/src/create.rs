@@ -159,11 +159,11 @@ pub async fn create(
         watcher,
         ours: Ours::of(repository),
     };
-    run.to_the_end().await.map_err(told)
+    Box::pin(run.carry_out()).await.map_err(told)
 }
 
 impl Run<'_> {
-    async fn to_the_end(&mut self) -> Result<Backup> {
+    async fn carry_out(&mut self) -> Result<Backup> {
         stopped(self.watcher)?;
         // Where an interrupted run has left the document behind.
         let outdated = self.live.dispatcher().outdated(&self.live.domain).await?;

@@ -42,7 +42,7 @@ pub(crate) async fn open(
     let whole = async |why_full: Option<String>| {
         let reader = live.of.disksnap.read(&live.domain, snapshot, target).await?;
         Ok(Opened {
-            source: Source::Snapshot(reader),
+            source: Source::Snapshot(Box::new(reader)),
             planned: Planned {
                 level: Level::Full,
                 parent: None,
@@ -83,7 +83,7 @@ pub(crate) async fn open(
         .await;
     match since {
         Ok(reader) => {
-            let source = Source::Snapshot(reader);
+            let source = Source::Snapshot(Box::new(reader));
             if let Some(why) = stranger(&**repository.store(), &parent, &source, planned.is_some()).await? {
                 source.close().await?;
                 return not_possible(planned, wanted, why, whole).await;

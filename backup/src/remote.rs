@@ -79,11 +79,11 @@ pub async fn pull(repository: &Repository, request: &RemoteRequest, watcher: &dy
         request,
         watcher,
     };
-    run.to_the_end().await.map_err(told)
+    Box::pin(run.carry_out()).await.map_err(told)
 }
 
 impl Run<'_> {
-    async fn to_the_end(&self) -> Result<Backup> {
+    async fn carry_out(&self) -> Result<Backup> {
         let going_on = self.settle().await?;
         let resumed = going_on.is_some();
         let mut journal = match going_on {

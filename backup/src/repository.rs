@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -355,10 +356,7 @@ impl Repository {
     async fn is_lost(&self, folder: &DomainFolder, point: &str) -> Result<bool> {
         let files = self.store.list(&self.folder_of(folder, point)).await?;
         let has = |wanted: &str| files.iter().any(|file| file == wanted);
-        if has(Manifest::FILE)
-            || has(crate::journal::FILE)
-            || !files.iter().any(|file| file.ends_with(".qcow2"))
-        {
+        if has(Manifest::FILE) || has(crate::journal::FILE) || !files.iter().any(|file| is_image(file)) {
             return Ok(false);
         }
         // One that cannot be read is told of by verifying, and is no reason to give up images.
@@ -721,6 +719,11 @@ fn find(points: &[ListedPoint], which: &PointSpec) -> Result<usize> {
             }
         }
     }
+}
+
+/// Whether a file of a point is a disk's image.
+fn is_image(file: &str) -> bool {
+    Path::new(file).extension().is_some_and(|end| end == "qcow2")
 }
 
 /// What is said of a point whose manifest is not there although nothing has removed it.

@@ -10,7 +10,7 @@ use crate::digests::CHUNK_BYTES;
 /// A disk that is pulled.
 #[derive(Debug)]
 pub(crate) enum Source {
-    Snapshot(SnapshotReader),
+    Snapshot(Box<SnapshotReader>),
     Remote(RemoteDisk),
 }
 

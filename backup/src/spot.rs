@@ -70,7 +70,7 @@ async fn samples(
             for chunk in gap.clone() {
                 match &has {
                     Has::Data(_, digests) => {
-                        data.offer(&mut random, chunk, || digest(digests, chunk - first))
+                        data.offer(&mut random, chunk, || digest(digests, chunk - first));
                     }
                     Has::Zero(_) => zero.offer(&mut random, chunk, || nothing),
                     Has::Nobody | Has::Behind(_) => break,

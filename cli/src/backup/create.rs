@@ -123,7 +123,7 @@ impl Text for Abandoned {
     fn text(&self) -> String {
         match self.given_up.as_slice() {
             [] => "nothing was left of any backup\n".to_owned(),
-            points => points.iter().map(|point| format!("gave up {point}\n")).collect(),
+            points => format!("gave up {}\n", points.join(", ")),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! `disksnap backup list`: the domains of a repository and their points.
 
+use std::fmt::Write as _;
+
 use disksnap_backup::{Level, Manifest};
 use serde::Serialize;
 
@@ -111,7 +113,7 @@ impl Text for List {
             if !out.is_empty() {
                 out.push('\n');
             }
-            out.push_str(&format!("{} ({})\n", domain.name, domain.uuid));
+            let _ = writeln!(out, "{} ({})", domain.name, domain.uuid);
             let mut rows = vec![
                 ["POINT", "LEVEL", "DISKS", "STORED", "STATE"]
                     .map(str::to_owned)

@@ -1,6 +1,7 @@
 //! `disksnap backup merge` and `prune`.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 
 use disksnap::{Error, ErrorKind};
 use disksnap_backup::{
@@ -113,16 +114,17 @@ impl Text for PlanView {
         let plan = &self.0;
         let mut out = String::new();
         for point in &plan.dropped {
-            out.push_str(&format!("would drop {point}\n"));
+            let _ = writeln!(out, "would drop {point}");
         }
         for image in &plan.images {
             let parent = image.parent.as_ref();
-            out.push_str(&format!(
-                "would write {} of {} anew, {}\n",
+            let _ = writeln!(
+                out,
+                "would write {} of {} anew, {}",
                 image.disk,
                 image.point,
                 over(parent)
-            ));
+            );
         }
         let rows = [("needs meanwhile", size(plan.room)), ("frees", freed(plan.freed))];
         out + &fields("", rows)
@@ -138,13 +140,13 @@ impl Text for MergedView {
         let merged = &self.0;
         let mut out = String::new();
         for point in &merged.dropped {
-            out.push_str(&format!("dropped {point}\n"));
+            let _ = writeln!(out, "dropped {point}");
         }
         for MergedImage {
             point, disk, parent, ..
         } in &merged.images
         {
-            out.push_str(&format!("{disk} of {point} is {} now\n", over(parent.as_ref())));
+            let _ = writeln!(out, "{disk} of {point} is {} now", over(parent.as_ref()));
         }
         out + &fields("", [("freed", freed(merged.freed))])
     }

@@ -1,5 +1,6 @@
 //! `disksnap backup show`: a point, its chain and sizes; also what is told of a backup that was just made.
 
+use std::fmt::Write as _;
 use std::time::SystemTime;
 
 use disksnap::Consistency;
@@ -106,7 +107,7 @@ impl Text for PointView {
         }
         let mut out = fields("", rows);
         for (n, disk) in point.disks.iter().enumerate() {
-            out.push_str(&format!("\n{}\n", disk.target));
+            let _ = writeln!(out, "\n{}", disk.target);
             out.push_str(&fields("  ", disk_rows(disk, self.chains.get(n))));
         }
         out

@@ -1,6 +1,7 @@
 //! `disksnap backup verify`: what is in the repository against the digests that were taken of the snapshots.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 
 use disksnap::{Error, ErrorKind};
 use disksnap_backup::{Fault, PointSpec, Verification, VerifyOptions};
@@ -94,22 +95,18 @@ impl Text for VerifiedView {
         }
         let mut out = table(&rows);
         for stray in &self.found.strays {
-            out.push_str(&format!(
-                "belongs to no point: {} ({})\n",
-                stray.object, stray.what
-            ));
+            let _ = writeln!(out, "belongs to no point: {} ({})", stray.object, stray.what);
         }
         for point in &self.found.unfinished {
-            out.push_str(&format!("unfinished: {point}\n"));
+            let _ = writeln!(out, "unfinished: {point}");
         }
         if self.found.merging {
             out.push_str("a merge was cut short: the next one finishes it; no point is the worse for it\n");
         }
-        out.push_str(&if self.quick {
-            "no data was read: a flipped bit would not be seen\n".to_owned()
-        } else {
-            format!("read and compared {}\n", size(self.found.read))
-        });
+        if self.quick {
+            return out + "no data was read: a flipped bit would not be seen\n";
+        }
+        let _ = writeln!(out, "read and compared {}", size(self.found.read));
         out
     }
 }
@@ -117,10 +114,10 @@ impl Text for VerifiedView {
 fn fault_row(point: &str, disk: &str, fault: &Fault) -> Vec<String> {
     let mut what = fault.what.clone();
     if let Some(object) = &fault.object {
-        what.push_str(&format!(", in {object}"));
+        let _ = write!(what, ", in {object}");
     }
     if let Some(offset) = fault.offset {
-        what.push_str(&format!(" at {offset}"));
+        let _ = write!(what, " at {offset}");
     }
     vec![point.to_owned(), disk.to_owned(), format!("broken: {what}")]
 }
