@@ -58,9 +58,9 @@ impl Restoring {
     /// Without what is another name in each run.
     fn short(&self, text: &str) -> String {
         let text = text.replace(self.night.machine.name(), "DOMAIN");
-        self.points
-            .iter()
-            .fold(text, |text, point| text.replace(point.as_str(), "POINT"))
+        // The later ones first: of two in one second the second's name goes on where the first's ends.
+        let points = self.points.iter().rev();
+        points.fold(text, |text, point| text.replace(point.as_str(), "POINT"))
     }
 
     fn path(&self, name: &str) -> String {
