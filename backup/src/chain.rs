@@ -58,6 +58,8 @@ pub struct ChainReader {
 /// A piece that is being read.
 #[derive(Debug)]
 enum Ahead {
+    /// The disk's end. Nothing at all is no end: whoever read ahead has died.
+    End,
     Ready(Piece),
     Read(JoinHandle<Result<Piece>>),
 }
@@ -110,7 +112,13 @@ impl ChainReader {
     async fn wait(&mut self) -> Result<Option<Piece>> {
         if self.awaited.is_none() {
             match self.pieces.recv().await.transpose()? {
-                None => return Ok(None),
+                None => {
+                    return Err(Error::new(
+                        ErrorKind::Internal,
+                        "the task that reads the images ahead has died",
+                    ));
+                }
+                Some(Ahead::End) => return Ok(None),
                 Some(Ahead::Ready(piece)) => return Ok(Some(piece)),
                 Some(Ahead::Read(piece)) => self.awaited = Some(piece),
             }
@@ -138,14 +146,14 @@ async fn read_ahead(mut planner: Planner, to: mpsc::Sender<Result<Ahead>>) {
     loop {
         let Ok(place) = to.reserve().await else { return };
         let ahead = match planner.next().await {
-            Ok(None) => return,
+            Ok(None) => Ok(Ahead::End),
             Ok(Some(Planned::Zero { offset, length })) => Ok(Ahead::Ready(Piece::Zero { offset, length })),
             Ok(Some(Planned::Data(fetch))) => Ok(Ahead::Read(tokio::spawn(fetch.read()))),
             Err(error) => Err(error),
         };
-        let failed = ahead.is_err();
+        let last = matches!(ahead, Err(_) | Ok(Ahead::End));
         place.send(ahead);
-        if failed {
+        if last {
             return;
         }
     }

@@ -2,8 +2,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use disksnap::{Error, ErrorKind, Result};
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fallocate, fcntl_lock};
@@ -12,6 +13,10 @@ use rustix::io::Errno;
 use super::file::write_zeroes;
 use super::too_small;
 use super::worker::Place;
+
+/// How often a device that is in use is looked at again, and after what time.
+const LOOKS: u32 = 10;
+const BETWEEN: Duration = Duration::from_millis(200);
 
 /// A block device, held so that nobody who asks the kernel or QEMU's locks uses it at the same time.
 #[derive(Debug)]
@@ -53,6 +58,10 @@ impl Device {
         let locked = fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive);
         if matches!(locked, Err(Errno::AGAIN | Errno::ACCESS)) {
             return Err(busy(path, "a hypervisor or a storage daemon has it open"));
+        }
+        // A hypervisor may have it open under a node of its own, which no lock of ours is on.
+        if let Some(process) = lasting_user_of(&file).map_err(failed)? {
+            return Err(busy(path, &format!("the process {process} has it open")));
         }
         let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if length < size {
@@ -102,6 +111,38 @@ impl Place for Device {
         self.file.sync_all().map_err(|e| self.failed(e))?;
         Ok(self.notes)
     }
+}
+
+/// Another process that has this device open, and not only to look at it for a moment, as many programs do.
+fn lasting_user_of(device: &File) -> io::Result<Option<String>> {
+    for _ in 0..LOOKS {
+        if user_of(device)?.is_none() {
+            return Ok(None);
+        }
+        std::thread::sleep(BETWEEN);
+    }
+    user_of(device)
+}
+
+/// Another process that has this device open, under whatever name, as far as we may look (root: all of them).
+fn user_of(device: &File) -> io::Result<Option<String>> {
+    let number = device.metadata()?.rdev();
+    let own = std::process::id().to_string();
+    for process in std::fs::read_dir("/proc")?.flatten() {
+        let id = process.file_name().to_string_lossy().into_owned();
+        if id == own || !id.bytes().all(|byte| byte.is_ascii_digit()) {
+            continue;
+        }
+        let files = std::fs::read_dir(process.path().join("fd"));
+        for file in files.into_iter().flatten().flatten() {
+            let about = std::fs::metadata(file.path());
+            if about.is_ok_and(|about| about.file_type().is_block_device() && about.rdev() == number) {
+                let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+                return Ok(Some(format!("{id} ({})", name.trim())));
+            }
+        }
+    }
+    Ok(None)
 }
 
 fn busy(path: &Path, why: &str) -> Error {

@@ -6,7 +6,7 @@ use disksnap::{Error, ErrorKind, Result};
 
 use super::point::wanted;
 use super::{RestoredDisk, Sink, Target, Task, check_size, of_disk, open, with_complete};
-use crate::{ChainReader, DiskEntry, DomainFolder, Manifest, Repository, Watcher};
+use crate::{ChainReader, DiskEntry, DomainFolder, Event, Manifest, Repository, Watcher};
 
 /// Restores disks of a point to these places, one after the other. All places are looked at before anything is written to one of
 /// them; the point cannot be merged or pruned meanwhile.
@@ -41,10 +41,14 @@ pub async fn restore_disks(
                 overwritten: target.is_overwritten(),
                 watcher,
             };
+            let restored = task.run(chain, sink).await?;
+            for message in &restored.notes {
+                watcher.event(&Event::Warning { message });
+            }
             complete.push(RestoredDisk {
                 target: disk.target.clone(),
                 place: target.to_string(),
-                restored: task.run(chain, sink).await?,
+                restored,
             });
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! Restoring into a paused domain: its hypervisor lends its disks out, they are filled, and the guest has them again.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use disksnap::{
     Disksnap, Domain, Error, ErrorKind, FillDisk, FillEnd, FillHealth, FillRequest, Filling, Result, nbd_uri,
@@ -88,12 +89,28 @@ impl IntoAct<'_> {
             self.domain.disk(target)?;
         }
         let dispatcher = self.disksnap.dispatcher();
+        let began = SystemTime::now();
         let filling = dispatcher.fill_start(self.domain, &wanted).await?;
+        if filling.since < began {
+            return Err(Error::new(ErrorKind::Busy, "the domain's disks are being filled already").hint(
+                "Nothing was written. Wait until that has ended; where nobody is at it any more, end it: `disksnap fill end`.",
+            ));
+        }
         let mut restored = RestoredInto {
             disks: Vec::new(),
             resumed: false,
             warnings: Vec::new(),
         };
+        if request.resume && !filling.warnings.is_empty() {
+            let ended = dispatcher.fill_end(self.domain, FillEnd::StayPaused).await;
+            let what = "the guest has run: what it has of its disks in memory is not what they would hold";
+            return Err(Error::new(ErrorKind::Refused, what)
+                .rollback_failed(ended.err().into_iter().collect())
+                .hint(
+                    "Nothing was written. Start it paused (`virsh start --paused`, QEMU's -S); or restore without --resume, and \
+                     reset the guest before it goes on.",
+                ));
+        }
         self.warn(&filling.warnings, &mut restored);
         self.warn(&self.left_alone(&disks), &mut restored);
         if let Err(error) = self.fill(&filling, &disks, &mut restored).await {

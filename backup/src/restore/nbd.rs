@@ -1,6 +1,7 @@
 //! Restoring into an NBD export, which is overwritten.
 
 use std::path::Path;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -42,7 +43,11 @@ impl Export {
     pub(crate) async fn open(uri: &str, tls: Option<&Path>, size: u64, rest: Rest) -> Result<Self> {
         let told = |e| of_nbd("the export cannot be opened", e);
         let parsed: Uri = uri.parse().map_err(told)?;
-        let mut options = ConnectOptions::default();
+        // A flush at the end may write for long, and is silent meanwhile.
+        let mut options = ConnectOptions {
+            idle_timeout: Some(Duration::from_mins(30)),
+            ..ConnectOptions::default()
+        };
         if let Some(directory) = tls {
             options.tls = Some(TlsCredentials::from_directory(directory).map_err(told)?);
         }

@@ -215,12 +215,15 @@ fn swept(run: &Path) -> Result<File> {
         .map_err(failed)?;
     lock.lock().map_err(failed)?;
     for entry in fs::read_dir(run).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
+        let entry = entry.map_err(failed)?;
+        // To connect to a plain file is refused as well.
+        let socket = entry.file_type().is_ok_and(|kind| kind.is_socket());
+        let path = entry.path();
         let name = path
             .file_name()
             .and_then(|name| name.to_str())
             .unwrap_or_default();
-        let ours = name.starts_with(PREFIX) && name.ends_with(SUFFIX);
+        let ours = socket && name.starts_with(PREFIX) && name.ends_with(SUFFIX);
         if ours && UnixStream::connect(&path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
             let _ = fs::remove_file(&path);
         }

@@ -206,8 +206,20 @@ impl Restore {
         self.disks.iter().map(one).collect()
     }
 
+    /// What is no file gets the bytes as the guest sees them.
+    fn refuse_form(&self, place: &str) -> Result<()> {
+        if self.format == Some(FormatArg::Qcow2) || self.compress.is_some() || self.preallocate {
+            let what = format!(
+                "{place} gets the bytes as the guest sees them: --format, --compress and --preallocate are for files"
+            );
+            return Err(invalid(what));
+        }
+        Ok(())
+    }
+
     fn place(&self, place: &str) -> Result<Target> {
         if place.contains("://") {
+            self.refuse_form(place)?;
             return Ok(Target::Nbd {
                 uri: place.to_owned(),
                 tls: self.tls_credentials.clone(),
@@ -218,6 +230,7 @@ impl Restore {
             .metadata()
             .is_ok_and(|about| about.file_type().is_block_device())
         {
+            self.refuse_form(place)?;
             return Ok(Target::Device { path });
         }
         let format = self.format.map_or_else(|| by_suffix(&path), Ok)?;
