@@ -705,3 +705,20 @@ async fn a_file_of_digests_is_what_the_docs_say() {
     let about = fs::metadata(life.path(&point, "vda.qcow2")).unwrap();
     assert_eq!(manifest.disks[0].image_bytes, about.size());
 }
+
+#[tokio::test]
+async fn names_ascend_also_where_the_clock_has_gone_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let repository = Repository::open_or_init(store(dir.path())).await.unwrap();
+    let folder = repository
+        .folder_or_new(&DomainId::new("web1", None))
+        .await
+        .unwrap();
+    let now = repository.next_point(&folder).await.unwrap();
+    let later = "20991231T235959Z";
+    let key = repository.key(&folder, later, "unfinished.json");
+    repository.store().put(&key, b"{}").await.unwrap();
+    let next = repository.next_point(&folder).await.unwrap();
+    assert!(*now < *later);
+    assert_eq!(next, "20991231T235959Z-2");
+}
