@@ -6,11 +6,12 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use disksnap_core::{Dispatcher, Domain, Error, ErrorKind, Health, Result, SnapshotName, Source};
 use disksnap_nbd::{
-    BASE_ALLOCATION, BulkOptions, BulkReader, Chunk, Client, ConnectOptions, Errno, TlsCredentials, Uri,
-    dirty_bitmap_context,
+    Address, BASE_ALLOCATION, BulkOptions, BulkReader, Chunk, Client, ConnectOptions, Errno, TlsCredentials,
+    Uri, dirty_bitmap_context,
 };
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
@@ -22,6 +23,8 @@ use crate::save::NewFile;
 const STEP: u64 = 1 << 20;
 /// Connections to one NBD export: a server with several threads can use them.
 const CONNECTIONS: usize = 4;
+/// So soon a server on this host answers; see [`ConnectOptions::first_answer`].
+const FIRST_ANSWER: Duration = Duration::from_secs(2);
 /// What zeroes are written from.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -100,6 +103,8 @@ impl DiskReader {
     pub(crate) async fn connect(uri: &Uri, tls: Option<&Path>, bitmap: Option<&str>, of: Of) -> Result<Self> {
         let mut options = ConnectOptions {
             meta_contexts: vec![BASE_ALLOCATION.to_owned()],
+            // On this host it may be the guest that waits for us meanwhile.
+            first_answer: matches!(uri.address(), Address::Unix(_)).then_some(FIRST_ANSWER),
             ..ConnectOptions::default()
         };
         options.meta_contexts.extend(bitmap.map(dirty_bitmap_context));

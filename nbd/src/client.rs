@@ -14,7 +14,12 @@ use crate::handshake::{BoxedStream, Negotiation, Session};
 use crate::uri::Uri;
 use crate::wire::{BlockSizes, Command, CommandFlags, StatusChunk, TransmissionFlags};
 use bytes::{Bytes, BytesMut};
+use tokio::time::timeout;
 
+/// What is read of an export to see whether it answers, in bytes.
+const SECTOR: u64 = 512;
+/// So many connections are left because they do not answer; the next is waited for.
+const IMPATIENT: u32 = 3;
 /// The longest read or write in one request, whatever the server allows: what the protocol calls
 /// portable.
 const MAX_PAYLOAD: u64 = 32 << 20;
@@ -71,13 +76,37 @@ impl Limits {
 impl Client {
     /// Connects to an export, and gets ready for requests (`NBD_OPT_GO`).
     ///
+    /// With [`ConnectOptions::first_answer`] one sector is read before the connection is given out. QEMU 10.0 can be caught
+    /// between a client that has just connected and something that drains the export's node: it then answers nobody, and its guest stands
+    /// still, until that client has gone. So a connection that is not answered is left soon, and another one made.
+    ///
     /// # Errors
     /// [`Error::Connect`], [`Error::Timeout`], [`Error::Refused`], [`Error::Tls`],
     /// [`Error::Credentials`], [`Error::Disconnected`] or [`Error::Protocol`].
     pub async fn connect(uri: &Uri, options: &ConnectOptions) -> Result<Self> {
+        if let Some(patience) = options.first_answer {
+            for _ in 0..IMPATIENT {
+                let client = Self::connect_once(uri, options).await?;
+                if client.answers_within(patience).await {
+                    return Ok(client);
+                }
+                tracing::info!("{uri} does not answer: connecting anew");
+            }
+        }
+        // A server that is only slow is waited for in the end.
+        Self::connect_once(uri, options).await
+    }
+
+    async fn connect_once(uri: &Uri, options: &ConnectOptions) -> Result<Self> {
         let target: Arc<str> = uri.to_string().into();
         let stream = open(uri, &target, options.handshake_timeout).await?;
         Self::over(stream, uri, target, options).await
+    }
+
+    /// Whether anything comes, be it an error.
+    async fn answers_within(&self, patience: Duration) -> bool {
+        let length = usize::try_from(self.size().min(SECTOR)).unwrap_or_default();
+        length == 0 || timeout(patience, self.read(0, length)).await.is_ok()
     }
 
     /// Connects up to `count` times, so that a server with several threads can use them: see

@@ -26,6 +26,9 @@ pub struct ConnectOptions {
     pub tls: Option<TlsCredentials>,
     /// How long connecting may take, and again how long the handshake may take.
     pub handshake_timeout: Duration,
+    /// Leave a connection whose first request is not answered in this time, and connect anew, a few times before it is waited for:
+    /// see [`Client::connect`](crate::Client::connect). `None`: no request is made before the first that is wanted.
+    pub first_answer: Option<Duration>,
     /// How long the server may send nothing at all while it has requests to answer. `None`: for ever.
     pub idle_timeout: Option<Duration>,
     /// How many bytes of reads and writes may be in flight on a connection. Further requests wait.
@@ -39,6 +42,7 @@ impl Default for ConnectOptions {
             meta_contexts: Vec::new(),
             tls: None,
             handshake_timeout: Duration::from_secs(10),
+            first_answer: None,
             idle_timeout: Some(Duration::from_mins(1)),
             max_in_flight: 64 << 20,
         }

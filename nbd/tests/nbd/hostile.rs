@@ -162,14 +162,21 @@ impl Script {
 
     /// A server that follows the script with everyone who connects.
     fn serve(self) -> Fake {
+        self.serve_then(Vec::new())
+    }
+
+    /// A server that follows the script with who connects first, the next one with the next, and the last with all others.
+    fn serve_then(self, others: Vec<Self>) -> Fake {
         let directory = directory();
         let path = directory.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
+        let mut others = others.into_iter();
+        let mut script = self;
         tokio::spawn(async move {
             loop {
                 let (mut stream, _) = listener.accept().await.unwrap();
                 let mut seen = Vec::new();
-                for step in &self.0 {
+                for step in &script.0 {
                     match step {
                         Step::Send(bytes) => {
                             if stream.write_all(bytes).await.is_err() {
@@ -196,6 +203,7 @@ impl Script {
                 while stream.read_buf(&mut seen).await.unwrap_or(0) > 0 {
                     seen.clear();
                 }
+                script = others.next().unwrap_or(script);
             }
         });
         Fake {
@@ -727,6 +735,36 @@ async fn silence_is_not_for_ever() {
     let client = Client::connect(&fake.uri, &impatient(late, idle)).await.unwrap();
     tokio::time::sleep(idle + Duration::from_secs(1)).await;
     client.read(0, 4096).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_connection_that_is_not_answered_is_left_for_another() {
+    let options = |first_answer| ConnectOptions {
+        meta_contexts: vec![BASE_ALLOCATION.to_owned()],
+        first_answer,
+        ..ConnectOptions::default()
+    };
+    let mute = || Script::structured().silence();
+    let answers = || Script::structured().requests(1).hole(DONE, 0, 0, 512).silence();
+    let soon = Some(Duration::from_millis(300));
+    // The third answers. One that had not been left would leave this one waiting for ever.
+    let fake = mute().serve_then(vec![mute(), answers()]);
+    let client = Client::connect(&fake.uri, &options(soon)).await.unwrap();
+    assert!(client.is_open());
+    // Without it nobody asks before something is wanted, and one that never answers is connected to in the end.
+    let fake = mute().serve();
+    assert!(
+        Client::connect(&fake.uri, &options(None))
+            .await
+            .unwrap()
+            .is_open()
+    );
+    assert!(
+        Client::connect(&fake.uri, &options(soon))
+            .await
+            .unwrap()
+            .is_open()
+    );
 }
 
 #[tokio::test]
