@@ -18,6 +18,7 @@ mod open;
 mod reader;
 mod remote;
 mod save;
+mod sparse;
 mod update;
 
 pub use changed::{ChangeStream, ChangedExtent};
@@ -34,6 +35,7 @@ pub use domain::read_document;
 pub use open::{Disksnap, methods};
 pub use reader::{SnapshotReader, nbd_uri};
 pub use remote::RemoteDisk;
+pub use sparse::write_sparse;
 
 // A dependency that nothing names is not linked, and then registers nothing, silently.
 #[cfg(feature = "btrfs")]

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,9 +9,7 @@ use disksnap_core::{Error, ErrorKind, Result};
 use tempfile::NamedTempFile;
 
 use crate::disk::run_blocking;
-
-/// Runs of zeroes of this length and alignment, in bytes, become holes.
-const BLOCK: usize = 4096;
+use crate::sparse::write_sparse;
 
 /// A file being written beside the place where it will be. Dropping it removes it.
 #[derive(Debug)]
@@ -67,30 +64,6 @@ impl NewFile {
         })
         .await
     }
-}
-
-fn write_sparse(file: &File, offset: u64, data: &[u8]) -> io::Result<()> {
-    let mut at = 0;
-    while at < data.len() {
-        let zero = is_zero(block(data, at));
-        let mut end = at;
-        while end < data.len() && is_zero(block(data, end)) == zero {
-            end += block(data, end).len();
-        }
-        if !zero {
-            file.write_all_at(&data[at..end], offset + at as u64)?;
-        }
-        at = end;
-    }
-    Ok(())
-}
-
-fn block(data: &[u8], at: usize) -> &[u8] {
-    &data[at..data.len().min(at + BLOCK)]
-}
-
-fn is_zero(block: &[u8]) -> bool {
-    block.iter().all(|byte| *byte == 0)
 }
 
 fn failed(path: &Path, error: io::Error) -> Error {

@@ -7,8 +7,8 @@ use disksnap::{
     ErrorKind, NewCheckpoint, Quiesce, Result, Snapshot, SnapshotId, SnapshotName, SnapshotRequest,
 };
 
-use crate::journal::{Asked, Begun, Journal};
-use crate::levels::{Opened, open};
+use crate::journal::{Asked, Journal};
+use crate::levels::open;
 use crate::pull::{About, Puller};
 use crate::tidy::{self, Ours};
 use crate::{
@@ -315,38 +315,13 @@ impl Run<'_> {
         for warning in &snapshot.warnings {
             self.watcher.event(&Event::Warning { message: warning });
         }
-        if journal.machine.is_none() {
-            let options = MachineOptions {
-                allow_missing: self.request.allow_missing_machine,
-            };
-            let prefix = self.repository.folder_of(self.folder, &journal.point);
-            let store = &**self.repository.store();
-            let (document, mut warnings) = (self.live.of.document, Vec::new());
-            let saved = save_machine(store, &prefix, document, &options, &mut warnings).await?;
-            let later = snapshot.created.elapsed().unwrap_or_default();
-            if later > SOON && (saved.nvram.is_some() || !saved.tpm.is_empty()) {
-                warnings.push(format!(
-                    "EFI variables and TPM state were saved {} s after the disks' instant: the run was interrupted in between",
-                    later.as_secs()
-                ));
-            }
-            journal.machine = Some(saved);
-            journal.warnings = warnings;
-            journal.save(self.repository, self.folder).await?;
-        }
+        self.save_machine(journal, snapshot).await?;
         let mut disks = Vec::new();
         for disk in &snapshot.disks {
             let entry = self.disk(journal, snapshot, &disk.target, &disk.method).await?;
             disks.push(entry);
         }
-        let dispatcher = self.live.dispatcher();
-        let found = dispatcher.show(&self.live.domain, &snapshot.name).await?;
-        if let disksnap::Health::Broken(why) | disksnap::Health::Gone(why) = found.overall() {
-            return Err(Error::new(
-                ErrorKind::Broken,
-                format!("the snapshot broke while it was pulled: {why}"),
-            ));
-        }
+        self.check_health(snapshot).await?;
         let machine = journal.machine.clone();
         let mut warnings = snapshot.warnings.clone();
         warnings.extend(journal.warnings.iter().cloned());
@@ -369,6 +344,43 @@ impl Run<'_> {
         Ok(manifest)
     }
 
+    /// Saves what there is of the domain besides its disks, once.
+    async fn save_machine(&self, journal: &mut Journal, snapshot: &Snapshot) -> Result<()> {
+        if journal.machine.is_some() {
+            return Ok(());
+        }
+        let options = MachineOptions {
+            allow_missing: self.request.allow_missing_machine,
+        };
+        let prefix = self.repository.folder_of(self.folder, &journal.point);
+        let store = &**self.repository.store();
+        let (document, mut warnings) = (self.live.of.document, Vec::new());
+        let saved = save_machine(store, &prefix, document, &options, &mut warnings).await?;
+        let later = snapshot.created.elapsed().unwrap_or_default();
+        if later > SOON && (saved.nvram.is_some() || !saved.tpm.is_empty()) {
+            warnings.push(format!(
+                "EFI variables and TPM state were saved {} s after the disks' instant: the run was interrupted in between",
+                later.as_secs()
+            ));
+        }
+        journal.machine = Some(saved);
+        journal.warnings = warnings;
+        journal.save(self.repository, self.folder).await
+    }
+
+    /// Whether all that was pulled was the snapshot's.
+    async fn check_health(&self, snapshot: &Snapshot) -> Result<()> {
+        let dispatcher = self.live.dispatcher();
+        let found = dispatcher.show(&self.live.domain, &snapshot.name).await?;
+        if let disksnap::Health::Broken(why) | disksnap::Health::Gone(why) = found.overall() {
+            return Err(Error::new(
+                ErrorKind::Broken,
+                format!("the snapshot broke while it was pulled: {why}"),
+            ));
+        }
+        Ok(())
+    }
+
     async fn disk(
         &self,
         journal: &mut Journal,
@@ -381,11 +393,8 @@ impl Run<'_> {
             return Ok(entry);
         }
         let planned = begun.map(|begun| begun.planned.clone());
-        let Opened {
-            source,
-            planned,
-            below,
-        } = open(
+        let tracked = self.tracked(snapshot, target).await?;
+        let opened = open(
             &self.live,
             self.repository,
             self.folder,
@@ -396,38 +405,18 @@ impl Run<'_> {
         )
         .await
         .map_err(|e| e.with("disk", target))?;
-        let pulled = async {
-            if journal.disk(target).is_err() {
-                journal.disks.push(Begun {
-                    target: target.to_owned(),
-                    planned,
-                    state: None,
-                    entry: None,
-                });
-                journal.save(self.repository, self.folder).await?;
-            }
-            for warning in source.warnings() {
-                self.watcher.event(&Event::Warning { message: warning });
-            }
-            let about = About {
-                target,
-                method,
-                tracked: self.tracked(snapshot, target).await?,
-                below: &below,
-            };
-            let puller = Puller {
-                repository: self.repository,
-                folder: self.folder,
-                watcher: self.watcher,
-                rate_limit: self.request.rate_limit,
-            };
-            puller.disk(journal, &about, &source).await
+        let about = About {
+            target,
+            method,
+            tracked,
         };
-        let pulled = pulled.await;
-        let closed = source.close().await;
-        let entry = pulled?;
-        closed?;
-        Ok(entry)
+        let puller = Puller {
+            repository: self.repository,
+            folder: self.folder,
+            watcher: self.watcher,
+            rate_limit: self.request.rate_limit,
+        };
+        puller.pull(journal, &about, opened).await
     }
 
     /// Whether the checkpoint that began with the snapshot covers the disk.

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::digests::{ChunksReader, Has, Overlay};
 use crate::object::Object;
+use crate::progress::Progress;
 use crate::repository::{Line, again};
 use crate::{
     CHUNK, ChainReader, DiskEntry, DomainFolder, Event, ImageKeys, ImageSpec, ImageSummary, ImageWriter,
@@ -660,12 +661,16 @@ impl<'a> Merger<'a> {
         spec: ImageSpec,
     ) -> Result<ImageSummary> {
         let store = self.repository.store();
-        let mut progress = Progress::begin(self.watcher, &planned.disk, spec.size);
+        let progress = Progress::begin(self.watcher, Phase::Merge, &planned.disk, spec.size);
+        let mut moved = 0;
         let mut reader = ChainReader::open(store.clone(), layers).await?;
         let mut writer = ImageWriter::create(store.clone(), keys.clone(), spec).await?;
         while let Some(piece) = reader.next().await? {
             stopped(self.watcher)?;
-            progress.passed(&piece);
+            if let Piece::Data { data, .. } = &piece {
+                moved += data.len() as u64;
+            }
+            progress.at(piece.offset() + piece.length(), moved);
             writer.write(piece).await?;
         }
         let summary = writer.finish().await?;
@@ -744,52 +749,5 @@ fn renewed(disk: &mut DiskEntry, planned: &PlannedImage, summary: &ImageSummary)
     disk.zero = summary.zero;
     if planned.parent.is_none() {
         disk.excess = None;
-    }
-}
-
-/// Tells how far a disk is.
-struct Progress<'a> {
-    watcher: &'a dyn Watcher,
-    disk: &'a str,
-    total: u64,
-    moved: u64,
-}
-
-impl<'a> Progress<'a> {
-    fn begin(watcher: &'a dyn Watcher, disk: &'a str, total: u64) -> Self {
-        watcher.event(&Event::Begun {
-            phase: Phase::Merge,
-            disk,
-            total,
-        });
-        Self {
-            watcher,
-            disk,
-            total,
-            moved: 0,
-        }
-    }
-
-    fn passed(&mut self, piece: &Piece) {
-        let (end, moved) = match piece {
-            Piece::Data { offset, data } => (offset + data.len() as u64, data.len() as u64),
-            Piece::Zero { offset, length } => (offset + length, 0),
-        };
-        self.moved += moved;
-        let (disk, total, moved) = (self.disk, self.total, self.moved);
-        self.watcher.event(&Event::Done {
-            phase: Phase::Merge,
-            disk,
-            done: end,
-            total,
-            moved,
-        });
-    }
-
-    fn end(self) {
-        self.watcher.event(&Event::Ended {
-            phase: Phase::Merge,
-            disk: self.disk,
-        });
     }
 }

@@ -88,6 +88,48 @@ impl Watcher for Silent {
     }
 }
 
+/// Tells how far an act is with a disk.
+#[derive(Debug)]
+pub(crate) struct Progress<'a> {
+    watcher: &'a dyn Watcher,
+    phase: Phase,
+    disk: &'a str,
+    total: u64,
+}
+
+impl<'a> Progress<'a> {
+    pub(crate) fn begin(watcher: &'a dyn Watcher, phase: Phase, disk: &'a str, total: u64) -> Self {
+        watcher.event(&Event::Begun { phase, disk, total });
+        Self {
+            watcher,
+            phase,
+            disk,
+            total,
+        }
+    }
+
+    /// So much has been gone through, and so much data moved for that.
+    pub(crate) fn at(&self, done: u64, moved: u64) {
+        let Self {
+            phase, disk, total, ..
+        } = *self;
+        self.watcher.event(&Event::Done {
+            phase,
+            disk,
+            done: done.min(total),
+            total,
+            moved,
+        });
+    }
+
+    pub(crate) fn end(self) {
+        self.watcher.event(&Event::Ended {
+            phase: self.phase,
+            disk: self.disk,
+        });
+    }
+}
+
 /// `Err` when the act is to stop.
 ///
 /// # Errors

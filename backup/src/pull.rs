@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 
 use disksnap::{ErrorKind, Piece, Result};
 
-use crate::journal::Journal;
+use crate::journal::{Begun, Journal, Planned};
+use crate::levels::Opened;
 use crate::names::encoded;
+use crate::progress::Progress;
 use crate::source::Source;
 use crate::{
     CHUNK, DiskEntry, DomainFolder, Event, ImageKeys, ImageSpec, ImageSummary, ImageWriter, Layer, Level,
@@ -33,9 +35,8 @@ pub(crate) struct Puller<'a> {
 pub(crate) struct About<'a> {
     pub(crate) target: &'a str,
     pub(crate) method: &'a str,
+    /// Whether the checkpoint that began with the snapshot covers it.
     pub(crate) tracked: bool,
-    /// The chain that an increment is over, the newest image first; none for a full image.
-    pub(crate) below: &'a [Layer],
 }
 
 /// How far a pull is.
@@ -48,14 +49,54 @@ struct Meter {
 }
 
 impl Puller<'_> {
-    /// Pulls a disk that the journal has begun, from where it was.
-    pub(crate) async fn disk(
+    /// Pulls a disk, from where an earlier run was, and closes its source.
+    pub(crate) async fn pull(
+        &self,
+        journal: &mut Journal,
+        about: &About<'_>,
+        opened: Opened,
+    ) -> Result<DiskEntry> {
+        let Opened {
+            source,
+            planned,
+            below,
+        } = opened;
+        let pulled = async {
+            self.begin(journal, about.target, planned).await?;
+            for warning in source.warnings() {
+                self.watcher.event(&Event::Warning { message: warning });
+            }
+            self.disk(journal, about, &source, &below).await
+        };
+        let pulled = pulled.await;
+        let closed = source.close().await;
+        let entry = pulled?;
+        closed?;
+        Ok(entry)
+    }
+
+    async fn begin(&self, journal: &mut Journal, target: &str, planned: Planned) -> Result<()> {
+        if journal.disk(target).is_ok() {
+            return Ok(());
+        }
+        journal.disks.push(Begun {
+            target: target.to_owned(),
+            planned,
+            state: None,
+            entry: None,
+        });
+        journal.save(self.repository, self.folder).await
+    }
+
+    /// Pulls a disk that the journal has begun.
+    async fn disk(
         &self,
         journal: &mut Journal,
         about: &About<'_>,
         source: &Source,
+        below: &[Layer],
     ) -> Result<DiskEntry> {
-        let pulled = self.image(journal, about, source).await;
+        let pulled = self.image(journal, about.target, source, below).await;
         let (summary, spec) = pulled.map_err(|e| e.with("disk", about.target))?;
         let begun = journal.disk(about.target)?;
         let mut entry = DiskEntry {
@@ -84,7 +125,7 @@ impl Puller<'_> {
             chunks_digest: summary.chunks_digest,
             size: spec.size,
         }];
-        layers.extend_from_slice(about.below);
+        layers.extend_from_slice(below);
         entry.content = content_digest(&**self.repository.store(), &layers).await?;
         journal.disk(about.target)?.entry = Some(entry.clone());
         journal.save(self.repository, self.folder).await?;
@@ -101,11 +142,12 @@ impl Puller<'_> {
     async fn image(
         &self,
         journal: &mut Journal,
-        about: &About<'_>,
+        target: &str,
         source: &Source,
+        below: &[Layer],
     ) -> Result<(ImageSummary, ImageSpec)> {
-        let (mut writer, spec) = self.writer(journal, about, source).await?;
-        let begun = journal.disk(about.target)?;
+        let (mut writer, spec) = self.writer(journal, target, source).await?;
+        let begun = journal.disk(target)?;
         let from = writer.offset();
         let incremental = begun.planned.level == Level::Incremental;
         let mut meter = Meter::new(if incremental {
@@ -114,35 +156,28 @@ impl Puller<'_> {
             source.size()
         });
         let mut pieces = if incremental {
-            let grown = resized(about.below, source.size());
+            let grown = resized(below, source.size());
             source.changed(from, grown)?
         } else {
             meter.done = from;
             source.whole(from)?
         };
-        self.watcher.event(&Event::Begun {
-            phase: Phase::Pull,
-            disk: about.target,
-            total: meter.total,
-        });
+        let progress = Progress::begin(self.watcher, Phase::Pull, target, meter.total);
         while let Some(piece) = pieces.next().await? {
             stopped(self.watcher)?;
             meter.count(&piece);
             writer.write(piece).await?;
-            self.tell(about.target, &meter);
+            progress.at(meter.done, meter.moved);
             self.wait(&meter).await?;
             if meter.is_due() {
                 let state = writer.checkpoint().await?;
-                journal.disk(about.target)?.state = Some(state);
+                journal.disk(target)?.state = Some(state);
                 journal.save(self.repository, self.folder).await?;
                 meter.durable_at = (meter.moved, Instant::now());
             }
         }
         let summary = writer.finish().await?;
-        self.watcher.event(&Event::Ended {
-            phase: Phase::Pull,
-            disk: about.target,
-        });
+        progress.end();
         Ok((summary, spec))
     }
 
@@ -150,12 +185,12 @@ impl Puller<'_> {
     async fn writer(
         &self,
         journal: &mut Journal,
-        about: &About<'_>,
+        target: &str,
         source: &Source,
     ) -> Result<(ImageWriter, ImageSpec)> {
         let compression = journal.asked.compression;
-        let keys = self.keys(&journal.point, about.target);
-        let begun = journal.disk(about.target)?;
+        let keys = self.keys(&journal.point, target);
+        let begun = journal.disk(target)?;
         let store = Arc::clone(self.repository.store());
         let spec = ImageSpec {
             size: source.size(),
@@ -163,29 +198,19 @@ impl Puller<'_> {
                 .planned
                 .parent
                 .as_ref()
-                .map(|(point, _)| format!("../{point}/{}", image_name(about.target))),
+                .map(|(point, _)| format!("../{point}/{}", image_name(target))),
             compression,
         };
         if let Some(state) = begun.state.take().filter(|state| state.spec == spec) {
             match ImageWriter::resume(Arc::clone(&store), keys.clone(), state).await {
                 Err(error) if error.kind() == ErrorKind::Broken => {
-                    tracing::info!("{}: begun anew: {error}", about.target);
+                    tracing::info!("{target}: begun anew: {error}");
                 }
                 resumed => return Ok((resumed?, spec)),
             }
         }
         let writer = ImageWriter::create(store, keys, spec.clone()).await?;
         Ok((writer, spec))
-    }
-
-    fn tell(&self, disk: &str, meter: &Meter) {
-        self.watcher.event(&Event::Done {
-            phase: Phase::Pull,
-            disk,
-            done: meter.done.min(meter.total),
-            total: meter.total,
-            moved: meter.moved,
-        });
     }
 
     /// Waits until what was moved is no more than the limit allows since the beginning.

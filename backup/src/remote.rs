@@ -9,7 +9,7 @@ use disksnap::{
 };
 
 use crate::create::{Backup, check_chains, tool};
-use crate::journal::{Asked, Begun, Journal, Planned, Served};
+use crate::journal::{Asked, Journal, Planned, Served};
 use crate::levels::{Opened, parent, stranger};
 use crate::machine::save_document;
 use crate::pull::{About, Puller};
@@ -229,40 +229,19 @@ impl Run<'_> {
             return Ok(entry);
         }
         let planned = begun.map(|begun| begun.planned.clone());
-        let Opened {
-            source,
-            planned,
-            below,
-        } = self.open(export, planned).await?;
-        let pulled = async {
-            if journal.disk(&export.target).is_err() {
-                journal.disks.push(Begun {
-                    target: export.target.clone(),
-                    planned,
-                    state: None,
-                    entry: None,
-                });
-                journal.save(self.repository, self.folder).await?;
-            }
-            let about = About {
-                target: &export.target,
-                method: "nbd",
-                tracked: self.request.checkpoint.is_some(),
-                below: &below,
-            };
-            let puller = Puller {
-                repository: self.repository,
-                folder: self.folder,
-                watcher: self.watcher,
-                rate_limit: self.request.rate_limit,
-            };
-            puller.disk(journal, &about, &source).await
+        let opened = self.open(export, planned).await?;
+        let about = About {
+            target: &export.target,
+            method: "nbd",
+            tracked: self.request.checkpoint.is_some(),
         };
-        let pulled = pulled.await;
-        let closed = source.close().await;
-        let entry = pulled?;
-        closed?;
-        Ok(entry)
+        let puller = Puller {
+            repository: self.repository,
+            folder: self.folder,
+            watcher: self.watcher,
+            rate_limit: self.request.rate_limit,
+        };
+        puller.pull(journal, &about, opened).await
     }
 
     async fn open(&self, export: &RemoteExport, planned: Option<Planned>) -> Result<Opened> {

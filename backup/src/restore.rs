@@ -27,7 +27,8 @@ use self::file::RawFile;
 use self::nbd::{Export, Rest};
 use self::qcow2::Qcow2File;
 use self::worker::{Worker, joined};
-use crate::{ChainReader, Compression, Digest, DiskEntry, Event, Phase, Watcher, stopped};
+use crate::progress::Progress;
+use crate::{ChainReader, Compression, Digest, DiskEntry, Phase, Watcher, stopped};
 
 pub use self::disks::restore_disks;
 pub use self::into::{IntoRequest, RestoredInto, restore_into};
@@ -217,8 +218,7 @@ impl Task<'_> {
 
     async fn copy(&self, mut chain: ChainReader, sink: &mut dyn Sink, begun: &mut bool) -> Result<Restored> {
         let (disk, total) = (self.disk.target.as_str(), self.disk.size);
-        let phase = Phase::Restore;
-        self.watcher.event(&Event::Begun { phase, disk, total });
+        let progress = Progress::begin(self.watcher, Phase::Restore, disk, total);
         let mut content = Content::new(total);
         let (mut done, mut zero) = (0, 0);
         loop {
@@ -234,19 +234,12 @@ impl Task<'_> {
             content = added;
             *begun = true;
             sink.write(piece).await?;
-            let moved = done - zero;
-            self.watcher.event(&Event::Done {
-                phase,
-                disk,
-                done,
-                total,
-                moved,
-            });
+            progress.at(done, done - zero);
         }
         let digest = content.finish()?;
         self.check(digest)?;
         let notes = sink.finish().await?;
-        self.watcher.event(&Event::Ended { phase, disk });
+        progress.end();
         Ok(Restored {
             bytes: total,
             zero,

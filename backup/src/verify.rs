@@ -9,10 +9,11 @@ use crate::digests::digest_of;
 use crate::manifest::point_order;
 use crate::merging::{Beside, JOURNAL, backing_name, journal};
 use crate::object::Object;
+use crate::progress::Progress;
 use crate::qcow2::{CLUSTER, Header};
 use crate::repository::{DOMAIN, LOCK, Line};
 use crate::{
-    ChainReader, Digest, DiskEntry, DomainFolder, Event, Layer, Manifest, Phase, Repository, Watcher,
+    ChainReader, Digest, DiskEntry, DomainFolder, Layer, Manifest, Phase, Repository, Watcher,
     content_digest, stopped,
 };
 
@@ -251,17 +252,19 @@ impl Verifier<'_> {
     async fn read_images(&mut self) -> Result<()> {
         for (target, layers) in self.needed() {
             let data = |layer: &Layer| self.entry(&layer.point, &target).map_or(0, |disk| disk.data);
-            let mut progress = Progress::begin(self.watcher, &target, layers.iter().map(data).sum());
+            let total = layers.iter().map(data).sum();
+            let progress = Progress::begin(self.watcher, Phase::Verify, &target, total);
+            let mut done = 0;
             for layer in &layers {
                 stopped(self.watcher)?;
-                let fault = match self.read_image(layer, &target, &mut progress).await {
+                let fault = match self.read_image(layer, &target, &progress, &mut done).await {
                     Ok(()) => None,
                     Err(error) if self.watcher.stop() => return Err(error),
                     Err(error) => Some(Fault::of(&error, &layer.point)),
                 };
                 self.images.insert((layer.point.clone(), target.clone()), fault);
             }
-            self.read += progress.done;
+            self.read += done;
             progress.end();
         }
         Ok(())
@@ -271,7 +274,13 @@ impl Verifier<'_> {
         self.line.get(point)?.as_ref().ok()?.disk(target)
     }
 
-    async fn read_image(&self, layer: &Layer, target: &str, progress: &mut Progress<'_>) -> Result<()> {
+    async fn read_image(
+        &self,
+        layer: &Layer,
+        target: &str,
+        progress: &Progress<'_>,
+        done: &mut u64,
+    ) -> Result<()> {
         let Some(disk) = self.entry(&layer.point, target) else {
             return Err(Error::new(
                 ErrorKind::Internal,
@@ -288,7 +297,8 @@ impl Verifier<'_> {
         while let Some(piece) = reader.next().await? {
             stopped(self.watcher)?;
             if let Piece::Data { data, .. } = piece {
-                progress.passed(data.len() as u64);
+                *done += data.len() as u64;
+                progress.at(*done, *done);
             }
         }
         Ok(())
@@ -479,47 +489,4 @@ fn check_digest(object: &Object, found: Digest, told: Digest) -> Result<()> {
         0,
         format!("it is not what was written: its digest is {found}, and was {told}"),
     ))
-}
-
-/// Tells how far a disk is.
-struct Progress<'a> {
-    watcher: &'a dyn Watcher,
-    disk: &'a str,
-    total: u64,
-    done: u64,
-}
-
-impl<'a> Progress<'a> {
-    fn begin(watcher: &'a dyn Watcher, disk: &'a str, total: u64) -> Self {
-        watcher.event(&Event::Begun {
-            phase: Phase::Verify,
-            disk,
-            total,
-        });
-        Self {
-            watcher,
-            disk,
-            total,
-            done: 0,
-        }
-    }
-
-    fn passed(&mut self, bytes: u64) {
-        self.done += bytes;
-        let (disk, total, done) = (self.disk, self.total, self.done);
-        self.watcher.event(&Event::Done {
-            phase: Phase::Verify,
-            disk,
-            done,
-            total,
-            moved: done,
-        });
-    }
-
-    fn end(self) {
-        self.watcher.event(&Event::Ended {
-            phase: Phase::Verify,
-            disk: self.disk,
-        });
-    }
 }

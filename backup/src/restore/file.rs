@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use disksnap::{Error, ErrorKind, Result};
+use disksnap::{Error, ErrorKind, Result, write_sparse};
 use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
 use tempfile::NamedTempFile;
 
@@ -13,8 +13,6 @@ use super::worker::Place;
 
 /// What lies unfinished beside the place where it will be begins so.
 pub(crate) const UNFINISHED: &str = ".disksnap-";
-/// Runs of zeroes of this length and alignment, in bytes, become holes.
-const BLOCK: usize = 4096;
 /// What zeroes are written from.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -181,30 +179,6 @@ fn allocate(file: &File, size: u64) -> io::Result<Zeroes> {
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(Zeroes::Written),
         Err(e) => Err(e.into()),
     }
-}
-
-fn write_sparse(file: &File, offset: u64, data: &[u8]) -> io::Result<()> {
-    let mut at = 0;
-    while at < data.len() {
-        let zero = is_zero(block(data, at));
-        let mut end = at;
-        while end < data.len() && is_zero(block(data, end)) == zero {
-            end += block(data, end).len();
-        }
-        if !zero {
-            file.write_all_at(&data[at..end], offset + at as u64)?;
-        }
-        at = end;
-    }
-    Ok(())
-}
-
-fn block(data: &[u8], at: usize) -> &[u8] {
-    &data[at..data.len().min(at + BLOCK)]
-}
-
-fn is_zero(block: &[u8]) -> bool {
-    block.iter().all(|byte| *byte == 0)
 }
 
 fn failed(path: &Path, error: io::Error) -> Error {
