@@ -16,6 +16,10 @@ use crate::swap;
 use crate::volume::Volume;
 use crate::{blocking, remembered};
 
+/// How long a merge may make no progress before it is taken up anew. lvm2 looks at one every 15 seconds
+/// (`activation/polling_interval` of lvm.conf(5)); nobody does once the process that did has died.
+const UNWATCHED: Duration = Duration::from_secs(20);
+
 /// How long a merge may make no progress before it is left to itself.
 const STANDSTILL: Duration = Duration::from_mins(1);
 
@@ -148,7 +152,7 @@ fn activate_anew(lvm: &Lvm, made: &Made) -> Result<()> {
 /// Waits for the end of a merge, as long as it gets on.
 fn wait(lvm: &Lvm, made: &Made) -> Result<Merged> {
     let (mut last, mut since) = (None, Instant::now());
-    let mut pause = SHORTEST;
+    let (mut pause, mut anew) = (SHORTEST, false);
     loop {
         let volumes = lvm.volumes_of(&made.group)?;
         let Some(snapshot) = made.among(&volumes) else {
@@ -167,6 +171,9 @@ fn wait(lvm: &Lvm, made: &Made) -> Result<Merged> {
         }
         if snapshot.data_percent != last {
             (last, since) = (snapshot.data_percent, Instant::now());
+        } else if !anew && since.elapsed() > UNWATCHED {
+            activate_anew(lvm, made)?;
+            anew = true;
         } else if since.elapsed() > STANDSTILL {
             return Ok(Merged::Later(format!(
                 "the merge into {name} goes on in the background; `lvs -a {name}` shows how far it is"
