@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use disksnap_core::{Error, ErrorKind, Result};
+use disksnap_core::{Error, ErrorKind, Result, faults};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 use tokio::sync::Mutex;
@@ -100,7 +100,8 @@ impl Database {
         let mut connection = self.connection.clone().lock_owned().await;
         off_executor(move || {
             let mut attempt = || commit(&mut connection, &step).map_err(|fault| fault.about(what, &path));
-            match attempt() {
+            faults::before("catalog", what);
+            let written = match attempt() {
                 Err(error)
                     if error.kind() == ErrorKind::NoSpace
                         && space == Space::Reserve
@@ -109,7 +110,9 @@ impl Database {
                     attempt()
                 }
                 result => result,
-            }
+            };
+            faults::after("catalog", what);
+            written
         })
         .await
     }

@@ -21,6 +21,7 @@ mod domain;
 mod ending;
 mod error;
 mod export;
+pub mod faults;
 mod filling;
 mod host;
 mod hotplug;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use disksnap_core::{
     Command, Control, Disk, DiskNode, Domain, Error, ErrorKind, Freeze, Guard, Host, Hotplug, Lend,
-    NbdServer, Owner, Result, RunState, ServeNode, Sockets, Watch,
+    NbdServer, Owner, Result, RunState, ServeNode, Sockets, Watch, faults,
 };
 use serde_json::Value;
 
@@ -96,12 +96,16 @@ impl QemuControl {
 
     async fn execute(&self, command: Command) -> Result<Value> {
         let session = self.session()?;
-        let again = is_query(&command).then(|| command.clone());
-        let result = match (session.execute(command).await, again) {
-            (Err(error), Some(query)) if error.kind() == ErrorKind::Unavailable => {
-                session.execute(query).await
-            }
-            (result, _) => result,
+        if !is_query(&command) {
+            let name = command.execute.clone();
+            faults::before("monitor", &name);
+            let result = session.execute(command).await;
+            faults::after("monitor", &name);
+            return result.map_err(|error| error.with("domain", &self.domain.id));
+        }
+        let result = match session.execute(command.clone()).await {
+            Err(error) if error.kind() == ErrorKind::Unavailable => session.execute(command).await,
+            result => result,
         };
         result.map_err(|error| error.with("domain", &self.domain.id))
     }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use disksnap_core::{Effect, Error, ErrorKind, Guard, Result, Verdict};
+use disksnap_core::{Effect, Error, ErrorKind, Guard, Result, Verdict, faults};
 use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
@@ -167,6 +167,9 @@ fn start(mut command: std::process::Command) -> Result<UnixStream> {
     let (ours, its) = order::pair().map_err(cannot_start)?;
     rustix::io::ioctl_fionbio(&ours, true).map_err(cannot_start)?;
     command.arg0("disksnap-guardian").env(ASKED, "1").current_dir("/");
+    for variable in faults::VARIABLES {
+        command.env_remove(variable);
+    }
     command
         .stdin(Stdio::from(its))
         .stdout(Stdio::null())
