@@ -5,12 +5,31 @@
 //! passes the point NAME for the K-th time, counted from 1. A name is `before SEAM WHAT` or `after SEAM WHAT`, such as
 //! `before monitor blockdev-add`: words of the seam and not of the source, so that a list of them stays readable.
 //!
+//! An effect is whatever outlives this process or is seen outside of it: a command to a monitor or an agent, a program that
+//! is run, a file that is made, renamed or removed, a system call that makes or ends something, a commit to the catalog.
+//! One without points is a bug, since nobody would try what a kill there leaves. Looking at something is no effect.
+//!
 //! What this process starts must not have the variables: see [`VARIABLES`].
 
-/// What another process must not inherit.
-pub const VARIABLES: [&str; 2] = ["DISKSNAP_FAULT", "DISKSNAP_FAULT_LOG"];
+/// What another process must not inherit; empty in a release build.
+#[cfg(debug_assertions)]
+pub const VARIABLES: &[&str] = &["DISKSNAP_FAULT", "DISKSNAP_FAULT_LOG"];
+/// What another process must not inherit; empty in a release build.
+#[cfg(not(debug_assertions))]
+pub const VARIABLES: &[&str] = &[];
 
-/// An effect is about to be: `seam` is what it goes through (`monitor`, `catalog`, `program`, `file`), `what` names it.
+/// Does something that has an effect, between its two points: the one that is meant to be used where the effect is one call.
+///
+/// `seam` is what it goes through (`monitor`, `catalog`, `program`, `file`), `what` names it in a word or three.
+#[inline]
+pub fn around<T>(seam: &str, what: &str, act: impl FnOnce() -> T) -> T {
+    before(seam, what);
+    let done = act();
+    after(seam, what);
+    done
+}
+
+/// An effect is about to be.
 #[inline]
 pub fn before(seam: &str, what: &str) {
     #[cfg(debug_assertions)]
@@ -38,7 +57,7 @@ mod armed {
     use rustix::process::{Signal, getpid, kill_process};
 
     static LOG: LazyLock<Option<std::ffi::OsString>> =
-        LazyLock::new(|| std::env::var_os(super::VARIABLES[1]));
+        LazyLock::new(|| std::env::var_os("DISKSNAP_FAULT_LOG"));
     static END: LazyLock<Option<End>> = LazyLock::new(End::told);
 
     /// Where the process is to end.
@@ -50,7 +69,7 @@ mod armed {
 
     impl End {
         fn told() -> Option<Self> {
-            let told = std::env::var(super::VARIABLES[0]).ok()?;
+            let told = std::env::var("DISKSNAP_FAULT").ok()?;
             let (name, count) = told.rsplit_once(':')?;
             Some(Self {
                 name: name.to_owned(),

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use disksnap_core::{Command, Effect, Error, ErrorKind, Freeze, Result};
+use disksnap_core::{Command, Effect, Error, ErrorKind, Freeze, Result, faults};
 use serde_json::{Value, json};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -301,11 +301,13 @@ impl Agent {
         if !command.arguments.is_null() {
             question["arguments"] = command.arguments.clone();
         }
+        about_to(&command.execute);
         self.write(channel, format!("{question}\n").as_bytes()).await?;
         self.answer(channel, &command.execute, until).await
     }
 
     async fn send(&self, channel: &mut Channel, command: &str) -> Result<()> {
+        about_to(command);
         let text = format!("{}\n", json!({ "execute": command }));
         self.write(channel, text.as_bytes()).await
     }
@@ -328,7 +330,11 @@ impl Agent {
 
     async fn answer(&self, channel: &mut Channel, command: &str, until: Instant) -> Result<Value> {
         let asked = Instant::now();
-        let line = self.line(channel, command, until, asked).await?;
+        let line = self.line(channel, command, until, asked).await;
+        if errors::has_effect(command) {
+            faults::after("agent", command);
+        }
+        let line = line?;
         let mut answer: Value = serde_json::from_slice(&line).map_err(|error| {
             Error::new(
                 ErrorKind::Protocol,
@@ -368,6 +374,12 @@ impl Agent {
                 "Is the agent running in the guest? Another client on its socket would also keep it silent.",
             )),
         }
+    }
+}
+
+fn about_to(command: &str) {
+    if errors::has_effect(command) {
+        faults::before("agent", command);
     }
 }
 

@@ -7,12 +7,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use disksnap_core::{
     Command, Control, Disk, DiskNode, Domain, Error, ErrorKind, Freeze, Guard, Host, Hotplug, Lend,
-    NbdServer, Owner, Result, RunState, ServeNode, Sockets, Watch, faults,
+    NbdServer, Owner, Result, RunState, ServeNode, Sockets, Watch,
 };
 use serde_json::Value;
 
 use crate::agent::Agent;
 use crate::connector::Settings;
+use crate::errors;
 use crate::flush;
 use crate::guard::{self, Lifeline};
 use crate::nbd_server::NbdServerControl;
@@ -96,16 +97,12 @@ impl QemuControl {
 
     async fn execute(&self, command: Command) -> Result<Value> {
         let session = self.session()?;
-        if !is_query(&command) {
-            let name = command.execute.clone();
-            faults::before("monitor", &name);
-            let result = session.execute(command).await;
-            faults::after("monitor", &name);
-            return result.map_err(|error| error.with("domain", &self.domain.id));
-        }
-        let result = match session.execute(command.clone()).await {
-            Err(error) if error.kind() == ErrorKind::Unavailable => session.execute(command).await,
-            result => result,
+        let again = is_query(&command).then(|| command.clone());
+        let result = match (session.execute(command).await, again) {
+            (Err(error), Some(query)) if error.kind() == ErrorKind::Unavailable => {
+                session.execute(query).await
+            }
+            (result, _) => result,
         };
         result.map_err(|error| error.with("domain", &self.domain.id))
     }
@@ -170,8 +167,7 @@ impl Host for QemuControl {
 
 /// Whether a command changes nothing, so that it may be asked again when the connection broke under it.
 fn is_query(command: &Command) -> bool {
-    let asks = ["qom-list", "qom-get", "x-debug-query-block-graph"];
-    command.execute.starts_with("query-") || asks.contains(&command.execute.as_str())
+    !errors::has_effect(&command.execute)
 }
 
 /// The run state; an outgoing migration counts although the guest still runs.

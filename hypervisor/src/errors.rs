@@ -127,11 +127,22 @@ pub(crate) fn refusal(command: &str, error: &Value) -> Error {
     Error::new(kind, text("desc").unwrap_or("refused without a reason")).with("command", command)
 }
 
+/// Whether a command changes something.
+pub(crate) fn has_effect(command: &str) -> bool {
+    effect_unanswered(command) != Effect::None
+}
+
 /// What a command may have left behind when its answer never came.
 pub(crate) fn effect_unanswered(command: &str) -> Effect {
     let asks = matches!(
         command,
-        "qmp_capabilities" | "guest-sync-delimited" | "guest-fsfreeze-status"
+        "qmp_capabilities"
+            | "qom-list"
+            | "qom-get"
+            | "x-debug-query-block-graph"
+            | "guest-sync-delimited"
+            | "guest-fsfreeze-status"
+            | "guest-get-fsinfo"
     );
     if asks || command.starts_with("query-") {
         Effect::None

@@ -136,19 +136,22 @@ async fn start_and_arm(
     let name = command.get_program().to_owned();
     let note = plan.note.clone();
     let armed = async {
-        let socket = Arc::new(start(command)?);
+        let socket = Arc::new(faults::around("guardian", "start", || start(command))?);
         // From here on it is told of new connections; those there are come first.
         lifeline.add(&socket);
         for (end, descriptor) in connections {
             order::send(&*socket, &Order::Connected(end), Some(descriptor.as_fd())).map_err(cannot_start)?;
         }
+        faults::before("guardian", "arm");
         order::send(&*socket, &Order::Arm(plan), None).map_err(cannot_start)?;
         let armed = ArmedGuardian {
             socket,
             patience,
             note,
         };
-        match armed.report().await? {
+        let report = armed.report().await?;
+        faults::after("guardian", "arm");
+        match report {
             Report::Armed => Ok(armed),
             report => {
                 let what = format!("the guardian answered {report:?} when armed");
@@ -220,7 +223,10 @@ impl Guard for ArmedGuardian {
             still::take(note);
         }
         // A guardian that has died takes no order; why it has is not known.
-        order::send(&*self.socket, &Order::Disarm, None).map_err(|error| {
+        let disarmed = faults::around("guardian", "disarm", || {
+            order::send(&*self.socket, &Order::Disarm, None)
+        });
+        disarmed.map_err(|error| {
             unsure(Error::new(ErrorKind::Unavailable, "the guardian has died").because(error))
         })?;
         match self.report().await.map_err(unsure)? {

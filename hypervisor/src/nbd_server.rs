@@ -7,7 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use disksnap_core::{ClientName, Command, Error, ErrorKind, Listen, NbdServer, Result, ServeNode, Tls};
+use disksnap_core::{
+    ClientName, Command, Error, ErrorKind, Listen, NbdServer, Result, ServeNode, Tls, faults,
+};
 use serde_json::{Value, json};
 
 use crate::connector::check_socket_path;
@@ -124,7 +126,7 @@ impl<'a> NbdServerControl<'a> {
                 "Remove the stale socket, or choose another path.",
             );
         }
-        fs::remove_file(path)
+        faults::around("file", "remove socket", || fs::remove_file(path))
             .map_err(|error| Error::io("cannot remove a stale socket", error).with("socket", path.display()))
     }
 

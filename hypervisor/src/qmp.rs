@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use disksnap_core::{Command, Error, ErrorKind, Result};
+use disksnap_core::{Command, Error, ErrorKind, Result, faults};
 use serde_json::{Map, Value};
 use tokio::io::{AsyncBufRead, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -381,6 +381,12 @@ impl Connection {
 
     /// Hands the commands to the writer, in this order. Nothing is sent when this fails.
     fn send(&self, commands: Vec<Command>) -> Result<Vec<Pending>> {
+        for command in commands
+            .iter()
+            .filter(|command| errors::has_effect(&command.execute))
+        {
+            faults::before("monitor", &command.execute);
+        }
         let first = self.next_id.fetch_add(commands.len() as u64, Ordering::Relaxed);
         let mut text = Vec::new();
         let mut pending = Vec::with_capacity(commands.len());
@@ -434,7 +440,11 @@ struct Pending {
 
 impl Pending {
     async fn answer(self, patience: Duration) -> Result<Result<Value>> {
-        match tokio::time::timeout(patience, self.receiver).await {
+        let answer = tokio::time::timeout(patience, self.receiver).await;
+        if errors::has_effect(&self.command) {
+            faults::after("monitor", &self.command);
+        }
+        match answer {
             Ok(Ok(Ok(answer))) => Ok(answer),
             Ok(Ok(Err(lost))) => Err(lost
                 .error(&self.path)

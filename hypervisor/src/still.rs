@@ -9,7 +9,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{Command, Domain, Error, Result};
+use disksnap_core::{Command, Domain, Error, Result, faults};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -45,7 +45,7 @@ pub(crate) async fn leave(run: &Path, domain: &Domain, session: &Session, plan: 
         instance: connection.ok().and_then(|connection| connection.peer.instance()),
         plan: plan.clone(),
     };
-    match write(&path, &note) {
+    match faults::around("file", "write note", || write(&path, &note)) {
         Ok(()) => plan.note = Some(path),
         Err(error) => {
             tracing::warn!(%error, path = %path.display(), "what is paused cannot be written down");
@@ -67,7 +67,7 @@ fn write(path: &Path, note: &Note) -> io::Result<()> {
 
 /// Takes a note away.
 pub(crate) fn take(path: &Path) {
-    match fs::remove_file(path) {
+    match faults::around("file", "remove note", || fs::remove_file(path)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             tracing::warn!(%error, path = %path.display(), "a note of what was paused stays behind");
         }
