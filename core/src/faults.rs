@@ -3,7 +3,7 @@
 //! In a build with debug assertions two variables are looked at, once: with `DISKSNAP_FAULT_LOG=FILE` each point that is
 //! passed appends its name to the file, a line each; with `DISKSNAP_FAULT=NAME:K` the process is ended by `SIGKILL` when it
 //! passes the point NAME for the K-th time, counted from 1. A name is `before SEAM WHAT` or `after SEAM WHAT`, such as
-//! `before monitor blockdev-add`: words of the seam and not of the source, so that a list of them stays readable.
+//! `before monitor blockdev-add`, and for a program `amid` too: words of the seam and not of the source, so that a list of them stays readable.
 //!
 //! An effect is whatever outlives this process or is seen outside of it: a command to a monitor or an agent, a program that
 //! is run, a file that is made, renamed or removed, a system call that makes or ends something, a commit to the catalog.
@@ -27,6 +27,15 @@ pub fn around<T>(seam: &str, what: &str, act: impl FnOnce() -> T) -> T {
     let done = act();
     after(seam, what);
     done
+}
+
+/// A program has been started and goes on: it may outlive this process.
+#[inline]
+pub fn amid(seam: &str, what: &str) {
+    #[cfg(debug_assertions)]
+    armed::pass("amid", seam, what);
+    #[cfg(not(debug_assertions))]
+    let _ = (seam, what);
 }
 
 /// An effect is about to be.

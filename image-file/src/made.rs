@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{Error, ErrorKind, Owner, Result, SnapshotId};
+use disksnap_core::{Error, ErrorKind, Owner, Result, SnapshotId, faults};
 use serde::{Deserialize, Serialize};
 
 /// Below this many free bytes no image is begun.
@@ -65,18 +65,16 @@ impl MadeFile {
     ) -> Result<()> {
         let failed = |e| self.refused(called, e);
         let first = self.mark.as_ref().unwrap_or(&self.path);
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(first)
-            .map_err(failed)?;
+        let mut new = OpenOptions::new();
+        new.write(true).create_new(true).mode(0o600);
+        let file = faults::around("file", "create image", || new.open(first)).map_err(failed)?;
         if let Some(Owner { uid, gid }) = owner {
             std::os::unix::fs::fchown(&file, Some(uid), Some(gid)).map_err(failed)?;
         }
-        fill(&file).map_err(failed)?;
+        faults::around("file", "fill image", || fill(&file)).map_err(failed)?;
         if self.mark.is_some() {
-            std::fs::hard_link(first, &self.path).map_err(failed)?;
+            let linked = faults::around("file", "link image", || std::fs::hard_link(first, &self.path));
+            linked.map_err(failed)?;
         }
         Ok(())
     }
@@ -160,7 +158,7 @@ impl MadeFile {
 
 /// Removes a file. Idempotent.
 pub fn remove_file(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
+    match faults::around("file", "remove", || std::fs::remove_file(path)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io(format!("cannot remove {}", path.display()), error))
         }

@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use disksnap_core::{Error, ErrorKind, Result};
+use disksnap_core::{Error, ErrorKind, Result, faults};
 use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
@@ -98,7 +98,11 @@ impl Map {
     pub(crate) fn start(qemu_img: &QemuImg, files: &[FileInImage], size: u64) -> Result<Self> {
         let failed = |e| Error::io("cannot run qemu-img", e);
         let image = format!("json:{}", opened(files, |_| None)?);
-        let mut child = Command::new(qemu_img.program())
+        let mut command = Command::new(qemu_img.program());
+        for variable in faults::VARIABLES {
+            command.env_remove(variable);
+        }
+        let mut child = command
             .args(["map", "--output=json", &image])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

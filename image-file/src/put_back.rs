@@ -13,14 +13,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{Disk, Effect, Error, ErrorKind, Host, Result, RunState, SnapshotId};
+use disksnap_core::{Disk, Effect, Error, ErrorKind, Host, Result, RunState, SnapshotId, faults};
 use rustix::fs::{
     FlockOperation, IFlags, OFlags, XattrFlags, fcntl_lock, fgetxattr, flistxattr, fsetxattr, ioctl_ficlone,
     ioctl_getflags, ioctl_setflags,
 };
 use rustix::io::Errno;
 
-use crate::path_of;
+use crate::{path_of, remove_file};
 
 /// The longest list of attributes, and the longest attribute (`XATTR_SIZE_MAX`).
 const XATTR_MAX: usize = 64 << 10;
@@ -133,13 +133,7 @@ pub fn put_back(all: &[PutBack], id: SnapshotId) -> Result<Vec<String>> {
 /// # Errors
 /// The operating system's.
 pub fn forget(image: &Path, id: SnapshotId) -> Result<()> {
-    let file = beside(image, id);
-    match std::fs::remove_file(&file) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(Error::io(format!("cannot remove {}", file.display()), error))
-        }
-        _ => Ok(()),
-    }
+    remove_file(&beside(image, id))
 }
 
 /// Gives an empty file the NOCOW attribute of another, or takes it away: files that differ in it cannot share
@@ -203,15 +197,12 @@ impl PutBack {
             .custom_flags(no_follow)
             .open(&self.from)
             .map_err(failed)?;
-        let made = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&new);
-        let file = made.map_err(failed)?;
+        let mut made = OpenOptions::new();
+        made.read(true).write(true).create_new(true).mode(0o600);
+        let file = faults::around("file", "create image", || made.open(&new)).map_err(failed)?;
         like_in_cow(&file, &from).map_err(failed)?;
-        ioctl_ficlone(&file, &from).map_err(|errno| {
+        let cloned = faults::around("ioctl", "FICLONE", || ioctl_ficlone(&file, &from));
+        cloned.map_err(|errno| {
             let error = failed(errno.into());
             match errno {
                 Errno::XDEV => error.hint(
@@ -234,7 +225,8 @@ impl PutBack {
     }
 
     fn replace(&self, id: SnapshotId) -> Result<()> {
-        std::fs::rename(beside(&self.image, id), &self.image)
+        let new = beside(&self.image, id);
+        faults::around("file", "rename image", || std::fs::rename(new, &self.image))
             .map_err(|e| Error::io(format!("cannot replace {}", self.image.display()), e))
     }
 }

@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{Error, ErrorKind, Result};
+use disksnap_core::{Error, ErrorKind, Result, faults};
 
 /// Where `qemu-img` is looked for.
 const PLACES: [&str; 2] = ["/usr/bin/qemu-img", "/usr/local/bin/qemu-img"];
 /// Names another `qemu-img`, by absolute path.
 const ELSEWHERE: &str = "DISKSNAP_QEMU_IMG";
+/// Its commands that change nothing.
+const LOOKS: [&str; 4] = ["info", "map", "measure", "compare"];
 
 /// The `qemu-img` at hand.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,13 +58,29 @@ impl QemuImg {
         input: &str,
     ) -> Result<String> {
         let arguments: Vec<String> = arguments.into_iter().map(Into::into).collect();
-        let what = format!("qemu-img {}", arguments.first().map_or("", String::as_str));
+        let verb = arguments.first().map_or("", String::as_str);
+        let (what, looks) = (format!("qemu-img {verb}"), LOOKS.contains(&verb));
         let command = duct::cmd(&self.program, arguments)
             .stdin_bytes(input)
             .stdout_capture()
             .stderr_capture()
             .unchecked();
-        let output = tokio::task::spawn_blocking(move || command.run()).await;
+        let command = faults::VARIABLES
+            .iter()
+            .fold(command, |command, variable| command.env_remove(variable));
+        let called = what.clone();
+        let output = tokio::task::spawn_blocking(move || {
+            if looks {
+                return command.run();
+            }
+            faults::before("program", &called);
+            let running = command.start()?;
+            faults::amid("program", &called);
+            let output = running.into_output();
+            faults::after("program", &called);
+            output
+        })
+        .await;
         let output = output
             .map_err(|e| Error::new(ErrorKind::Internal, "the task that runs qemu-img died").because(e))?
             .map_err(|e| Error::io("cannot run qemu-img", e))?;

@@ -9,6 +9,8 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use disksnap_core::faults;
+
 use crate::{Qcow2, named};
 
 /// 64 KiB, as QEMU makes them.
@@ -299,26 +301,24 @@ pub fn renew_raw_data_qcow2(image: &Path) -> io::Result<Option<u64>> {
     let length = length_of(&path)?;
     let name = image.file_name().unwrap_or_default().to_string_lossy();
     let new = image.with_file_name(format!(".{name}.disksnap-new"));
-    match fs::remove_file(&new) {
+    match faults::around("file", "remove", || fs::remove_file(&new)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let metadata = old.metadata()?;
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(metadata.mode() & 0o777)
-        .open(&new)?;
+    let mut made = OpenOptions::new();
+    made.write(true).create_new(true).mode(metadata.mode() & 0o777);
+    let file = faults::around("file", "create image", || made.open(&new))?;
     let made = write_raw_data_qcow2(&file, header.size.max(length), &data).and_then(|()| {
         let own = file.metadata()?;
         if (own.uid(), own.gid()) != (metadata.uid(), metadata.gid()) {
             std::os::unix::fs::fchown(&file, Some(metadata.uid()), Some(metadata.gid()))?;
         }
-        fs::rename(&new, image)
+        faults::around("file", "rename image", || fs::rename(&new, image))
     });
     if made.is_err() {
         // What is wrong is told; that the rest of it could not be removed either is nothing besides.
-        let _ = fs::remove_file(&new);
+        let _ = faults::around("file", "remove", || fs::remove_file(&new));
     }
     made.map(|()| Some(length).filter(|length| length.next_multiple_of(512) < header.size))
 }
