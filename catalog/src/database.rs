@@ -242,14 +242,15 @@ fn upgrade(connection: &mut Connection) -> Outcome<()> {
             .hint("Choose a state directory on a local file system.")
             .into());
     }
-    commit(connection, |transaction| {
+    let step = |transaction: &Transaction<'_>| {
         for migration in &MIGRATIONS[done..] {
             transaction.execute_batch(migration)?;
         }
         transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
         transaction.pragma_update(None, "user_version", newest())?;
         Ok(())
-    })
+    };
+    faults::around("catalog", "upgrade", || commit(connection, step))
 }
 
 /// The schema's version, when the file is ours to upgrade.

@@ -10,7 +10,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use disksnap_core::{DomainId, DomainLock, Error, ErrorKind, Result};
+use disksnap_core::{DomainId, DomainLock, Error, ErrorKind, Result, faults};
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
@@ -32,7 +32,7 @@ impl Drop for HeldLock {
     fn drop(&mut self) {
         // Neither failure harms: a stale holder is never believed of a free lock, a dead lease is swept.
         let _ = match &self.lease {
-            Some(path) => std::fs::remove_file(path),
+            Some(path) => faults::around("file", "remove lease", || std::fs::remove_file(path)),
             None => self.file.set_len(0),
         };
         // Closing alone would not let go while a child that is just being started has a copy.
@@ -82,14 +82,19 @@ pub(crate) fn upgrade(dir: &Path, patience: Duration) -> Result<HeldLock> {
 /// Opens a lock file without following a link. The standard library opens it close-on-exec.
 fn open(path: &Path, create: bool) -> io::Result<File> {
     let no_follow = i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or_default();
-    OpenOptions::new()
+    let mut options = OpenOptions::new();
+    options
         .read(true)
         .write(true)
         .create(create)
         .truncate(false)
         .mode(0o600)
-        .custom_flags(no_follow)
-        .open(path)
+        .custom_flags(no_follow);
+    if create {
+        faults::around("file", "make lock", || options.open(path))
+    } else {
+        options.open(path)
+    }
 }
 
 /// Whether the lock could be had. Never waits.
@@ -192,7 +197,7 @@ fn probe(path: &Path) -> io::Result<bool> {
         return Ok(true);
     }
     // Safe under any lock: an id is random, nobody makes a lease of this name again.
-    match std::fs::remove_file(path) {
+    match faults::around("file", "remove lease", || std::fs::remove_file(path)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(false),
     }

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use disksnap_core::faults;
 use rustix::fs::{FallocateFlags, OFlags, fallocate};
 
 /// How much is kept back, in bytes: room for hundreds of acts.
@@ -16,7 +17,7 @@ pub(crate) fn keep(path: &Path) {
     if path.metadata().is_ok_and(|found| found.len() >= SIZE) {
         return;
     }
-    if allocate(path).is_err() {
+    if faults::around("file", "make reserve", || allocate(path)).is_err() {
         // A part of it would keep the rest from being allocated later.
         let _ = std::fs::remove_file(path);
     }
@@ -38,5 +39,5 @@ fn allocate(path: &Path) -> io::Result<()> {
 
 /// Gives the space back; says whether there was any.
 pub(crate) fn give(path: &Path) -> bool {
-    std::fs::remove_file(path).is_ok()
+    faults::around("file", "give reserve", || std::fs::remove_file(path)).is_ok()
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
-use disksnap_core::{Error, ErrorKind, Result};
+use disksnap_core::{Error, ErrorKind, Result, faults};
 
 /// The directory that keeps the catalog, the locks, the images and the sockets.
 ///
@@ -119,7 +119,8 @@ fn absolute(path: &Path) -> io::Result<PathBuf> {
 fn private_directory(path: &Path) -> Result<()> {
     let found = match path.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            make(path).map_err(|error| failed("make", path, error))?;
+            faults::around("file", "make state directory", || make(path))
+                .map_err(|error| failed("make", path, error))?;
             path.symlink_metadata()
         }
         found => found,

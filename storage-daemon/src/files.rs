@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use disksnap_core::{DomainId, Error, ErrorKind, Listen, NbdServer, Result};
+use disksnap_core::{DomainId, Error, ErrorKind, Listen, NbdServer, Result, faults};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -248,7 +248,7 @@ impl Files {
         if !is_it || UnixStream::connect(path).is_ok() {
             return Ok(());
         }
-        match std::fs::remove_file(path) {
+        match faults::around("file", "remove socket", || std::fs::remove_file(path)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io(
                 "cannot remove the socket that the image server left",
                 error,
@@ -260,7 +260,14 @@ impl Files {
 }
 
 fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
+    // Most of them are not there; those are no points to be killed at.
+    if path
+        .symlink_metadata()
+        .is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
+    {
+        return Ok(());
+    }
+    match faults::around("file", "remove server's", || std::fs::remove_file(path)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io("cannot remove what the image server left", error).with("path", path.display()))
         }
@@ -314,12 +321,9 @@ fn unfinished(path: &Path) -> PathBuf {
 /// Writes a file whole or not at all.
 fn write_whole(path: &Path, value: &impl Serialize) -> io::Result<()> {
     let new = unfinished(path);
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&new)?;
-    file.write_all(&serde_json::to_vec(value)?)?;
-    std::fs::rename(&new, path)
+    let text = serde_json::to_vec(value)?;
+    let mut made = OpenOptions::new();
+    made.write(true).create(true).truncate(true).mode(0o600);
+    faults::around("file", "write server's", || made.open(&new)?.write_all(&text))?;
+    faults::around("file", "rename server's", || std::fs::rename(&new, path))
 }

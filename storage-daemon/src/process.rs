@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command as Program, Stdio};
 use std::time::Duration;
 
-use disksnap_core::{Command, DomainId, Error, ErrorKind, Result};
+use disksnap_core::{Command, DomainId, Error, ErrorKind, Result, faults};
 use disksnap_hypervisor::{Session, Timeouts};
 use rustix::fs::Mode;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -49,6 +49,9 @@ pub(crate) async fn launch(files: &Files, domain: &DomainId, program: &Path) -> 
         .open(files.log())
         .map_err(failed)?;
     let mut command = command(program);
+    for variable in faults::VARIABLES {
+        command.env_remove(variable);
+    }
     command
         .args(arguments(files)?)
         .current_dir("/")
@@ -57,7 +60,7 @@ pub(crate) async fn launch(files: &Files, domain: &DomainId, program: &Path) -> 
         .stderr(Stdio::from(log));
     // Its sockets are for us alone, and it makes them as its umask says. Whatever else this process makes meanwhile is private too.
     let before = rustix::process::umask(Mode::RWXG | Mode::RWXO);
-    let spawned = command.spawn();
+    let spawned = faults::around("server", "start", || command.spawn());
     rustix::process::umask(before);
     let child = match spawned {
         Ok(child) => child,
@@ -160,7 +163,7 @@ impl Launched {
         let Self { mut child, lock } = self;
         let ended = tokio::task::spawn_blocking(move || {
             // One that has ended is as good.
-            let _ = child.kill();
+            let _ = faults::around("server", "kill", || child.kill());
             child.wait()
         });
         let failed = |e| Error::io("cannot end the storage daemon", e);
@@ -248,7 +251,7 @@ fn kill(files: &Files) -> Result<()> {
     if !files.is_holder(pid) {
         return Ok(());
     }
-    match pidfd_send_signal(&handle, Signal::KILL) {
+    match faults::around("server", "kill", || pidfd_send_signal(&handle, Signal::KILL)) {
         Err(rustix::io::Errno::SRCH) => Ok(()),
         other => other.map_err(failed),
     }

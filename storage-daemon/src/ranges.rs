@@ -9,7 +9,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{Changed, Command, Error, ErrorKind, NodeBitmap, Result};
+use disksnap_core::{Changed, Command, Error, ErrorKind, NodeBitmap, Result, faults};
 use disksnap_hypervisor::Session;
 use disksnap_image_file::{ChangedBlocks, write_bitmap_qcow2};
 use futures_util::TryStreamExt;
@@ -45,7 +45,7 @@ impl Told {
             blocks.mark(&range);
         }
         drop(ranges);
-        write(&file, &blocks)
+        faults::around("file", "write changes", || write(&file, &blocks))
             .map_err(|e| Error::io("cannot write down what has changed", e).with("path", file.display()))?;
         Ok(Self {
             file,

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{Error, ErrorKind, Health, Result};
+use disksnap_core::{Error, ErrorKind, Health, Result, faults};
 use disksnap_image_file::{Qcow2, room};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -116,7 +116,9 @@ impl Planned {
     /// Passable, not listable, for the group that may read the first image: what protected the subvolume
     /// from above does not protect the snapshot.
     fn make_dir(&self) -> io::Result<()> {
-        match DirBuilder::new().mode(0o710).create(&self.dir) {
+        let mut dir = DirBuilder::new();
+        dir.mode(0o710);
+        match faults::around("file", "make directory", || dir.create(&self.dir)) {
             // The name holds the request's id: it is from this very request.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             other => other?,
@@ -287,7 +289,7 @@ pub(crate) fn remove(place: &Place, is_ours: impl Fn(&Info) -> bool) -> Result<(
             other => other.map_err(failed)?,
         };
         delete_in(&dir, place, &is_ours)?;
-        match std::fs::remove_dir(&place.dir) {
+        match faults::around("file", "remove directory", || std::fs::remove_dir(&place.dir)) {
             // A take that was given up may have come between: look again.
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => continue,
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),

@@ -14,6 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use disksnap_core::faults;
 use libbtrfs::{snap, subvol};
 use rustix::fs::{Mode, OFlags, open, openat, statfs};
 use uuid::Uuid;
@@ -93,7 +94,9 @@ pub(crate) fn info(subvolume: &File) -> io::Result<Info> {
 
 /// Makes a read-only snapshot (`BTRFS_IOC_SNAP_CREATE_V2`): the one instant. Durable on return.
 pub(crate) fn snapshot(subvolume: &File, dir: &File, name: &OsStr) -> io::Result<()> {
-    snap::io::create(subvolume, dir, name.as_bytes(), true)
+    faults::around("ioctl", "SNAP_CREATE", || {
+        snap::io::create(subvolume, dir, name.as_bytes(), true)
+    })
 }
 
 /// Deletes a read-only subvolume (`BTRFS_IOC_SNAP_DESTROY_V2`). Its room is freed in the background.
@@ -101,7 +104,12 @@ pub(crate) fn snapshot(subvolume: &File, dir: &File, name: &OsStr) -> io::Result
 /// # Errors
 /// `PermissionDenied` without `CAP_SYS_ADMIN` and without the mount option `user_subvol_rm_allowed`.
 pub(crate) fn destroy(subvolume: &File, dir: &File, name: &OsStr) -> io::Result<()> {
-    let Err(error) = subvol::io::destroy(dir, name.as_bytes()) else {
+    let destroy = || {
+        faults::around("ioctl", "SNAP_DESTROY", || {
+            subvol::io::destroy(dir, name.as_bytes())
+        })
+    };
+    let Err(error) = destroy() else {
         return Ok(());
     };
     let read_only = error.kind() == io::ErrorKind::ReadOnlyFilesystem;
@@ -109,8 +117,11 @@ pub(crate) fn destroy(subvolume: &File, dir: &File, name: &OsStr) -> io::Result<
         return Err(error);
     }
     // Its owner may delete it only while it can be written.
-    subvol::io::set_readonly(subvolume, false).map_err(|_| error)?;
-    let again = subvol::io::destroy(dir, name.as_bytes());
+    let writable = faults::around("ioctl", "SUBVOL_SETFLAGS", || {
+        subvol::io::set_readonly(subvolume, false)
+    });
+    writable.map_err(|_| error)?;
+    let again = destroy();
     if again.is_err() {
         // Best left as it was; the error that matters is the one of the delete.
         let _ = subvol::io::set_readonly(subvolume, true);

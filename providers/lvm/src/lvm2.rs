@@ -3,9 +3,9 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{Error, ErrorKind, Result};
+use disksnap_core::{Error, ErrorKind, Result, faults};
 
-use crate::program::Known;
+use crate::program::{self, Known};
 use crate::volume::{FIELDS, Volume, parse};
 
 /// It is every command of lvm2 in one: `lvm lvs …` is `lvs …`.
@@ -15,6 +15,9 @@ const PROGRAM: Known = Known {
     install: "lvm2",
     elsewhere: "DISKSNAP_LVM",
 };
+
+/// Its command that changes nothing.
+const LOOK: &str = "lvs";
 
 /// An lvm2 at hand.
 #[derive(Debug, Clone)]
@@ -63,7 +66,7 @@ impl Lvm {
             "-o",
             &fields,
         ];
-        parse(&self.run("lvs", &[&arguments, groups].concat(), None)?)
+        parse(&self.run(LOOK, &[&arguments, groups].concat(), None)?)
     }
 
     /// Runs one command to its end and gives what it printed. `held` is open in it for as long as it lives.
@@ -85,7 +88,8 @@ impl Lvm {
     pub(crate) fn script(&self, commands: &[&[&str]], file: &Path, held: File) -> Result<()> {
         let lines = commands.iter().map(|words| words.join(" ") + "\n");
         let text: String = std::iter::once("#!lvm\n".to_owned()).chain(lines).collect();
-        std::fs::write(file, text).map_err(|e| Error::io(format!("cannot write {}", file.display()), e))?;
+        faults::around("file", "write script", || std::fs::write(file, text))
+            .map_err(|e| Error::io(format!("cannot write {}", file.display()), e))?;
         let names: Vec<&str> = commands
             .iter()
             .filter_map(|words| words.first().copied())
@@ -95,14 +99,13 @@ impl Lvm {
     }
 
     fn finish(&self, expression: &duct::Expression, what: &str) -> Result<String> {
-        let output = expression
+        let expression = expression
             // Its messages are told apart by their English words.
             .env("LC_ALL", "C")
             .env("LVM_SUPPRESS_FD_WARNINGS", "1")
             .stdout_capture()
-            .stderr_capture()
-            .unchecked()
-            .run()
+            .stderr_capture();
+        let output = program::run(&expression, (what != LOOK).then_some(what))
             .map_err(|e| Error::io(format!("cannot run {}", self.program.display()), e))?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());

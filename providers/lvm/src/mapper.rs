@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use disksnap_core::{Error, ErrorKind, Result};
 
-use crate::program::{Known, apart};
+use crate::program::{self, Known, apart};
 
 const PROGRAM: Known = Known {
     name: "dmsetup",
@@ -151,13 +151,14 @@ impl Dmsetup {
             Some(file) => expression.stdin_file(file),
             None => expression.stdin_null(),
         };
-        let output = apart(&expression)
+        let expression = apart(&expression)
             // Its messages are told apart by their English words.
             .env("LC_ALL", "C")
             .stdout_capture()
-            .stderr_capture()
-            .unchecked()
-            .run()
+            .stderr_capture();
+        let message = arguments.last().filter(|_| arguments.first() == Some(&"message"));
+        let effect = message.map(|message| format!("dmsetup {message}"));
+        let output = program::run(&expression, effect.as_deref())
             .map_err(|e| Error::io(format!("cannot run {}", self.program.display()), e))?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());

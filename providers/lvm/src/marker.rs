@@ -10,7 +10,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use disksnap_core::{Error, ErrorKind, Result, SnapshotId};
+use disksnap_core::{Error, ErrorKind, Result, SnapshotId, faults};
 use rustix::fs::{FlockOperation, flock};
 
 /// How long abort waits for a take; an `lvcreate` takes a second.
@@ -25,7 +25,7 @@ pub(crate) fn path(dir: &Path, id: SnapshotId) -> PathBuf {
 pub(crate) fn make(path: &Path) -> Result<()> {
     let mut options = OpenOptions::new();
     options.create(true).truncate(false).write(true).mode(0o600);
-    let made = options.open(path);
+    let made = faults::around("file", "make marker", || options.open(path));
     made.map(drop)
         .map_err(|e| Error::io(format!("cannot create {}", path.display()), e))
 }
@@ -78,7 +78,7 @@ pub(crate) fn close(path: &Path) -> Result<Option<File>> {
 
 /// Removes it. Idempotent.
 pub(crate) fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
+    match faults::around("file", "remove marker", || std::fs::remove_file(path)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io(format!("cannot remove {}", path.display()), error))
         }

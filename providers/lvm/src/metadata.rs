@@ -18,7 +18,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use disksnap_core::{Error, ErrorKind, Result};
+use disksnap_core::{Error, ErrorKind, Result, faults};
 use rustix::fs::{FlockOperation, OFlags, flock};
 
 use crate::mapper::{Dmsetup, Pool};
@@ -78,10 +78,12 @@ impl<'a> Held<'a> {
         };
         let root = dmsetup.held_root(pool)?.ok_or_else(|| taken_away(pool))?;
         held.block = read_block(pool, root)?;
+        faults::before("file", "note metadata");
         let noted = held
             .file
             .write_all_at(&held.block, 0)
             .and_then(|()| held.file.sync_all());
+        faults::after("file", "note metadata");
         noted.map_err(|e| cannot_note(&held.path, e))?;
         Ok(held)
     }

@@ -1,10 +1,12 @@
 //! Where the programs that this method runs are: in fixed places, or where the environment says; and how a terminal's
 //! signals are kept from them.
 
+use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::Output;
 
-use disksnap_core::{Error, ErrorKind, Result};
+use disksnap_core::{Error, ErrorKind, Result, faults};
 use duct::Expression;
 
 /// Where they are looked for.
@@ -16,6 +18,28 @@ pub(crate) fn apart(expression: &Expression) -> Expression {
     expression.before_spawn(|command| {
         command.process_group(0);
         Ok(())
+    })
+}
+
+/// Runs it to its end. `effect` is what it is called as an effect; `None` where it only looks.
+pub(crate) fn run(expression: &Expression, effect: Option<&str>) -> io::Result<Output> {
+    let expression = ours_alone(&expression.unchecked());
+    let Some(effect) = effect else {
+        return expression.run();
+    };
+    faults::before("program", effect);
+    let running = expression.start()?;
+    faults::amid("program", effect);
+    let output = running.into_output();
+    faults::after("program", effect);
+    output
+}
+
+/// What a trial tells this process is not for the program.
+pub(crate) fn ours_alone(expression: &Expression) -> Expression {
+    let each = faults::VARIABLES.iter();
+    each.fold(expression.clone(), |expression, variable| {
+        expression.env_remove(variable)
     })
 }
 

@@ -11,7 +11,7 @@ use quick_xml::Reader;
 use quick_xml::events::{BytesStart, Event};
 
 use crate::mapper::Pool;
-use crate::program::{Known, apart};
+use crate::program::{self, Known, apart};
 
 const PROGRAM: Known = Known {
     name: "thin_delta",
@@ -44,13 +44,12 @@ impl ThinDelta {
     /// `Unavailable` where there is none, or one that is known to miss changes.
     pub(crate) fn find() -> Result<Self> {
         let program = PROGRAM.find()?;
-        let output = duct::cmd!(&program, "--version")
+        let version = duct::cmd!(&program, "--version")
             .env("LC_ALL", "C")
             .stdin_null()
             .stdout_capture()
-            .stderr_capture()
-            .unchecked()
-            .run()
+            .stderr_capture();
+        let output = program::run(&version, None)
             .map_err(|e| Error::io(format!("cannot run {}", program.display()), e))?;
         must_be_sound(&String::from_utf8_lossy(&output.stdout)).map_err(|why| {
             let what = format!("{} is not to be trusted: {why}", program.display());
@@ -109,7 +108,8 @@ impl ThinDelta {
         let metadata = pool.metadata();
         let metadata = metadata.as_os_str();
         let arguments = ["-m", "--thin1", &left, "--thin2", &right].map(AsRef::as_ref);
-        apart(&duct::cmd(&self.program, arguments.into_iter().chain([metadata])))
+        let expression = apart(&duct::cmd(&self.program, arguments.into_iter().chain([metadata])));
+        program::ours_alone(&expression)
             .env("LC_ALL", "C")
             .stdin_file(held)
             .stderr_capture()

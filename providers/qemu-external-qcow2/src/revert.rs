@@ -6,7 +6,7 @@ use std::path::Path;
 
 use async_trait::async_trait;
 use disksnap_core::{
-    Affected, Error, ErrorKind, Health, Host, Owner, Peer, Result, Revert, SnapshotId, Unit,
+    Affected, Error, ErrorKind, Health, Host, Owner, Peer, Result, Revert, SnapshotId, Unit, faults,
 };
 use disksnap_image_file::{MadeFile, remove_file};
 
@@ -114,7 +114,8 @@ fn replace(record: &Record, path: &Path) -> Result<()> {
         fill_in(file, path, &record.base, record.size)
     })?;
     let new = &made.path;
-    std::fs::rename(new, path).map_err(|e| {
+    let renamed = faults::around("file", "rename image", || std::fs::rename(new, path));
+    renamed.map_err(|e| {
         Error::io(
             format!("cannot put the overlay in the place of {}", path.display()),
             e,

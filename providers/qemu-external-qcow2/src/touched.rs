@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{Error, Result};
+use disksnap_core::{Error, Result, faults};
 use disksnap_image_file::remove_file;
 use serde::{Deserialize, Serialize};
 
@@ -37,7 +37,8 @@ fn write(image: &Path, touched: &Touched) -> Result<()> {
     let path = mark_of(image);
     let new = path.with_extension("disksnap-streamed-new");
     let text = written(touched)?.to_string();
-    let put = std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path));
+    let put = faults::around("file", "write mark", || std::fs::write(&new, text))
+        .and_then(|()| faults::around("file", "rename mark", || std::fs::rename(&new, &path)));
     put.map_err(|e| Error::io(format!("cannot write {}", path.display()), e))
 }
 

@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{Error, ErrorKind, Health, Result};
-use disksnap_image_file::{ImageFile, Qcow2, like_in_cow, room};
+use disksnap_core::{Error, ErrorKind, Health, Result, faults};
+use disksnap_image_file::{ImageFile, Qcow2, like_in_cow, remove_file, room};
 use rustix::fs::{OFlags, ioctl_ficlone};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -41,13 +41,13 @@ impl Clone {
         self.has_room(image)?;
         let shown = self.file.display();
         // The name holds the request's id: a file that is there already is from this very request.
-        remove(&self.file)?;
-        let made = OpenOptions::new()
-            .write(true)
+        remove_file(&self.file)?;
+        let mut made = OpenOptions::new();
+        made.write(true)
             .create_new(true)
             .mode(0o600)
-            .custom_flags(no_follow())
-            .open(&self.file);
+            .custom_flags(no_follow());
+        let made = faults::around("file", "create clone", || made.open(&self.file));
         let file = made.map_err(|e| Error::io(format!("cannot create {shown}"), e))?;
         like_image(&file, image).map_err(|e| Error::io(format!("cannot set up {shown}"), e))?;
         // Twice: the first may take long, and the guest goes on writing meanwhile.
@@ -81,7 +81,8 @@ impl Clone {
         };
         let image = File::open(&self.image).map_err(failed)?;
         let file = self.open(true).map_err(failed)?;
-        ioctl_ficlone(&file, &image).map_err(|errno| {
+        let cloned = faults::around("ioctl", "FICLONE", || ioctl_ficlone(&file, &image));
+        cloned.map_err(|errno| {
             let error = failed(errno.into());
             match errno {
                 Errno::XDEV => error.hint("Say a clone.dir on the image's own file system."),
@@ -97,8 +98,8 @@ impl Clone {
     pub(crate) fn complete(&self) -> Result<Made> {
         let failed = |e| Error::io(format!("cannot finish {}", self.file.display()), e);
         let file = self.open(false).map_err(failed)?;
-        file.set_permissions(Permissions::from_mode(0o400))
-            .map_err(failed)?;
+        let read_only = Permissions::from_mode(0o400);
+        faults::around("file", "seal clone", || file.set_permissions(read_only)).map_err(failed)?;
         file.sync_all().map_err(failed)?;
         let dir = self.file.parent().unwrap_or(Path::new("/"));
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
@@ -163,16 +164,6 @@ fn like_image(file: &File, image: &ImageFile) -> io::Result<()> {
         _ => {}
     }
     like_in_cow(file, &image.file)
-}
-
-/// Removes the file of a clone. Idempotent.
-pub(crate) fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(Error::io(format!("cannot remove {}", path.display()), error))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Nobody's link is followed: the directory may be somebody else's.

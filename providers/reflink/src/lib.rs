@@ -18,7 +18,7 @@ use disksnap_core::{
     Merge, Method, OptionDoc, Prepared, Probe, Result, Revert, RunState, SnapshotId, Source, TakePlan, Taken,
     Unit,
 };
-use disksnap_image_file::{ImageFile, Live, Unfit, forget, path_of};
+use disksnap_image_file::{ImageFile, Live, Unfit, forget, path_of, remove_file};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value, to_value};
@@ -117,11 +117,11 @@ impl DiskSnapshot for Reflink {
     ) -> Result<()> {
         // The record knows the place even where a directory has become another since.
         for unit in prepared.unwrap_or_default() {
-            clone::remove(&remembered::<ImageClone>(&unit.data)?.file)?;
+            remove_file(&remembered::<ImageClone>(&unit.data)?.file)?;
         }
         for request in disks {
             if let Ok(Ok(file)) = path_of(&request.disk).map(|image| place::clone_path(id, request, image)) {
-                clone::remove(&file)?;
+                remove_file(&file)?;
             }
         }
         Ok(())
@@ -135,7 +135,7 @@ impl DiskSnapshot for Reflink {
     async fn delete(&self, _: &dyn Host, id: SnapshotId, unit: &Unit) -> Result<()> {
         let made: Made = remembered(&unit.data)?;
         forget(&made.image, id)?;
-        clone::remove(&made.file)
+        remove_file(&made.file)
     }
 
     fn revert(&self, unit: &Unit) -> Option<Arc<dyn Revert>> {

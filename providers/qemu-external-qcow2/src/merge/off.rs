@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use disksnap_core::{Error, Progress, Result};
+use disksnap_core::{Error, Progress, Result, faults};
 use disksnap_image_file::remove_file;
 
 use crate::layer::{Layer, Stamp};
@@ -70,7 +70,8 @@ pub(super) async fn finish(record: &Record, layers: &[Layer], at: usize) -> Resu
 fn mark(overlay: &Path) -> Result<()> {
     let path = mark_of(overlay);
     let text = written(&Stamp::of(overlay)?)?.to_string();
-    std::fs::write(&path, text).map_err(|e| Error::io(format!("cannot write {}", path.display()), e))
+    faults::around("file", "write mark", || std::fs::write(&path, text))
+        .map_err(|e| Error::io(format!("cannot write {}", path.display()), e))
 }
 
 /// Removes the mark. Idempotent.
