@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use disksnap_core::{Error, ErrorKind, Result};
+use disksnap_core::{Error, ErrorKind, Result, faults};
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fcntl_lock};
 use rustix::io::Errno;
 
@@ -115,7 +115,10 @@ impl RawCopy {
 
     async fn run(&self, work: impl FnOnce(&File) -> io::Result<()> + Send + 'static) -> Result<()> {
         let (file, path) = (Arc::clone(&self.file), self.path.clone());
-        run_blocking(move || work(&file).map_err(|e| failed(&path, e))).await
+        run_blocking(move || {
+            faults::around("file", "change copy", || work(&file)).map_err(|e| failed(&path, e))
+        })
+        .await
     }
 }
 

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use disksnap_core::{Error, ErrorKind, Result};
+use disksnap_core::{Error, ErrorKind, Result, faults};
 use tempfile::NamedTempFile;
 
 use crate::disk::run_blocking;
@@ -30,9 +30,9 @@ impl NewFile {
             _ => Path::new("."),
         };
         let begin = || {
-            let temporary = tempfile::Builder::new()
-                .prefix(".disksnap-")
-                .tempfile_in(parent)?;
+            let mut new = tempfile::Builder::new();
+            new.prefix(".disksnap-");
+            let temporary = faults::around("file", "create new", || new.tempfile_in(parent))?;
             let writer = Arc::new(temporary.as_file().try_clone()?);
             Ok((temporary, writer))
         };
@@ -47,7 +47,11 @@ impl NewFile {
     /// Writes `data` at `offset`, leaving out blocks of zeroes. No place is written twice.
     pub(crate) async fn write(&mut self, offset: u64, data: Vec<u8>) -> Result<()> {
         let (file, path) = (Arc::clone(&self.writer), self.path.clone());
-        run_blocking(move || write_sparse(&file, offset, &data).map_err(|e| failed(&path, e))).await
+        run_blocking(move || {
+            let written = faults::around("file", "write new", || write_sparse(&file, offset, &data));
+            written.map_err(|e| failed(&path, e))
+        })
+        .await
     }
 
     /// Gives the file its length, puts it on disk and gives it its name.
@@ -56,7 +60,8 @@ impl NewFile {
             let told = |e| failed(&self.path, e);
             self.writer.set_len(length).map_err(told)?;
             self.writer.sync_all().map_err(told)?;
-            match self.temporary.persist_noclobber(&self.path) {
+            let temporary = self.temporary;
+            match faults::around("file", "name new", || temporary.persist_noclobber(&self.path)) {
                 Ok(_) => Ok(()),
                 Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => Err(exists(&self.path)),
                 Err(e) => Err(told(e.error)),

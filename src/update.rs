@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::Path;
 
-use disksnap_core::{Disk, Error, Result};
+use disksnap_core::{Disk, Error, Result, faults};
 use disksnap_xml::DomainDocument;
 
 use crate::Disksnap;
@@ -66,10 +66,10 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let path = path.canonicalize()?;
     let old = path.metadata()?;
     let parent = path.parent().unwrap_or(Path::new("/"));
-    let mut new = tempfile::Builder::new()
-        .prefix(".disksnap-")
-        .tempfile_in(parent)?;
-    new.write_all(content)?;
+    let mut beside = tempfile::Builder::new();
+    beside.prefix(".disksnap-");
+    let mut new = faults::around("file", "create document", || beside.tempfile_in(parent))?;
+    faults::around("file", "write document", || new.write_all(content))?;
     let file = new.as_file();
     let own = file.metadata()?;
     if (own.uid(), own.gid()) != (old.uid(), old.gid()) {
@@ -77,7 +77,7 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     }
     file.set_permissions(Permissions::from_mode(old.mode() & 0o7777))?;
     file.sync_all()?;
-    new.persist(&path).map_err(|e| e.error)?;
+    faults::around("file", "rename document", || new.persist(&path)).map_err(|e| e.error)?;
     File::open(parent)?.sync_all()
 }
 

@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use disksnap_core::{
     Access, Affected, Capability, Compare, DiskRequest, DiskResult, DiskSnapshot, Error, ErrorKind, Fit,
     Health, Host, Merge, Method, OptionDoc, Peer, Prepared, Probe, Result, Revert, RunState, SnapshotId,
-    Source, TakePlan, Taken, Unit,
+    Source, TakePlan, Taken, Unit, faults,
 };
 use rustix::fs::{FallocateFlags, fallocate, statfs};
 use serde::{Deserialize, Serialize};
@@ -171,8 +171,10 @@ impl Revert for CopyBack {
         let image = OpenOptions::new().write(true).open(&copy.image);
         // The room first: what was sparse is so no more, and an image half put back would be worse than none.
         let ready = image.and_then(|image| {
-            fallocate(&image, FallocateFlags::empty(), 0, copy.size)?;
-            image.set_len(copy.size)
+            faults::around("file", "enlarge image", || {
+                fallocate(&image, FallocateFlags::empty(), 0, copy.size)?;
+                image.set_len(copy.size)
+            })
         });
         ready.map_err(|e| Error::io(format!("cannot put back {}", copy.image.display()), e))?;
         copied(copy.file, copy.image).await?;
@@ -253,14 +255,14 @@ fn reserve(id: SnapshotId, request: &DiskRequest) -> Result<Prepared> {
         .len();
     let copy = copy_path(id, request, image);
     // The name holds the request's id, so a file that is there already is from this very request.
-    let opened = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&copy);
+    let mut new = OpenOptions::new();
+    new.write(true).create(true).truncate(true).mode(0o600);
+    let opened = faults::around("file", "create copy", || new.open(&copy));
     let file = opened.map_err(|e| Error::io(format!("cannot create {}", copy.display()), e))?;
-    fallocate(&file, FallocateFlags::empty(), 0, size).map_err(|e| {
+    let reserved = faults::around("file", "reserve copy", || {
+        fallocate(&file, FallocateFlags::empty(), 0, size)
+    });
+    reserved.map_err(|e| {
         Error::io(
             format!("cannot reserve {size} bytes for {}", copy.display()),
             e.into(),
@@ -292,11 +294,12 @@ fn copy_file(from: &Path, to: &Path) -> Result<()> {
     let failed = |e| Error::io(format!("cannot copy {} to {}", from.display(), to.display()), e);
     let mut source = File::open(from).map_err(failed)?;
     let mut target = OpenOptions::new().write(true).open(to).map_err(failed)?;
-    io::copy(&mut source, &mut target).map(|_| ()).map_err(failed)
+    let copied = faults::around("file", "copy", || io::copy(&mut source, &mut target));
+    copied.map(drop).map_err(failed)
 }
 
 fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
+    match faults::around("file", "remove", || std::fs::remove_file(path)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io(format!("cannot remove {}", path.display()), error))
         }
