@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use disksnap::{Error, ErrorKind, Result};
+use disksnap::{Error, ErrorKind, Result, faults};
 use rustix::fs::OFlags;
 
 use crate::{Blob, BlobWriter, Store, StoreLock};
@@ -201,7 +201,8 @@ impl BlobWriter for LocalWriter {
 
     async fn append(&mut self, bytes: Bytes) -> Result<()> {
         let (at, length) = (self.length, bytes.len() as u64);
-        self.act(move |file| file.write_all_at(&bytes, at)).await?;
+        self.act(move |file| faults::around("store", "append", || file.write_all_at(&bytes, at)))
+            .await?;
         self.length += length;
         Ok(())
     }
@@ -226,9 +227,9 @@ impl BlobWriter for LocalWriter {
     async fn finish(mut self: Box<Self>, head: Bytes) -> Result<()> {
         let path = self.path.clone();
         self.act(move |file| {
-            file.write_all_at(&head, 0)?;
+            faults::around("store", "write head", || file.write_all_at(&head, 0))?;
             file.sync_all()?;
-            fs::rename(part_of(&path), &path)?;
+            faults::around("store", "finish", || fs::rename(part_of(&path), &path))?;
             sync_folder(&path)
         })
         .await
@@ -349,13 +350,12 @@ fn not_opened(path: &Path, error: io::Error) -> Error {
 fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
     // A name of its own: two may be at it, and the last one wins with the whole of it.
     let name = path.file_name().unwrap_or_default();
-    let mut temporary = tempfile::Builder::new()
-        .prefix(name)
-        .suffix(PART)
-        .tempfile_in(folder_of(path))?;
-    temporary.write_all(bytes)?;
+    let mut beside = tempfile::Builder::new();
+    beside.prefix(name).suffix(PART);
+    let mut temporary = faults::around("store", "create part", || beside.tempfile_in(folder_of(path)))?;
+    faults::around("store", "write part", || temporary.write_all(bytes))?;
     temporary.as_file().sync_all()?;
-    temporary.persist(path).map_err(|e| e.error)?;
+    faults::around("store", "put", || temporary.persist(path)).map_err(|e| e.error)?;
     sync_folder(path)
 }
 
@@ -363,16 +363,13 @@ fn begin(root: &Path, path: &Path) -> Result<File> {
     make_folders(root, path)?;
     let part = part_of(path);
     let made = || {
-        match fs::remove_file(&part) {
+        match faults::around("store", "drop part", || fs::remove_file(&part)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&part)?;
+        let mut new = OpenOptions::new();
+        new.read(true).write(true).create_new(true).mode(0o600);
+        let file = faults::around("store", "begin", || new.open(&part))?;
         sync_folder(&part)?;
         Ok(file)
     };
@@ -401,15 +398,15 @@ fn go_on(path: &Path, length: u64) -> Result<File> {
     if !about.is_file() || about.len() < length {
         return Err(ends_early(&part, about.len()).with("expected", length));
     }
-    file.set_len(length)
+    faults::around("store", "go on", || file.set_len(length))
         .map_err(|e| failed("cannot shorten the file", &part, e))?;
     Ok(file)
 }
 
 fn remove(path: &Path) -> Result<()> {
     let removed = match path.symlink_metadata() {
-        Ok(about) if about.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
+        Ok(about) if about.is_dir() => faults::around("store", "remove folder", || fs::remove_dir_all(path)),
+        Ok(_) => faults::around("store", "remove", || fs::remove_file(path)),
         Err(e) => Err(e),
     };
     match removed.and_then(|()| sync_folder(path)) {
@@ -419,7 +416,7 @@ fn remove(path: &Path) -> Result<()> {
 }
 
 fn rename(from: &Path, to: &Path) -> io::Result<()> {
-    fs::rename(from, to)?;
+    faults::around("store", "rename", || fs::rename(from, to))?;
     sync_folder(to)?;
     if folder_of(from) != folder_of(to) {
         sync_folder(from)?;
@@ -462,7 +459,7 @@ fn lock_file(root: &Path, path: &Path, shared: bool) -> Result<Option<File>> {
             .truncate(false)
             .mode(0o600)
             .custom_flags(flags);
-        how.open(path)
+        faults::around("store", "make lock", || how.open(path))
             .map(Some)
             .map_err(|e| failed("cannot open the lock", path, e))
     });
@@ -509,7 +506,13 @@ fn make_folders(root: &Path, path: &Path) -> Result<()> {
     let mut at = root.to_owned();
     for part in inner.parent().unwrap_or(Path::new("")) {
         at.push(part);
-        let made = DirBuilder::new().mode(0o700).create(&at);
+        let mut folder = DirBuilder::new();
+        folder.mode(0o700);
+        let made = if at.is_dir() {
+            Err(io::ErrorKind::AlreadyExists.into())
+        } else {
+            faults::around("store", "make folder", || folder.create(&at))
+        };
         match made.and_then(|()| sync_folder(&at)) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             other => other.map_err(|e| failed("cannot make the directory", &at, e))?,

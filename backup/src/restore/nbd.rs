@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use disksnap::{Error, ErrorKind, Piece, Result};
+use disksnap::{Error, ErrorKind, Piece, Result, faults};
 use disksnap_nbd::{Client, CommandFlags, ConnectOptions, TlsCredentials, TransmissionFlags, Uri};
 use tokio::task::JoinSet;
 
@@ -162,6 +162,8 @@ impl Export {
 #[async_trait]
 impl Sink for Export {
     async fn write(&mut self, piece: Piece) -> Result<()> {
+        // Several are on their way at a time: that they have been asked for is all that can be said.
+        faults::before("restore", "write");
         let unit = self.unit();
         let (start, end) = (piece.offset(), piece.offset() + piece.length());
         if start.is_multiple_of(unit) && end.is_multiple_of(unit) {
@@ -190,7 +192,9 @@ impl Sink for Export {
         let note = self.deal_with_rest().await?;
         self.all().await?;
         if self.client.flags().contains(TransmissionFlags::SEND_FLUSH) {
+            faults::before("restore", "flush");
             self.client.flush().await.map_err(|e| self.failed(e))?;
+            faults::after("restore", "flush");
         }
         self.client.disconnect().await;
         Ok(Vec::from_iter(note))

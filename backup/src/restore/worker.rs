@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
-use disksnap::{Error, ErrorKind, Piece, Result};
+use disksnap::{Error, ErrorKind, Piece, Result, faults};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -45,10 +45,10 @@ impl<P: Place> Worker<P> {
                 if useless.load(Ordering::Relaxed) {
                     continue;
                 }
-                match &piece {
-                    Piece::Data { offset, data } => place.data(*offset, data)?,
-                    Piece::Zero { offset, length } => place.zero(*offset, *length)?,
-                }
+                faults::around("restore", "write", || match &piece {
+                    Piece::Data { offset, data } => place.data(*offset, data),
+                    Piece::Zero { offset, length } => place.zero(*offset, *length),
+                })?;
             }
             Ok(place)
         });
@@ -86,7 +86,8 @@ impl<P: Place> Sink for Worker<P> {
 
     async fn finish(&mut self) -> Result<Vec<String>> {
         let place = self.ended().await?;
-        joined(tokio::task::spawn_blocking(move || place.finish()).await)?
+        let finish = move || faults::around("restore", "finish", || place.finish());
+        joined(tokio::task::spawn_blocking(finish).await)?
     }
 
     async fn abandon(&mut self) {

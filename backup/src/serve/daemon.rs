@@ -20,7 +20,7 @@ use std::process::{ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use disksnap::{Error, ErrorKind, Result};
+use disksnap::{Error, ErrorKind, Result, faults};
 use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal};
 use tokio::sync::oneshot;
 
@@ -167,7 +167,7 @@ impl Daemon {
 
     fn send(&self, signal: Signal) {
         // One that has ended needs none.
-        let _ = pidfd_send_signal(&self.handle, signal);
+        let _ = faults::around("server", "end", || pidfd_send_signal(&self.handle, signal));
     }
 }
 
@@ -197,6 +197,9 @@ fn command(program: &Path, arguments: Vec<String>, monitor: UnixStream) -> Comma
         .stdin(Stdio::from(OwnedFd::from(monitor)))
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
+    for variable in faults::VARIABLES {
+        command.env_remove(variable);
+    }
     command
 }
 
@@ -206,7 +209,7 @@ async fn spawn(mut command: Command) -> io::Result<(OwnedFd, oneshot::Receiver<E
     let (tell_end, ended) = oneshot::channel();
     let thread = std::thread::Builder::new().name("point-server".into());
     thread.spawn(move || {
-        let child = command.spawn();
+        let child = faults::around("server", "start", || command.spawn());
         // It holds the daemon's end of the monitor too.
         drop(command);
         let mut child = match child {

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use disksnap::{ClientName, Error, ErrorKind, Listen, Result, Tls};
+use disksnap::{ClientName, Error, ErrorKind, Listen, Result, Tls, faults};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -132,7 +132,7 @@ impl Drop for Place {
             && which(path).as_ref() == Some(socket)
         {
             // One that stays is in nobody's way: the next server here removes it.
-            let _ = fs::remove_file(path);
+            let _ = faults::around("file", "remove socket", || fs::remove_file(path));
         }
     }
 }
@@ -225,7 +225,7 @@ fn swept(run: &Path) -> Result<File> {
             .unwrap_or_default();
         let ours = socket && name.starts_with(PREFIX) && name.ends_with(SUFFIX);
         if ours && UnixStream::connect(&path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
-            let _ = fs::remove_file(&path);
+            let _ = faults::around("file", "remove socket", || fs::remove_file(&path));
         }
     }
     Ok(lock)
