@@ -1,0 +1,367 @@
+//! The walk over the points: an act is run once to learn which points it passes, and then once for each point, at which it is
+//! killed; what is there afterwards is looked at, and the same act is done again.
+
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Stdio;
+use std::sync::Arc;
+
+use disksnap_test_support::pattern::Random;
+use disksnap_test_support::require;
+
+use crate::acts::{ACTS, Act, Settles, ok};
+use crate::invariants;
+use crate::scene::{Kind, Scene};
+use crate::site::Ended;
+use crate::table::{Row, Table, note};
+use crate::world::World;
+
+/// The signal that ends a process at its point.
+const KILLED: i32 = 9;
+
+/// Which points are tried.
+#[derive(Debug, Clone)]
+struct Plan {
+    /// Part of a scene's name; all where it is empty.
+    methods: Vec<String>,
+    /// Part of an act's name.
+    act: Option<String>,
+    seed: u64,
+    /// How many points of each act; all of them where there is none.
+    sample: Option<usize>,
+}
+
+/// A point, and the how many-th passing of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Point {
+    pub(crate) name: String,
+    pub(crate) k: usize,
+}
+
+impl std::fmt::Display for Point {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.name, self.k)
+    }
+}
+
+/// What an act left when nobody killed it.
+struct Known {
+    /// Before everything, and after the undoing.
+    bare: World,
+    before: World,
+    after: World,
+    points: Vec<Point>,
+}
+
+/// One act in one scene, and what becomes of it.
+struct Walk {
+    kind: Kind,
+    act: Act,
+    scene: Option<Scene>,
+    known: Option<Known>,
+    rounds: usize,
+}
+
+impl Walk {
+    fn new(kind: Kind, act: Act) -> Self {
+        Self {
+            kind,
+            act,
+            scene: None,
+            known: None,
+            rounds: 0,
+        }
+    }
+
+    /// Kills it at all points or at some, and tells how each went.
+    fn run(&mut self, random: &mut Random, sample: Option<usize>) -> Vec<Row> {
+        let points = match guarded(|| self.learn()) {
+            Ok(points) => points,
+            Err(why) => {
+                self.scene = None;
+                let point = Point {
+                    name: "without a kill".to_owned(),
+                    k: 1,
+                };
+                return vec![self.row(point, vec![why])];
+            }
+        };
+        let chosen = match sample {
+            Some(count) => some(points, count, random),
+            None => points,
+        };
+        let mut rows = Vec::new();
+        for point in chosen {
+            let wrong = guarded(|| self.round(&point)).unwrap_or_else(|why| vec![why]);
+            if !wrong.is_empty() {
+                note(&format!(
+                    "{}: {}: {point}: {wrong:#?}",
+                    self.kind.name(),
+                    self.act.name
+                ));
+                // Whatever is there now is not what the next round expects.
+                self.scene = None;
+            }
+            rows.push(self.row(point, wrong));
+        }
+        rows
+    }
+
+    fn row(&self, point: Point, wrong: Vec<String>) -> Row {
+        Row {
+            scene: self.kind.name(),
+            act: self.act.name,
+            point,
+            wrong,
+        }
+    }
+
+    /// Runs it through, and learns what it passes and what it leaves.
+    fn learn(&mut self) -> Vec<Point> {
+        let scene = Scene::alone(self.kind);
+        // The first act of all makes what stays, such as the state directory.
+        (self.act.prepare)(&scene);
+        ok(&scene, &(self.act.words)(&scene));
+        (self.act.undo)(&scene);
+        let bare = World::of(&scene);
+        let complaints = invariants::check(&scene);
+        assert!(complaints.is_empty(), "before any kill: {complaints:#?}");
+        (self.act.prepare)(&scene);
+        let before = World::of(&scene);
+        let log = scene.site.path("points");
+        let mut command = self.command(&scene);
+        let output = command.env("DISKSNAP_FAULT_LOG", &log).output().unwrap();
+        let ended = crate::site::ended(output);
+        assert_eq!(ended.code, Some(0), "without a kill: {}", ended.stderr);
+        let points = points(&std::fs::read_to_string(log).unwrap_or_default());
+        assert!(
+            !points.is_empty(),
+            "it passes no point: was it built without debug assertions?"
+        );
+        let after = World::of(&scene);
+        (self.act.undo)(&scene);
+        let left = invariants::eventually(|| bare.compared(&World::of(&scene)));
+        assert!(left.is_empty(), "undone without a kill, it leaves: {left:#?}");
+        self.known = Some(Known {
+            bare,
+            before,
+            after,
+            points: points.clone(),
+        });
+        self.scene = Some(scene);
+        points
+    }
+
+    fn command(&self, scene: &Scene) -> std::process::Command {
+        let words = (self.act.words)(scene);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        scene.command(&words)
+    }
+
+    /// One kill, and everything that must hold afterwards; what does not.
+    fn round(&mut self, point: &Point) -> Vec<String> {
+        self.rounds += 1;
+        if self.scene.is_none() {
+            self.learn();
+        }
+        let (Some(scene), Some(known)) = (&self.scene, &self.known) else {
+            return vec!["there is no scene".to_owned()];
+        };
+        (self.act.prepare)(scene);
+        if let Some(why) = self.kill(scene, point) {
+            return vec![why];
+        }
+        let mut wrong = invariants::writes_go_on(scene);
+        if self.rounds.is_multiple_of(2) {
+            wrong.extend(self.recovered(scene, known));
+        }
+        wrong.extend(self.again(scene, known));
+        (self.act.undo)(scene);
+        wrong.extend(invariants::eventually(|| known.bare.compared(&World::of(scene))));
+        wrong.extend(invariants::check(scene));
+        wrong.extend(invariants::writes_are_whole(scene));
+        wrong
+    }
+
+    /// Runs it up to the point; why that did not come to pass.
+    fn kill(&self, scene: &Scene, point: &Point) -> Option<String> {
+        let mut command = self.command(scene);
+        command.env("DISKSNAP_FAULT", point.to_string());
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        let output = command.output().unwrap();
+        if output.status.signal() == Some(KILLED) {
+            return None;
+        }
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        Some(format!(
+            "the point was not reached: {}: {}",
+            output.status,
+            scene.site.short(&said)
+        ))
+    }
+
+    /// `recover` settles it: all is as if the act had been done, or as if it had not.
+    fn recovered(&self, scene: &Scene, known: &Known) -> Vec<String> {
+        let recovered = scene.site.run(&["recover"]);
+        let mut wrong = Vec::new();
+        if recovered.code != Some(0) {
+            wrong.push(format!("recover: {}", told(scene, &recovered)));
+        }
+        wrong.extend(invariants::check(scene));
+        if self.act.settles == Settles::Whole {
+            wrong.extend(invariants::eventually(|| {
+                let world = World::of(scene);
+                let (before, after) = (known.before.compared(&world), known.after.compared(&world));
+                match (before.is_empty() || after.is_empty(), before.len() <= after.len()) {
+                    (true, _) => Vec::new(),
+                    (false, true) => prefixed("recovered, it is not as before", before),
+                    (false, false) => prefixed("recovered, it is not as after", after),
+                }
+            }));
+        }
+        wrong
+    }
+
+    /// The same request again does the act, or finds it done.
+    fn again(&self, scene: &Scene, known: &Known) -> Vec<String> {
+        let ended = crate::site::ended(self.command(scene).output().unwrap());
+        let mut wrong = Vec::new();
+        if ended.code != Some(0) && ended.code != Some(self.act.done) {
+            wrong.push(format!("the same again: {}", told(scene, &ended)));
+        }
+        wrong.extend(invariants::eventually(|| {
+            prefixed(
+                "done again, it is not as after",
+                known.after.compared(&World::of(scene)),
+            )
+        }));
+        wrong.extend(invariants::check(scene));
+        wrong
+    }
+}
+
+fn told(scene: &Scene, ended: &Ended) -> String {
+    let printed = String::from_utf8_lossy(&ended.stdout);
+    format!(
+        "exit code {:?}: {printed}{}",
+        ended.code,
+        scene.site.short(&ended.stderr)
+    )
+}
+
+fn prefixed(what: &str, lines: Vec<String>) -> Vec<String> {
+    lines.into_iter().map(|line| format!("{what}: {line}")).collect()
+}
+
+/// A panic is one more thing that went wrong, and not the end of the walk.
+fn guarded<T>(act: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(act)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        text.unwrap_or("a panic without words").to_owned()
+    })
+}
+
+/// Each passing of each point, in the order of the log.
+fn points(log: &str) -> Vec<Point> {
+    let mut passed: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut all = Vec::new();
+    for name in log.lines() {
+        let k = passed.entry(name).or_default();
+        *k += 1;
+        all.push(Point {
+            name: name.to_owned(),
+            k: *k,
+        });
+    }
+    all
+}
+
+/// So many of them, each as likely as any other.
+fn some(mut points: Vec<Point>, count: usize, random: &mut Random) -> Vec<Point> {
+    let mut chosen = Vec::new();
+    while chosen.len() < count && !points.is_empty() {
+        let at = usize::try_from(random.below(points.len() as u64)).unwrap();
+        chosen.push(points.swap_remove(at));
+    }
+    chosen
+}
+
+impl Plan {
+    /// What the environment says, as `./x faults` sets it.
+    fn told() -> Self {
+        let var = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
+        let methods = var("DISKSNAP_TRIALS_METHODS").unwrap_or_default();
+        Self {
+            methods: methods
+                .split(';')
+                .filter(|m| !m.is_empty())
+                .map(str::to_owned)
+                .collect(),
+            act: var("DISKSNAP_TRIALS_ACT"),
+            seed: var("DISKSNAP_TRIALS_SEED").map_or_else(seed, |text| text.parse().unwrap()),
+            sample: None,
+        }
+    }
+
+    fn walks(&self, kind: Kind, act: &Act) -> bool {
+        let method =
+            self.methods.is_empty() || self.methods.iter().any(|m| kind.name().starts_with(m.as_str()));
+        let named = self.act.as_ref().is_none_or(|name| act.name == name);
+        act.on.contains(&kind) && method && named
+    }
+}
+
+fn seed() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    u64::from(now.unwrap().subsec_nanos())
+}
+
+/// Walks all that are planned, two at a time, and gives the table of them.
+fn walk(plan: &Plan) -> Table {
+    let mut walks: Vec<Walk> = Vec::new();
+    for kind in Kind::ALL {
+        if let Some(why) = kind.needs().and_then(require::lacking) {
+            require::report_skip(kind.name(), &why);
+            continue;
+        }
+        let acts = ACTS.iter().filter(|act| plan.walks(kind, act));
+        walks.extend(acts.map(|act| Walk::new(kind, *act)));
+    }
+    let table = Arc::new(std::sync::Mutex::new(Table::default()));
+    let waiting = std::sync::Mutex::new(walks.into_iter());
+    std::thread::scope(|scope| {
+        for n in 0..2 {
+            let (table, waiting, mut random) = (&table, &waiting, Random::new(plan.seed + n));
+            scope.spawn(move || {
+                loop {
+                    let Some(mut walk) = waiting.lock().unwrap().next() else {
+                        break;
+                    };
+                    let begun = std::time::Instant::now();
+                    let rows = walk.run(&mut random, plan.sample);
+                    let failed = rows.iter().filter(|row| !row.wrong.is_empty()).count();
+                    note(&format!(
+                        "{}: {}: {} points, {failed} failed, {:.0?}",
+                        walk.kind.name(),
+                        walk.act.name,
+                        rows.len(),
+                        begun.elapsed()
+                    ));
+                    table.lock().unwrap().add(rows);
+                }
+            });
+        }
+    });
+    Arc::into_inner(table).unwrap().into_inner().unwrap()
+}
+
+/// All of them: `./x faults`.
+#[test]
+#[ignore = "minutes: run by ./x faults"]
+fn every_point() {
+    let plan = Plan::told();
+    let table = walk(&plan);
+    table.conclude(plan.methods.is_empty() && plan.act.is_none());
+}

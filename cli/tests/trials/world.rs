@@ -1,0 +1,164 @@
+//! All that there is of a scene, as lines of text without what differs from run to run: two worlds that are alike have the
+//! same lines.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use disksnap_test_support::Qemu;
+use serde_json::{Value, json};
+
+use crate::daemons;
+use crate::scene::Scene;
+
+/// What there is.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct World(BTreeSet<String>);
+
+impl World {
+    /// Looks at everything that an act could have left.
+    pub(crate) fn of(scene: &Scene) -> Self {
+        let mut lines = Vec::new();
+        if let Some(qemu) = &scene.qemu {
+            in_qemu(qemu, &mut lines);
+        }
+        for (what, dir) in [
+            ("image", scene.site.state().join("images")),
+            ("run", scene.site.run_dir()),
+            ("beside the disks", scene.folder.clone()),
+        ] {
+            let mut names = Vec::new();
+            files(&dir, &dir, &mut names);
+            lines.extend(names.into_iter().map(|name| format!("{what}: {name}")));
+        }
+        lines.push(format!(
+            "storage daemons: {}",
+            daemons::of(&scene.site.run_dir()).len()
+        ));
+        lines.push(format!("document: {}", scene.document()));
+        for (what, words) in [
+            ("snapshot", &["snapshot", "list"][..]),
+            ("checkpoint", &["checkpoint", "list"]),
+            ("export", &["export", "list"]),
+        ] {
+            lines.extend(listed(&scene.json(words)).map(|line| format!("{what}: {line}")));
+        }
+        // Of several that are alike each is told.
+        let mut numbered = BTreeSet::new();
+        for line in lines {
+            let line = plain(&scene.site.short(&line));
+            let mut n = 1;
+            while !numbered.insert(if n == 1 {
+                line.clone()
+            } else {
+                format!("{line} ({n})")
+            }) {
+                n += 1;
+            }
+        }
+        Self(numbered)
+    }
+
+    /// What the other has more (`+`) and less (`-`).
+    pub(crate) fn compared(&self, other: &Self) -> Vec<String> {
+        let more = other.0.difference(&self.0).map(|line| format!("+ {line}"));
+        more.chain(self.0.difference(&other.0).map(|line| format!("- {line}")))
+            .collect()
+    }
+}
+
+/// What [`World`] tells of a hypervisor: nodes, bitmaps, jobs, exports, objects, and what the disks stand on.
+fn in_qemu(qemu: &Qemu, lines: &mut Vec<String>) {
+    let ask = |command: &str, arguments: Value| match qemu.qmp(command, arguments) {
+        Value::Array(all) => all,
+        _ => Vec::new(),
+    };
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    for node in ask("query-named-block-nodes", json!({ "flat": true })) {
+        let name = match text(&node["node-name"]) {
+            own if own.starts_with('#') => "#".to_owned(),
+            name => name,
+        };
+        lines.push(format!("node: {name} {}", text(&node["drv"])));
+        for bitmap in node["dirty-bitmaps"].as_array().into_iter().flatten() {
+            lines.push(format!(
+                "bitmap: {name} {} recording={} persistent={} busy={}",
+                text(&bitmap["name"]),
+                bitmap["recording"],
+                bitmap["persistent"],
+                bitmap["busy"]
+            ));
+        }
+    }
+    for (what, command, key) in [
+        ("job", "query-jobs", "id"),
+        ("export", "query-block-exports", "id"),
+    ] {
+        let names = ask(command, json!({})).into_iter();
+        lines.extend(names.map(|one| format!("{what}: {}", text(&one[key]))));
+    }
+    let objects = ask("qom-list", json!({ "path": "/objects" })).into_iter();
+    lines.extend(objects.map(|one| format!("object: {}", text(&one["name"]))));
+    for block in ask("query-block", json!({})) {
+        let inserted = &block["inserted"];
+        let stands_on = (text(&inserted["node-name"]), text(&inserted["file"]));
+        lines.push(format!(
+            "disk: {} {} {}",
+            text(&block["qdev"]),
+            stands_on.0,
+            stands_on.1
+        ));
+    }
+}
+
+/// The names of all files and directories below a directory.
+fn files(root: &Path, dir: &Path, names: &mut Vec<String>) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let name = path.strip_prefix(root).unwrap_or(&path).display().to_string();
+        names.push(name);
+        // One that is gone meanwhile is no directory either.
+        if path.is_dir() && !path.is_symlink() {
+            files(root, &path, names);
+        }
+    }
+}
+
+/// What a list of the command's tells of each, but for what is never the same.
+fn listed(list: &Value) -> impl Iterator<Item = String> {
+    let changes = ["created", "id", "uri", "window", "consistency"];
+    let lists = list.as_object().into_iter().flatten();
+    let lists = lists.filter_map(|(_, list)| list.as_array().cloned());
+    lists.flatten().map(move |mut one| {
+        if let Some(one) = one.as_object_mut() {
+            one.retain(|key, _| !changes.contains(&key.as_str()));
+        }
+        one.to_string()
+    })
+}
+
+/// Without the numbers that are made anew each time: eight hexadecimal digits and more become `#`.
+pub(crate) fn plain(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut digits = String::new();
+    for c in text.chars().chain(['\n']) {
+        if c.is_ascii_hexdigit() {
+            digits.push(c);
+            continue;
+        }
+        if digits.len() < 8 {
+            out.push_str(&digits);
+        } else {
+            out.push('#');
+        }
+        digits.clear();
+        out.push(c);
+    }
+    out.pop();
+    out
+}
+
+#[test]
+fn numbers_made_anew_are_left_out() {
+    assert_eq!(plain("ds-0123456789ab-vda-cbw"), "ds-#-vda-cbw");
+    assert_eq!(plain("a face of 1234567"), "a face of 1234567");
+}
