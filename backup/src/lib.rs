@@ -67,7 +67,7 @@ pub use restore::{
     Form, IntoRequest, PointRequest, Restored, RestoredDisk, RestoredInto, RestoredPoint, Target,
     restore_disk, restore_disks, restore_into, restore_point,
 };
-pub use retention::{Doubtful, Kept, Pruned, Reason, Retention, prune};
+pub use retention::{Doubtful, Held, Kept, Pruned, Reason, Retention, prune};
 pub use serve::{PointServer, ServeRequest, ServedDisk, run_if_asked, serve};
 pub use store::{Blob, BlobWriter, Store, StoreLock};
 pub use tidy::abandon;

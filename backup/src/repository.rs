@@ -354,14 +354,23 @@ impl Repository {
 
     /// Whether a point has images, and neither a manifest nor anything that says that it is to have none.
     async fn is_lost(&self, folder: &DomainFolder, point: &str) -> Result<bool> {
-        let files = self.store.list(&self.folder_of(folder, point)).await?;
-        let has = |wanted: &str| files.iter().any(|file| file == wanted);
-        if has(Manifest::FILE) || has(crate::journal::FILE) || !files.iter().any(|file| is_image(file)) {
+        if !self.has_images_alone(folder, point).await? {
             return Ok(false);
         }
         // One that cannot be read is told of by verifying, and is no reason to give up images.
         let merging = merging::journal(self, folder).await.ok().flatten();
-        Ok(!merging.is_some_and(|merging| merging.drop.contains(point)))
+        if merging.is_some_and(|merging| merging.drop.contains(point)) {
+            return Ok(false);
+        }
+        // Who looks without a lock may have seen the end of a merge in between: then its folder is gone by now.
+        self.has_images_alone(folder, point).await
+    }
+
+    /// Whether a point has images, and neither a manifest nor a journal of its own.
+    async fn has_images_alone(&self, folder: &DomainFolder, point: &str) -> Result<bool> {
+        let files = self.store.list(&self.folder_of(folder, point)).await?;
+        let has = |wanted: &str| files.iter().any(|file| file == wanted);
+        Ok(!has(Manifest::FILE) && !has(crate::journal::FILE) && files.iter().any(|file| is_image(file)))
     }
 
     /// The name for a point that begins now. Names ascend, also where the clock has gone back.

@@ -12,6 +12,7 @@ mod into;
 mod nbd;
 mod point;
 mod qcow2;
+mod unfinished;
 mod worker;
 
 use std::fmt;
@@ -23,12 +24,14 @@ use serde::Serialize;
 
 use self::content::Content;
 use self::device::Device;
-use self::file::RawFile;
+use self::file::{RawFile, must_not_be_a_device};
 use self::nbd::{Export, Rest};
 use self::qcow2::Qcow2File;
 use self::worker::{Worker, joined};
 use crate::progress::Progress;
-use crate::{ChainReader, Compression, Digest, DiskEntry, Phase, Watcher, stopped};
+use crate::{
+    ChainReader, Compression, Digest, DiskEntry, DomainFolder, Manifest, Phase, Repository, Watcher, stopped,
+};
 
 pub use self::disks::restore_disks;
 pub use self::into::{IntoRequest, RestoredInto, restore_into};
@@ -117,6 +120,7 @@ pub struct RestoredDisk {
 ///
 /// # Errors
 /// - `AlreadyExists`: the target is there, and is as it was.
+/// - `NotFound`: a new file would be made among the devices, in `/dev`.
 /// - `NoSpace`: no room for a new file, under whose name there is nothing; a device or export that is smaller than the disk, and as it
 ///   was.
 /// - `Busy`: a device that is mounted, part of a volume, or open in a hypervisor.
@@ -157,12 +161,26 @@ fn check_size(chain: &ChainReader, disk: &DiskEntry) -> Result<u64> {
     Err(of_disk(Error::new(ErrorKind::Broken, why), disk))
 }
 
+/// What a point's manifest says now that its domain is locked: since it was looked up, a merge or a prune may have given it other
+/// images, or dropped it.
+async fn as_locked(repository: &Repository, folder: &DomainFolder, point: &Manifest) -> Result<Manifest> {
+    let now = repository.manifest(folder, &point.point).await;
+    now.map_err(|e| match e.kind() {
+        ErrorKind::NotFound => Error::new(ErrorKind::NotFound, "the point was dropped meanwhile")
+            .hint("Nothing was written. `disksnap backup list` tells the points that are left."),
+        _ => e,
+    })
+}
+
 /// Gets a target ready for a disk of `size` bytes. Nothing is written to it yet.
 async fn open(target: &Target, size: u64, overwrite: bool) -> Result<Box<dyn Sink>> {
     if target.is_overwritten() && !overwrite {
         let why = format!("what is on {target} would be overwritten");
         return Err(Error::new(ErrorKind::AlreadyExists, why)
             .hint("Nothing was written. Ask for it to be overwritten if nothing on it is needed any more."));
+    }
+    if let Target::Qcow2 { path, .. } | Target::Raw { path, .. } = target {
+        must_not_be_a_device(path)?;
     }
     Ok(match target.clone() {
         Target::Qcow2 { path, compression } => Box::new(Qcow2File::create(&path, size, compression).await?),

@@ -3,7 +3,7 @@
 //! The rules are those of restic and borg: each keeps the last point of each of so many hours, days, weeks, … that have one,
 //! counted from the newest back; a point that any rule keeps is kept. Hours, days and the rest are UTC's, weeks are ISO 8601's.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
 use std::time::SystemTime;
 
@@ -89,6 +89,15 @@ pub struct Doubtful {
     pub what: String,
 }
 
+/// A point that no rule keeps, and that stays all the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Held {
+    /// The point.
+    pub point: String,
+    /// The later points that may be built on it: nobody knows what they are built on.
+    pub by: Vec<String>,
+}
+
 /// What a prune did, or would do. Points are in their order in time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -99,6 +108,8 @@ pub struct Pruned {
     pub dropped: Vec<String>,
     /// The points that were left alone.
     pub doubtful: Vec<Doubtful>,
+    /// The points that no rule keeps, and that stay because one of those may be built on them.
+    pub held: Vec<Held>,
     /// How much less the images take now, in bytes; an estimate where nothing was done. Negative where they take more.
     pub freed: i64,
     /// Nothing was done.
@@ -169,6 +180,9 @@ fn utc(instant: SystemTime) -> DateTime {
 /// Drops the points of a domain that no rule keeps. What they held and a kept one needs becomes part of that one, as
 /// [`merge`](crate::merge) does it. The last point of each disk is always kept.
 ///
+/// A point whose manifest cannot be trusted may be built on any before it: those are held until it is put back or dropped by
+/// name, and what is younger is dropped all the same.
+///
 /// A prune that was cut short is finished by the next one, or by the next merge.
 ///
 /// # Errors
@@ -192,12 +206,13 @@ pub async fn prune(
     let earlier = journal(repository, folder).await.map_err(told)?;
     let earlier = earlier.map(|journal| journal.drop).unwrap_or_default();
     let (kept, doubtful) = sort_out(repository, folder, &line, rules, &earlier);
-    let drops = drops(&line, &kept, &doubtful);
+    let (held, drops) = drops(&line, &kept, &doubtful);
     let mut merger = Merger::new(repository, folder, line, watcher);
     let mut pruned = Pruned {
         kept,
         dropped: drops.iter().cloned().collect(),
         doubtful,
+        held,
         freed: 0,
         dry_run,
     };
@@ -261,10 +276,28 @@ fn whole<'a>(
     Ok(manifest)
 }
 
-fn drops(line: &Line, kept: &[Kept], doubtful: &[Doubtful]) -> BTreeSet<String> {
+/// The points that no rule keeps: those that must stay all the same, and those that go.
+fn drops(line: &Line, kept: &[Kept], doubtful: &[Doubtful]) -> (Vec<Held>, BTreeSet<String>) {
     let stays = |name: &str| {
         kept.iter().any(|kept| kept.point == name) || doubtful.iter().any(|doubtful| doubtful.point == name)
     };
-    let names = line.all().map(|(name, _)| name.to_owned());
-    names.filter(|name| !stays(name)).collect()
+    // Of the others it is known what they are built on.
+    let unread = line.all().filter(|(_, manifest)| manifest.is_err());
+    let mut later: VecDeque<String> = unread.map(|(name, _)| name.to_owned()).collect();
+    let (mut held, mut drops) = (Vec::new(), BTreeSet::new());
+    for (name, _) in line.all() {
+        if later.front().is_some_and(|unread| unread == name) {
+            later.pop_front();
+        }
+        if stays(name) {
+            continue;
+        }
+        if later.is_empty() {
+            drops.insert(name.to_owned());
+        } else {
+            let (point, by) = (name.to_owned(), later.iter().cloned().collect());
+            held.push(Held { point, by });
+        }
+    }
+    (held, drops)
 }

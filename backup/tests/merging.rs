@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use disksnap_backup::{
-    DomainFolder, ErrorKind, Event, Level, LocalStore, Merged, Repository, Result, Retention, Silent,
+    DomainFolder, ErrorKind, Event, Held, Level, LocalStore, Merged, Repository, Result, Retention, Silent,
     VerifyOptions, Watcher, merge, merge_plan, prune, verify,
 };
 use disksnap_test_support::need;
@@ -416,17 +416,67 @@ async fn nothing_is_dropped_below_a_point_that_cannot_be_read() {
         ..Retention::default()
     };
     for dry_run in [true, false] {
-        let error = prune(&life.repository, &life.folder, &rules, dry_run, &Silent)
+        let told = prune(&life.repository, &life.folder, &rules, dry_run, &Silent)
             .await
-            .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Broken, "{error}");
-        assert!(
-            error.next_step().unwrap().contains("nothing was dropped"),
-            "{error:?}"
+            .unwrap();
+        assert_eq!(told.dropped, [""; 0]);
+        assert_eq!(
+            told.held,
+            [Held {
+                point: life.names()[0].clone(),
+                by: vec![life.names()[2].clone()]
+            }]
         );
     }
+    let error = merge(
+        &life.repository,
+        &life.folder,
+        &names(&[&life.names()[0]]),
+        &Silent,
+    )
+    .await
+    .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Broken, "{error}");
     let there = life.repository.points(&life.folder).await.unwrap();
     assert_eq!(there.len(), 3);
+}
+
+#[tokio::test]
+async fn what_is_younger_than_a_point_that_cannot_be_read_is_pruned_all_the_same() {
+    let mut life = Life::chain(21, 2).await;
+    let all = life.names();
+    std::fs::write(life.path(&all[1], "manifest.json"), "{").unwrap();
+    // The third stands on the torn one: only what begins a chain of its own can be judged.
+    for _ in 0..3 {
+        life.full(&["vda", "vdb"]).await;
+    }
+    let all = life.names();
+    let rules = Retention {
+        last: 1,
+        ..Retention::default()
+    };
+    let told = prune(&life.repository, &life.folder, &rules, false, &Silent)
+        .await
+        .unwrap();
+    assert_eq!(told.dropped, all[3..5]);
+    assert_eq!(told.kept.len(), 1);
+    let doubtful: Vec<&String> = told.doubtful.iter().map(|doubtful| &doubtful.point).collect();
+    assert_eq!(doubtful, [&all[1], &all[2]]);
+    let held: Vec<&String> = told.held.iter().map(|held| &held.point).collect();
+    assert_eq!(held, [&all[0]]);
+    // As the operator is told.
+    merge(
+        &life.repository,
+        &life.folder,
+        &names(&[&all[1], &all[2]]),
+        &Silent,
+    )
+    .await
+    .unwrap();
+    let told = prune(&life.repository, &life.folder, &rules, false, &Silent)
+        .await
+        .unwrap();
+    assert_eq!((told.dropped, told.held), (vec![all[0].clone()], Vec::new()));
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use disksnap::{Error, ErrorKind, Result};
-use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fallocate, fcntl_lock};
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fallocate, fcntl_lock, ioctl_blksszget};
 use rustix::io::Errno;
 
 use super::file::write_zeroes;
@@ -23,6 +23,8 @@ const BETWEEN: Duration = Duration::from_millis(200);
 pub(crate) struct Device {
     file: File,
     path: PathBuf,
+    /// The device zeroes whole blocks of so many bytes.
+    block: u64,
     /// Ways to zero a range that are still worth trying, the best last.
     ways: Vec<FallocateFlags>,
     notes: Vec<String>,
@@ -72,9 +74,11 @@ impl Device {
             "{} is larger than the disk: its last {rest} bytes are as they were",
             path.display()
         );
+        let block = ioctl_blksszget(&file).map_err(|e| failed(e.into()))?;
         Ok(Self {
             file,
             path: path.to_owned(),
+            block: u64::from(block).max(1),
             ways: vec![
                 FallocateFlags::ZERO_RANGE,
                 FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
@@ -86,6 +90,24 @@ impl Device {
     fn failed(&self, error: io::Error) -> Error {
         Error::io("cannot write to the device", error).with("path", self.path.display())
     }
+
+    /// By discarding where that is known to give zeroes, else by the device's own zeroing, else by writing.
+    fn zero_blocks(&mut self, offset: u64, length: u64) -> Result<()> {
+        while let Some(way) = self.ways.last().filter(|_| length > 0) {
+            match fallocate(&self.file, *way, offset, length) {
+                Ok(()) => return Ok(()),
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => self.ways.pop(),
+                // In other blocks than the device says.
+                Err(Errno::INVAL) => break,
+                Err(e) => return Err(self.failed(e.into())),
+            };
+        }
+        self.zero_bytes(offset, length)
+    }
+
+    fn zero_bytes(&self, offset: u64, length: u64) -> Result<()> {
+        write_zeroes(&self.file, offset, length).map_err(|e| self.failed(e))
+    }
 }
 
 impl Place for Device {
@@ -93,18 +115,14 @@ impl Place for Device {
         self.file.write_all_at(data, offset).map_err(|e| self.failed(e))
     }
 
-    /// By discarding where that is known to give zeroes, else by the device's own zeroing, else by writing.
+    /// The whole blocks in it by the device, what is of blocks that it ends in by writing.
     fn zero(&mut self, offset: u64, length: u64) -> Result<()> {
-        while let Some(way) = self.ways.last() {
-            match fallocate(&self.file, *way, offset, length) {
-                Ok(()) => return Ok(()),
-                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => self.ways.pop(),
-                // Not in whole blocks of the device.
-                Err(Errno::INVAL) => break,
-                Err(e) => return Err(self.failed(e.into())),
-            };
-        }
-        write_zeroes(&self.file, offset, length).map_err(|e| self.failed(e))
+        let end = offset + length;
+        let from = offset.next_multiple_of(self.block).min(end);
+        let to = (end / self.block * self.block).max(from);
+        self.zero_bytes(offset, from - offset)?;
+        self.zero_blocks(from, to - from)?;
+        self.zero_bytes(to, end - to)
     }
 
     fn finish(self) -> Result<Vec<String>> {
@@ -149,4 +167,54 @@ fn busy(path: &Path, why: &str) -> Error {
     Error::new(ErrorKind::Busy, format!("the device is in use: {why}"))
         .with("path", path.display())
         .hint("Nothing was written. End what uses it first.")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+    use std::process::Command;
+
+    use disksnap_test_support::skip;
+
+    use super::*;
+
+    struct Loop(PathBuf);
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            let _ = Command::new("losetup").arg("--detach").arg(&self.0).output();
+        }
+    }
+
+    #[test]
+    fn zeroes_that_end_within_a_block_are_written_by_hand_only_there() {
+        const SIZE: u64 = (24 << 20) + 512 * 3;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        // The file's last bytes are no whole block: the device ends before them.
+        std::fs::write(file.path(), vec![7; usize::try_from(SIZE).unwrap() + 100]).unwrap();
+        let made = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file.path())
+            .output();
+        let device = match made {
+            Ok(made) if made.status.success() => Loop(String::from_utf8(made.stdout).unwrap().trim().into()),
+            other => skip!("loop", "no loop device: {other:?}"),
+        };
+        let too_large = Device::open(&device.0, SIZE + 100).unwrap_err();
+        assert_eq!(too_large.kind(), ErrorKind::NoSpace, "{too_large}");
+        let mut opened = Device::open(&device.0, SIZE).unwrap();
+        opened.data(0, &[1; 1000]).unwrap();
+        opened.zero(1000, SIZE - 1000 - 412).unwrap();
+        opened.data(SIZE - 412, &[2; 412]).unwrap();
+        opened.finish().unwrap();
+        let content = std::fs::read(&device.0).unwrap();
+        let end = usize::try_from(SIZE).unwrap();
+        assert_eq!(content.len(), end);
+        assert!(content[..1000].iter().all(|byte| *byte == 1));
+        assert!(content[1000..end - 412].iter().all(|byte| *byte == 0));
+        assert!(content[end - 412..].iter().all(|byte| *byte == 2));
+        let room = file.path().metadata().unwrap().blocks() * 512;
+        assert!(room < 1 << 20, "{room} bytes were written");
+    }
 }

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use disksnap::{Error, ErrorKind, Result};
 
 use super::point::wanted;
-use super::{RestoredDisk, Sink, Target, Task, check_size, of_disk, open, with_complete};
+use super::{RestoredDisk, Sink, Target, Task, as_locked, check_size, of_disk, open, with_complete};
 use crate::{ChainReader, DiskEntry, DomainFolder, Event, Manifest, Repository, Watcher};
 
 /// Restores disks of a point to these places, one after the other. All places are looked at before anything is written to one of
 /// them; the point cannot be merged or pruned meanwhile.
 ///
 /// # Errors
-/// `Invalid` for a disk or a place that comes twice; `NotFound` for a disk that the point does not have; `Busy` while the
+/// `Invalid` for a disk or a place that comes twice; `NotFound` for a disk that the point does not have, or a point that is dropped by now; `Busy` while the
 /// point's chain is being changed; those of [`restore_disk`](crate::restore_disk). Disks before the one that failed are complete, and the
 /// error names them.
 pub async fn restore_disks(
@@ -25,6 +25,7 @@ pub async fn restore_disks(
 ) -> Result<Vec<RestoredDisk>> {
     let told = |error: Error| error.during("restore").with("point", &point.point);
     let _lock = repository.lock(folder, true).await.map_err(told)?;
+    let point = &as_locked(repository, folder, point).await.map_err(told)?;
     let mut complete = Vec::new();
     let restored = async {
         check(to)?;

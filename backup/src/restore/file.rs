@@ -2,17 +2,18 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use disksnap::{Error, ErrorKind, Result, write_sparse};
 use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
 use tempfile::NamedTempFile;
 
+use super::unfinished::file_beside;
 use super::worker::Place;
 
-/// What lies unfinished beside the place where it will be begins so.
-pub(crate) const UNFINISHED: &str = ".disksnap-";
+/// Where the devices are.
+const DEVICES: &str = "/dev";
 /// What zeroes are written from.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -110,6 +111,29 @@ pub(crate) fn must_be_free(path: &Path) -> Result<()> {
     }
 }
 
+/// Refuses a new file among the devices: a mistyped device would become one, in memory, until that is full.
+///
+/// # Errors
+/// `NotFound`.
+pub(crate) fn must_not_be_a_device(path: &Path) -> Result<()> {
+    let existing = path
+        .ancestors()
+        .skip(1)
+        .find_map(|folder| folder.canonicalize().ok());
+    let Some((folder, devices)) = existing.zip(Path::new(DEVICES).metadata().ok()) else {
+        return Ok(());
+    };
+    // Another file system may be mounted there, such as /dev/shm.
+    let among =
+        folder.starts_with(DEVICES) && folder.metadata().is_ok_and(|about| about.dev() == devices.dev());
+    if !among {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::NotFound, "there is no device of that name")
+        .with("path", path.display())
+        .hint("Nothing was written. A new file is not made among the devices: it would be in memory. Correct the name, or choose another directory."))
+}
+
 /// Gives a file of this host another name in the same directory, where nothing may be yet; durable on return.
 ///
 /// # Errors
@@ -150,10 +174,7 @@ pub(crate) fn write_zeroes(file: &File, offset: u64, length: u64) -> io::Result<
 }
 
 fn beside(path: &Path) -> Result<NamedTempFile> {
-    let temporary = tempfile::Builder::new()
-        .prefix(UNFINISHED)
-        .tempfile_in(folder_of(path));
-    temporary.map_err(|e| failed(path, e))
+    file_beside(path).map_err(|e| failed(path, e))
 }
 
 fn publish(temporary: NamedTempFile, path: &Path) -> Result<()> {

@@ -9,7 +9,7 @@ use disksnap::{
 use serde::Serialize;
 
 use super::nbd::{Export, Rest};
-use super::{Restored, RestoredDisk, Sink, Task, check_size, of_disk, too_small, with_complete};
+use super::{Restored, RestoredDisk, Sink, Task, as_locked, check_size, of_disk, too_small, with_complete};
 use crate::{ChainReader, DiskEntry, DomainFolder, Event, Manifest, Repository, Watcher};
 
 /// What is asked of a restoration into a paused domain.
@@ -42,7 +42,7 @@ pub struct RestoredInto {
 /// `disksnap fill end` gives them back as they are.
 ///
 /// # Errors
-/// Before anything is written: `NotFound` for a disk that point or domain does not have; `NoSpace` for a disk that is smaller
+/// Before anything is written: `NotFound` for a disk that point or domain does not have, or a point that is dropped by now; `NoSpace` for a disk that is smaller
 /// than what was saved; those of [`Dispatcher::fill_start`](disksnap::Dispatcher::fill_start). Then those of
 /// [`restore_disk`](crate::restore_disk): the guest has its disks again and stays paused, and the error says which of them is unfinished.
 pub async fn restore_into(
@@ -57,6 +57,7 @@ pub async fn restore_into(
         error.with("point", &point.point)
     };
     let _lock = repository.lock(folder, true).await.map_err(told)?;
+    let point = &as_locked(repository, folder, point).await.map_err(told)?;
     let act = IntoAct {
         disksnap,
         domain,

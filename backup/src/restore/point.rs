@@ -10,9 +10,9 @@ use disksnap::{DomainDocument, Error, ErrorKind, Result, Source};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::file::{must_be_free, write_new};
+use super::file::{must_be_free, must_not_be_a_device, write_new};
 use super::worker::joined;
-use super::{RestoredDisk, Target, restore_disk, with_complete};
+use super::{RestoredDisk, Target, as_locked, restore_disk, with_complete};
 use crate::{
     ChainReader, Compression, DiskEntry, DomainFolder, Event, Manifest, Repository, SavedMachine, Watcher,
     load_machine,
@@ -98,7 +98,7 @@ pub struct RestoredPoint {
 /// The point cannot be merged or pruned meanwhile. Each file appears when it is complete. When it fails, those before it stay, and the error names them.
 ///
 /// # Errors
-/// `NotFound` for a disk that the point does not have; `AlreadyExists` before anything is written, when one of the names is
+/// `NotFound` for a disk that the point does not have, or a point that is dropped by now; `AlreadyExists` before anything is written, when one of the names is
 /// taken; `Broken` where the repository is not as it was written; `Busy` while the point's chain is being changed; those of
 /// [`restore_disk`].
 pub async fn restore_point(
@@ -110,6 +110,7 @@ pub async fn restore_point(
 ) -> Result<RestoredPoint> {
     let told = |error: Error| error.during("restore").with("point", &point.point);
     let _lock = repository.lock(folder, true).await.map_err(told)?;
+    let point = &as_locked(repository, folder, point).await.map_err(told)?;
     let act = PointAct {
         repository,
         folder,
@@ -192,6 +193,7 @@ impl PointAct<'_> {
         let given = self.request.directory.clone();
         let work = tokio::task::spawn_blocking(move || {
             let failed = |e| Error::io("cannot make the directory", e).with("path", given.display());
+            must_not_be_a_device(&given.join(DOCUMENT))?;
             let mut builder = DirBuilder::new();
             builder
                 .mode(0o700)

@@ -3,14 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use async_trait::async_trait;
-use disksnap::{Error, ErrorKind, Piece, Result};
-use tempfile::TempDir;
-
 use super::Sink;
-use super::file::{UNFINISHED, folder_of, must_be_free, rename_new};
+use super::file::{must_be_free, rename_new};
+use super::unfinished::Folder;
 use super::worker::joined;
 use crate::{Compression, ImageKeys, ImageSpec, ImageWriter, LocalStore};
+use async_trait::async_trait;
+use disksnap::{Error, ErrorKind, Piece, Result};
 
 /// The image's name in the directory where it is written.
 const IMAGE: &str = "image";
@@ -20,7 +19,7 @@ const IMAGE: &str = "image";
 pub(crate) struct Qcow2File {
     /// Taken when it is finished or given up.
     writer: Option<ImageWriter>,
-    directory: Option<TempDir>,
+    directory: Option<Folder>,
     path: PathBuf,
 }
 
@@ -31,10 +30,12 @@ impl Qcow2File {
     /// `AlreadyExists`; what the file system meets.
     pub(crate) async fn create(path: &Path, size: u64, compression: Compression) -> Result<Self> {
         must_be_free(path)?;
-        let directory = tempfile::Builder::new()
-            .prefix(UNFINISHED)
-            .tempdir_in(folder_of(path))
-            .map_err(|e| Error::io("cannot write the file", e).with("path", path.display()))?;
+        let beside = path.to_owned();
+        let made = tokio::task::spawn_blocking(move || {
+            Folder::beside(&beside)
+                .map_err(|e| Error::io("cannot write the file", e).with("path", beside.display()))
+        });
+        let directory = joined(made.await)??;
         let keys = ImageKeys {
             image: IMAGE.to_owned(),
             chunks: "chunks".to_owned(),

@@ -8,7 +8,7 @@ use disksnap::Effect;
 use disksnap_backup::{ErrorKind, Silent, Target, restore_disk};
 use disksnap_test_support::{pattern, skip};
 
-use crate::rig::{QemuNbd, Saved, StopAfter, run};
+use crate::rig::{QemuNbd, Saved, StopAfter, run, text};
 
 /// A loop device over a file of random bytes. Detached with the value.
 struct Loop {
@@ -136,6 +136,34 @@ async fn what_must_not_be_overwritten_is_not() {
         path: saved.path("absent"),
     };
     assert_eq!(attempt(&saved, &absent, true).await, ErrorKind::NotFound);
+}
+
+/// The locks of whoever has it open are on another inode.
+#[tokio::test]
+async fn a_device_that_is_open_under_another_name_is_refused() {
+    let saved = Saved::new().await;
+    let device = loop_device!(Loop::new(&saved, "device", saved.contents[0].len()));
+    let before = device.content();
+    let number = std::os::unix::fs::MetadataExt::rdev(&device.device.metadata().unwrap());
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let other = saved.path("another-node");
+    run(
+        "mknod",
+        &[text(&other), "b", &major.to_string(), &minor.to_string()],
+    );
+    if let Err(why) = std::fs::File::open(&other) {
+        skip!("loop", "no device nodes in temporary directories: {why}");
+    }
+    let server = QemuNbd::start(&["--format=raw"], &other);
+    assert_eq!(attempt(&saved, &device.target(), true).await, ErrorKind::Busy);
+    server.quit();
+    assert!(device.content() == before);
+    let by_the_other = Target::Device { path: other };
+    let server = QemuNbd::start(&["--format=raw"], &device.device);
+    assert_eq!(attempt(&saved, &by_the_other, true).await, ErrorKind::Busy);
+    server.quit();
+    assert_eq!(attempt(&saved, &by_the_other, true).await, ErrorKind::Internal);
+    assert!(device.content() == saved.contents[0]);
 }
 
 #[tokio::test]

@@ -4,10 +4,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use disksnap::DomainDocument;
-use disksnap_backup::{Compression, ErrorKind, Form, PointRequest, Silent, restore_point};
+use disksnap_backup::{
+    Compression, ErrorKind, Form, PointRequest, Silent, Target, merge, restore_disks, restore_point,
+};
 use uuid::Uuid;
 
-use crate::rig::{Saved, document, names_in, reads_as, text};
+use crate::rig::{POINTS, Saved, document, names_in, reads_as, text};
 
 fn request(directory: &Path, form: Form) -> PointRequest {
     PointRequest {
@@ -195,4 +197,48 @@ async fn a_chain_that_is_being_changed_is_left_alone() {
     .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
     drop(lock);
+}
+
+/// A prune ends between the look at a manifest and the lock.
+#[tokio::test]
+async fn what_was_merged_since_it_was_looked_up_is_restored_and_what_was_dropped_is_told() {
+    let saved = Saved::new().await;
+    let drop = POINTS[..2].iter().map(|name| (*name).to_owned()).collect();
+    merge(&saved.repository, &saved.folder, &drop, &Silent)
+        .await
+        .unwrap();
+    let to = |name: &str| {
+        let path = saved.path(name);
+        vec![("vda".to_owned(), Target::Raw { path, sparse: true })]
+    };
+    for (n, kind) in [
+        (0, Some(ErrorKind::NotFound)),
+        (1, Some(ErrorKind::NotFound)),
+        (2, None),
+    ] {
+        let (point, out) = (&saved.points[n], format!("out-{n}"));
+        let disks = restore_disks(
+            &saved.repository,
+            &saved.folder,
+            point,
+            &to(&format!("{out}.raw")),
+            false,
+            &Silent,
+        )
+        .await;
+        assert_eq!(disks.err().map(|e| e.kind()), kind);
+        let form = Form::Qcow2(Compression::None);
+        let whole = restore_point(
+            &saved.repository,
+            &saved.folder,
+            point,
+            &request(&saved.path(&out), form),
+            &Silent,
+        )
+        .await;
+        assert_eq!(whole.err().map(|e| e.kind()), kind);
+    }
+    reads_as(&saved.path("out-2.raw"), "raw", &saved.contents[2]);
+    reads_as(&saved.path("out-2/vda.qcow2"), "qcow2", &saved.contents[2]);
+    assert_eq!(names_in(saved.dir.path()), ["out-2", "out-2.raw", "repository"]);
 }

@@ -102,7 +102,31 @@ pub(crate) async fn prune(context: &Context, prune: Prune) -> Outcome {
     let pruned = disksnap_backup::prune(&repository, &folder, &rules, prune.dry_run, &teller).await;
     teller.end();
     let pruned = pruned.map_err(|error| stopped(error, &stop))?;
-    context.out.show(&PrunedView(pruned), no_xml)
+    let held = held_back(&pruned);
+    context.out.show(&PrunedView(pruned), no_xml)?;
+    match held {
+        None => Ok(()),
+        Some(error) => Err(error.with("domain", &folder.id).into()),
+    }
+}
+
+/// What to say, with an error's exit code, of points that are in the way of others' going: else they would stay for ever, unnoticed.
+fn held_back(pruned: &Pruned) -> Option<Error> {
+    // The oldest one is held by all that hold any.
+    let oldest = pruned.held.first()?;
+    let why = format!(
+        "not all that no rule keeps could be dropped: it is not known what {} is built on",
+        oldest.by.join(", ")
+    );
+    let hint = format!(
+        "Put the manifest back from a copy of the repository; or give the point up: `disksnap backup merge --drop {}`. Then prune again.",
+        oldest.by.join(" --drop ")
+    );
+    Some(
+        Error::new(ErrorKind::Broken, why)
+            .during("backup prune")
+            .hint(hint),
+    )
 }
 
 #[derive(Debug, Serialize)]
@@ -183,6 +207,10 @@ impl Text for PrunedView {
         }
         for point in &pruned.dropped {
             rows.push(vec![drops.to_owned(), point.clone()]);
+        }
+        for held in &pruned.held {
+            let why = format!("{} may be built on it", held.by.join(", "));
+            rows.push(vec!["held".to_owned(), held.point.clone(), why]);
         }
         for doubtful in &pruned.doubtful {
             rows.push(vec![

@@ -1,6 +1,8 @@
 //! `disksnap backup restore`: every place that a disk can be restored to, and what stands against it.
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::process::Stdio;
 
 use disksnap_test_support::{DiskSpec, MIB, Qemu, QemuBuilder, pattern};
 use insta::assert_snapshot;
@@ -218,4 +220,113 @@ fn what_cannot_be_meant_is_told() {
     ] {
         restoring.fails(2, usage);
     }
+}
+
+#[test]
+fn a_mistyped_device_does_not_become_a_file_in_memory() {
+    let restoring = Restoring::new();
+    for words in [
+        ["--disk", "vda=/dev/disksnap-no-such-device", "--format=raw"],
+        ["--disk", "vda=/dev/disksnap-no-group/lv.qcow2", "--overwrite"],
+        ["--to", "/dev/disksnap-no-directory", "--format=raw"],
+    ] {
+        let told = restoring.fails(3, &words);
+        assert!(told.contains("there is no device of that name"), "{told}");
+        assert!(told.contains("nothing was changed"), "{told}");
+    }
+    let made = crate::site::list(Path::new("/dev"));
+    let ours = made.iter().find(|path| arg(path).contains("disksnap-no"));
+    assert_eq!(ours, None);
+}
+
+#[test]
+fn what_a_killed_restoration_left_goes_with_the_next() {
+    let restoring = Restoring::new();
+    for (format, name) in [("raw", "a.raw"), ("qcow2", "a.qcow2")] {
+        let folder = restoring.night.site.path(format);
+        std::fs::create_dir(&folder).unwrap();
+        let unfinished = || crate::site::list(&folder).into_iter().next();
+        let disk = format!("vda={}", arg(&folder.join(name)));
+        let words = restoring.words(&["--disk", &disk]);
+        // One that had come to its end is no loss: it is tried again.
+        let left = loop {
+            let mut child = restoring
+                .night
+                .site
+                .command(&words)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
+            while unfinished().is_none() && child.try_wait().unwrap().is_none() {
+                std::thread::yield_now();
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
+            match unfinished() {
+                Some(left) if left.file_name() != Some(name.as_ref()) => break left,
+                Some(done) => std::fs::remove_file(done).unwrap(),
+                None => {}
+            }
+        };
+        assert!(arg(&left).contains("/.disksnap-a."), "{}", left.display());
+        restoring.ok(&["--disk", &disk]);
+        assert_eq!(crate::site::list(&folder), [folder.join(name)]);
+        restoring.reads_as(&arg(&folder.join(name)), format, 1);
+    }
+}
+
+#[test]
+fn a_guest_that_has_run_is_not_let_on_over_restored_disks() {
+    let restoring = Restoring::new();
+    let (machine, xml) = (&restoring.night.machine, &restoring.night.xml);
+    machine.qmp("cont", serde_json::json!({}));
+    machine.qmp("stop", serde_json::json!({}));
+    let before = restoring.night.now("vda");
+    let told = restoring.fails(13, &["--into", xml, "--resume"]);
+    assert!(told.contains("the guest has run"), "{told}");
+    assert_eq!(machine.status(), "paused");
+    assert!(restoring.night.now("vda") == before);
+    let filling = restoring.night.site.json(&["-d", xml, "fill", "list"]);
+    assert_eq!(filling["filling"], serde_json::Value::Null, "{filling:#}");
+    // Who resets it may have it.
+    restoring.ok(&["--into", xml]);
+    assert_eq!(machine.status(), "paused");
+    assert!(restoring.night.now("vda") == restoring.then[1]);
+}
+
+#[test]
+fn of_two_into_one_domain_one_is_told_to_wait() {
+    let restoring = Restoring::new();
+    let xml = &restoring.night.xml;
+    let [first, last] = [&restoring.points[0], &restoring.points[1]];
+    let words = restoring.words(&[first, "--into", xml]);
+    let mut met = false;
+    while !met {
+        let mut command = restoring.night.site.command(&words);
+        let mut child = command
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut told = BufReader::new(child.stderr.take().unwrap()).lines();
+        assert!(
+            told.any(|line| line.unwrap().contains("\"begun\"")),
+            "it tells that it begins"
+        );
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+        // It stands still in the midst of it, unless it was too quick.
+        let filling = restoring.night.site.json(&["-d", xml, "fill", "list"]);
+        met = filling["filling"]["state"] == "open";
+        if met {
+            restoring.fails(6, &[last, "--into", xml]);
+        }
+        rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+        told.for_each(drop);
+        assert!(child.wait().unwrap().success());
+        assert!(restoring.night.now("vda") == restoring.then[0]);
+    }
+    restoring.ok(&[last, "--into", xml]);
+    assert!(restoring.night.now("vda") == restoring.then[1]);
 }

@@ -599,3 +599,55 @@ fn a_hypervisor_that_dies_mid_way_leaves_what_was_there_and_the_next_backup_is_w
     assert_eq!(level(&night.json(&["create"]), 0), "incremental");
     night.assert_tidy(1);
 }
+
+#[test]
+fn a_checkpoint_that_only_bears_the_name_is_not_trusted() {
+    let night = Night::new(Qemu::builder().disk(DiskSpec::new("vda", 16 * MIB).qcow2()));
+    put(&night.machine.disk("vda"), 0, 4 * MIB, 5);
+    let first = night.json(&["create"]);
+    let name = first["checkpoint"].as_str().unwrap();
+    put(&night.machine.disk("vda"), 4 * MIB, MIB, 6);
+    let own = ["-d", &night.xml];
+    night
+        .site
+        .ok(&[&own[..], &["checkpoint", "remove", name]].concat());
+    // Instants are told apart by the second.
+    std::thread::sleep(Duration::from_millis(1100));
+    let again = format!("--checkpoint={name}");
+    night
+        .site
+        .ok(&[&own[..], &["snapshot", "create", "--name", "other", &again]].concat());
+    night
+        .site
+        .ok(&[&own[..], &["snapshot", "delete", "other"]].concat());
+    put(&night.machine.disk("vda"), 8 * MIB, MIB, 7);
+    let second = night.json(&["create"]);
+    assert_eq!(level(&second, 0), "full", "{second:#}");
+    let why = second["disks"][0]["whyFull"].as_str().unwrap();
+    assert!(why.contains("is another one than that which began with"), "{why}");
+    assert!(night.read(&second, "vda") == night.now("vda"));
+    night.json(&["verify"]);
+}
+
+#[test]
+fn a_prune_says_what_holds_points_back_and_exits_so() {
+    let night = Night::new(Qemu::builder().disk(DiskSpec::new("vda", 2 * MIB).qcow2()));
+    let points: Vec<Value> = (0..4).map(|_| night.json(&["create", "--level=full"])).collect();
+    let name = |n: usize| points[n]["point"].as_str().unwrap().to_owned();
+    let torn = night.image(&points[1], "vda").with_file_name("manifest.json");
+    std::fs::write(torn, "{").unwrap();
+    let ended = night.site.run(&night.words(&["prune", "--keep-last", "1"]));
+    assert_eq!(ended.code, Some(11), "{}", ended.stderr);
+    let told = String::from_utf8(ended.stdout).unwrap();
+    assert!(told.contains(&format!("dropped     {}", name(2))), "{told}");
+    assert!(
+        told.contains(&format!("{} may be built on it", name(1))),
+        "{told}"
+    );
+    let hint = format!("backup merge --drop {}`", name(1));
+    assert!(ended.stderr.contains(&hint), "{}", ended.stderr);
+    night.json(&["merge", "--drop", &name(1)]);
+    let pruned = night.json(&["prune", "--keep-last", "1"]);
+    assert_eq!(pruned["dropped"], serde_json::json!([name(0)]), "{pruned:#}");
+    assert_eq!(pruned["held"], serde_json::json!([]));
+}
