@@ -20,6 +20,7 @@ use std::str::FromStr;
 use disksnap::{Error, ErrorKind};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use format::content_size;
 pub(crate) use overlay::{Has, Overlay, Span};
 pub(crate) use reader::{ChunksReader, digest, digest_of};
 pub(crate) use writer::{ChunksState, ChunksWriter, head};

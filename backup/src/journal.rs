@@ -5,14 +5,15 @@ use std::time::SystemTime;
 use disksnap::{CheckpointName, Disks, Quiesce, SnapshotId, SnapshotName};
 use disksnap::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
+use serde_json::value::{RawValue, to_raw_value};
 
 use crate::levels::Parent;
-use crate::{Compression, DiskEntry, DomainFolder, ImageState, Level, MachineEntry, Repository};
+use crate::{Compression, Digest, DiskEntry, DomainFolder, ImageState, Level, MachineEntry, Repository};
 
 /// The journal's file in the point's folder.
 pub(crate) const FILE: &str = "unfinished.json";
 /// No journal is longer, in bytes.
-const LIMIT: u64 = 256 << 20;
+const LIMIT: u64 = 64 << 20;
 
 /// Which level is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -73,6 +74,14 @@ pub(crate) struct Journal {
     pub(crate) disks: Vec<Begun>,
 }
 
+/// The file: a journal, and the digest of its text. What a bit that has tipped over makes of it could be an image that is only
+/// found to be wrong when it is needed.
+#[derive(Debug, Serialize, Deserialize)]
+struct Sealed<T> {
+    digest: Digest,
+    journal: T,
+}
+
 /// A disk that is being pulled, or has been.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Begun {
@@ -117,7 +126,9 @@ impl Journal {
 
     /// Writes it down, durably.
     pub(crate) async fn save(&self, repository: &Repository, folder: &DomainFolder) -> Result<()> {
-        let json = serde_json::to_vec(self).map_err(|e| defect("cannot write the journal", e))?;
+        let json = self
+            .to_json()
+            .map_err(|e| defect("cannot write the journal", e))?;
         let key = repository.key(folder, &self.point, FILE);
         repository.store().put(&key, &json).await
     }
@@ -142,20 +153,39 @@ impl Journal {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             bytes => bytes?,
         };
-        match serde_json::from_slice::<Self>(&bytes) {
+        match Self::from_json(&bytes) {
             Ok(journal) if journal.point == point => Ok(Some(journal)),
             Ok(_) => Err(Error::new(
                 ErrorKind::Broken,
                 "the journal of an unfinished backup is of another point",
             )
             .with("object", key)),
-            Err(error) => Err(Error::new(
-                ErrorKind::Broken,
-                "the journal of an unfinished backup cannot be read",
-            )
-            .with("object", key)
-            .because(error)),
+            Err(error) => Err(error.with("object", key)),
         }
+    }
+
+    pub(crate) fn to_json(&self) -> serde_json::Result<Vec<u8>> {
+        let journal = to_raw_value(self)?;
+        let digest = Digest::of(journal.get().as_bytes());
+        serde_json::to_vec(&Sealed { digest, journal })
+    }
+
+    /// # Errors
+    /// `Broken` for what [`Journal::to_json`] did not write.
+    pub(crate) fn from_json(text: &[u8]) -> Result<Self> {
+        let broken = |what: &str| {
+            Error::new(
+                ErrorKind::Broken,
+                format!("the journal of an unfinished backup cannot be read: {what}"),
+            )
+        };
+        let sealed: Sealed<&RawValue> =
+            serde_json::from_slice(text).map_err(|e| broken("it is damaged, or ends early").because(e))?;
+        let json = sealed.journal.get();
+        if Digest::of(json.as_bytes()) != sealed.digest {
+            return Err(broken("what it says is not what was written, by its digest"));
+        }
+        serde_json::from_str(json).map_err(|e| broken("a field is missing or wrong").because(e))
     }
 
     /// Ends it: the point has its manifest.

@@ -20,6 +20,7 @@
 //! | `serve` | the disks of a point over NBD, read-only, as long as somebody looks |
 //! | `verify` | reading everything back |
 //! | `merging`, `retention` | dropping points, and which |
+//! | `fuzzing` | doors for fuzz targets |
 //! | `progress` | what long acts tell, and how they are stopped |
 //!
 //! The formats are described in `docs/backup-format.md`.
@@ -27,6 +28,8 @@
 mod chain;
 mod create;
 mod digests;
+#[doc(hidden)]
+pub mod fuzzing;
 mod image;
 mod journal;
 mod levels;

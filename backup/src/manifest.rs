@@ -167,9 +167,7 @@ impl Manifest {
         let mut value = serde_json::to_value(self).map_err(written)?;
         value["format"] = FORMAT.into();
         value["version"] = VERSION.into();
-        let digest = digest_of(&mut value);
-        value["digest"] = digest.to_string().into();
-        let mut text = serde_json::to_vec_pretty(&value).map_err(written)?;
+        let mut text = serde_json::to_vec_pretty(&seal(value)).map_err(written)?;
         text.push(b'\n');
         Ok(text)
     }
@@ -255,6 +253,16 @@ fn digest_of(value: &mut Value) -> Digest {
     // Sorted by itself, unless somebody in the build asks serde_json to keep the order.
     value.sort_all_objects();
     Digest::of(value.to_string().as_bytes())
+}
+
+/// With the digest of what it says, whatever that is.
+pub(crate) fn seal(mut value: Value) -> Value {
+    if let Some(fields) = value.as_object_mut() {
+        fields.remove("digest");
+        let digest = digest_of(&mut value).to_string();
+        value["digest"] = digest.into();
+    }
+    value
 }
 
 /// A relative path of ordinary parts: what may follow a point's folder in a key.

@@ -24,6 +24,12 @@ pub(super) fn header(size: u64) -> [u8; HEADER] {
     out
 }
 
+/// The size of the disk that a file of digests is of, by its header.
+pub(crate) fn content_size(file: &[u8]) -> Option<u64> {
+    let size = file.get(16..24)?.try_into().ok()?;
+    Some(u64::from_le_bytes(size))
+}
+
 /// A record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Record {

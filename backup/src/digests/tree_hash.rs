@@ -55,9 +55,16 @@ impl TreeHash {
     pub(crate) fn resume(mut self, tail: Vec<u8>) -> Option<Self> {
         let sound = self.subtrees.len() == self.segments.count_ones() as usize
             && tail.len() <= SEGMENT
+            && (self.segments == 0 || !tail.is_empty())
             && self.segments < 1 << 48;
         self.tail = tail;
         sound.then_some(self)
+    }
+
+    /// How much was added, in bytes.
+    pub(crate) fn length(&self) -> Option<u64> {
+        let whole = self.segments.checked_mul(SEGMENT as u64)?;
+        whole.checked_add(self.tail.len() as u64)
     }
 
     fn tail_value(&self) -> ChainingValue {

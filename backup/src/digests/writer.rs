@@ -28,6 +28,21 @@ enum Pending {
     Data { first: u64, digests: Vec<u8> },
 }
 
+impl Pending {
+    /// Whether it is a run of these chunks.
+    fn is_within(&self, chunks: u64) -> bool {
+        let (first, count, whole) = match self {
+            Self::None => return true,
+            Self::Zero { first, count } => (*first, *count, true),
+            Self::Data { first, digests } => {
+                let count = (digests.len() / DIGEST) as u64;
+                (*first, count, digests.len().is_multiple_of(DIGEST))
+            }
+        };
+        whole && count > 0 && first.checked_add(count).is_some_and(|end| end <= chunks)
+    }
+}
+
 /// What of a [`ChunksWriter`] must be known to go on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ChunksState {
@@ -113,8 +128,8 @@ impl ChunksWriter {
         }
     }
 
-    /// Goes on from such a state; `None` for one that cannot be.
-    pub(crate) fn resume(state: ChunksState) -> Option<Self> {
+    /// Goes on from such a state of a file of this length, which tells of the disk's first `chunks`; `None` for one that cannot be.
+    pub(crate) fn resume(state: ChunksState, chunks: u64, length: u64) -> Option<Self> {
         let hash = state.hash.resume(state.tail.open(1 << 20)?)?;
         let run = match (state.zero, state.data) {
             (None, None) => Pending::None,
@@ -125,7 +140,8 @@ impl ChunksWriter {
             },
             (Some(_), Some(_)) => return None,
         };
-        Some(Self {
+        let sound = hash.length() == Some(length) && run.is_within(chunks);
+        sound.then_some(Self {
             hash,
             run,
             out: Vec::new(),

@@ -113,9 +113,10 @@ impl Written {
         image: Box<dyn BlobWriter>,
         chunks: Box<dyn BlobWriter>,
     ) -> Result<Self> {
-        let layout = Layout::resume(spec.size, is_zstd(spec), &state.layout);
-        let layout = layout.filter(|layout| layout.end() == state.image_length);
-        let (Some(layout), Some(digests)) = (layout, ChunksWriter::resume(state.digests)) else {
+        let layout = Layout::resume(spec.size, is_zstd(spec), &state.layout, state.image_length);
+        let digests = ChunksWriter::resume(state.digests, end.div_ceil(crate::CHUNK), state.chunks_length);
+        let known = state.data.checked_add(state.zero).filter(|known| *known <= end);
+        let (Some(layout), Some(digests), Some(_)) = (layout, digests, known) else {
             return Err(unsound(&keys));
         };
         let (size, backing, data, zero) = (spec.size, spec.backing.clone(), state.data, state.zero);

@@ -17,6 +17,10 @@ use crate::image::Packed;
 
 /// How many clusters of the file one block of refcounts counts: 2 GiB.
 const BLOCK: usize = CHUNK_BYTES / 2;
+/// The longest table of refcounts that QEMU opens (`QCOW_MAX_REFTABLE_SIZE`), in bytes.
+const MAX_TABLE: usize = 8 << 20;
+/// More uses than a cluster can have: each takes some bytes of it.
+const MAX_USES: u16 = 1 << 14;
 /// What fills clusters up.
 static ZEROES: [u8; CHUNK_BYTES] = [0; CHUNK_BYTES];
 
@@ -79,6 +83,7 @@ impl Layout {
     }
 
     /// How long the file is with all that was handed out.
+    #[cfg(test)]
     pub(crate) fn end(&self) -> u64 {
         self.end
     }
@@ -153,8 +158,11 @@ impl Layout {
         }
     }
 
-    /// Goes on from such a state; `None` for one that cannot be.
-    pub(crate) fn resume(size: u64, zstd: bool, state: &LayoutState) -> Option<Self> {
+    /// Goes on from such a state of a file of this length; `None` for one that cannot be.
+    pub(crate) fn resume(size: u64, zstd: bool, state: &LayoutState, length: u64) -> Option<Self> {
+        if state.end != length || length < CLUSTER {
+            return None;
+        }
         let entries = l1_entries(size);
         let l1 = from_be(&state.l1.open(to_usize(entries) * 8)?);
         let l2 = match &state.l2 {
@@ -165,18 +173,18 @@ impl Layout {
             None => None,
         };
         let used = to_usize(state.end.div_ceil(CLUSTER));
-        let blocks = from_be(&state.blocks.open((used / BLOCK) * 8)?);
-        let refcounts = from_be_16(
-            &state
-                .refcounts
-                .open(used.checked_sub(blocks.len() * BLOCK)? * 2)?,
-        );
+        let blocks = from_be(&state.blocks.open(MAX_TABLE)?);
+        // Those that no full block counts.
+        let rest = used
+            .checked_sub(blocks.len() * BLOCK)
+            .filter(|rest| *rest <= BLOCK)?;
+        let refcounts = from_be_16(&state.refcounts.open(rest * 2)?);
         let sound = l1.len() as u64 == entries
             && l2
                 .as_ref()
                 .is_none_or(|(_, table)| table.len() as u64 == L2_ENTRIES)
-            && refcounts.len() + blocks.len() * BLOCK == used
-            && state.end >= CLUSTER;
+            && refcounts.len() == rest
+            && refcounts.iter().all(|uses| *uses < MAX_USES);
         sound.then(|| Self {
             size,
             zstd,
@@ -392,7 +400,7 @@ mod tests {
                 layout.data(stored);
                 append(&mut layout, image.as_file());
                 if batch % 1000 == 17 {
-                    layout = Layout::resume(size, zstd, &layout.state()).unwrap();
+                    layout = Layout::resume(size, zstd, &layout.state(), layout.end()).unwrap();
                 }
             }
             let header = layout.finish(None);
