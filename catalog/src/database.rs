@@ -100,7 +100,9 @@ impl Database {
         let mut connection = self.connection.clone().lock_owned().await;
         off_executor(move || {
             let mut attempt = || commit(&mut connection, &step).map_err(|fault| fault.about(what, &path));
-            faults::before("catalog", what);
+            // It is what an error says.
+            let act = what.trim_start_matches("cannot ");
+            faults::before("catalog", act);
             let written = match attempt() {
                 Err(error)
                     if error.kind() == ErrorKind::NoSpace
@@ -111,7 +113,7 @@ impl Database {
                 }
                 result => result,
             };
-            faults::after("catalog", what);
+            faults::after("catalog", act);
             written
         })
         .await

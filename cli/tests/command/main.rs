@@ -16,6 +16,7 @@ mod daemons;
 mod disk_life;
 mod every_method;
 mod exports;
+mod fault_points;
 mod filling;
 mod guardian;
 mod help;
