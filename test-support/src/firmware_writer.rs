@@ -144,15 +144,38 @@ fn place(round: u32, places: u32) -> usize {
 /// # Errors
 /// What is not as it was at any one instant: every sector is looked at.
 pub fn firmware_writer_round(disk: &[u8]) -> Result<u32, String> {
-    let sectors = disk.chunks(usize::try_from(SECTOR).expect("a sector fits"));
-    let found: Vec<u32> = sectors
-        .enumerate()
+    let found = numbers(disk)?;
+    as_after(vec![0; found.len()], &found, found[0])
+}
+
+/// The same of a writer that was started on a disk that held what an earlier one, or several, had left: `before`. Round 0 is
+/// its boot, in which it has not written its first number yet.
+///
+/// # Errors
+/// As of [`firmware_writer_round`].
+pub fn firmware_writer_round_over(before: &[u8], disk: &[u8]) -> Result<u32, String> {
+    let (before, found) = (numbers(before)?, numbers(disk)?);
+    if found[0] == before[0] && as_after(before.clone(), &found, 0).is_ok() {
+        return Ok(0);
+    }
+    as_after(before, &found, found[0])
+}
+
+fn numbers(disk: &[u8]) -> Result<Vec<u32>, String> {
+    let sectors = disk
+        .chunks(usize::try_from(SECTOR).expect("a sector fits"))
+        .enumerate();
+    sectors
         .map(|(at, sector)| number(sector).ok_or_else(|| format!("sector {at} is torn")))
-        .collect::<Result<_, _>>()?;
-    let places = places(disk.len() as u64);
-    let round = found[0];
-    let mut expected = vec![0; found.len()];
-    expected[0] = round;
+        .collect()
+}
+
+/// Whether what was found is what these sectors were after so many rounds, or in the midst of the next one.
+fn as_after(mut expected: Vec<u32>, found: &[u32], round: u32) -> Result<u32, String> {
+    let places = places(expected.len() as u64 * SECTOR);
+    if round > 0 {
+        expected[0] = round;
+    }
     for earlier in 1..=round {
         expected[place(earlier, places)] = earlier;
     }
@@ -195,6 +218,26 @@ mod tests {
             }
         }
         disk
+    }
+
+    #[test]
+    fn a_writer_that_was_started_again_is_told_from_the_one_before() {
+        let before = after(60, false, 100);
+        let mut disk = before.clone();
+        assert_eq!(firmware_writer_round_over(&before, &disk), Ok(0));
+        let mut write = |at: usize, n: u32| {
+            for word in disk[at * 512..][..512].chunks_mut(4) {
+                word.copy_from_slice(&n.to_le_bytes());
+            }
+        };
+        write(place(1, places(51200)), 1);
+        write(0, 1);
+        write(place(2, places(51200)), 2);
+        assert_eq!(firmware_writer_round_over(&before, &disk), Ok(1));
+        firmware_writer_round(&disk).expect_err("it is over something");
+        let lost = place(60, places(51200)) * 512;
+        disk[lost..lost + 512].fill(0);
+        firmware_writer_round_over(&before, &disk).expect_err("what was there before is lost");
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub mod tools;
 mod writer;
 
 pub use disk::{Bus, DiskSpec, Format, GuestDisk};
-pub use firmware_writer::firmware_writer_round;
+pub use firmware_writer::{firmware_writer_round, firmware_writer_round_over};
 pub use guest::GuestSetup;
 pub use loop_fs::{LoopFs, LoopFsKind, loop_fs, replay_journal};
 pub use lvm_guest::{GuestOutput, LvmGuest};

@@ -40,9 +40,19 @@ impl Process {
 
     /// Starts it again with the same arguments, ending it first if it still runs.
     pub(crate) fn restart(&self) {
+        self.restart_with(&self.args);
+    }
+
+    /// Starts it again with other arguments, once.
+    pub(crate) fn restart_with(&self, args: &[OsString]) {
         self.kill();
-        let child = spawn(self.name, &self.program, &self.args, &self.dir);
+        let child = spawn(self.name, &self.program, args, &self.dir);
         *self.lock() = child;
+    }
+
+    /// What it was started with at first.
+    pub(crate) fn args(&self) -> &[OsString] {
+        &self.args
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Child> {

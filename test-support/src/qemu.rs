@@ -381,6 +381,22 @@ impl Qemu {
         *self.monitor() = connect(&self.process, self.dir.path());
     }
 
+    /// Starts it again with its disks on these images, of the formats that they had at first, ending it first if it runs: what
+    /// an overlay is over is what its header names.
+    pub fn restart_on(&self, images: &[(&str, &Path)]) {
+        let moved = |arg: &OsString| {
+            let text = arg.to_string_lossy().into_owned();
+            let each = images.iter().map(|(target, image)| (self.image(target), image));
+            let moved = each.fold(text, |text, (from, to)| {
+                text.replace(&format!("{}\"", from.display()), &format!("{}\"", to.display()))
+            });
+            OsString::from(moved)
+        };
+        let args: Vec<OsString> = self.process.args().iter().map(moved).collect();
+        self.process.restart_with(&args);
+        *self.monitor() = connect(&self.process, self.dir.path());
+    }
+
     /// What QEMU printed so far.
     #[must_use]
     pub fn log(&self) -> String {
