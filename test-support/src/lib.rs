@@ -7,7 +7,7 @@
 //! - [`need!`], [`skip!`]: tests that not every machine can run
 //! - [`StorageDaemon`]: block nodes and jobs with no guest; the test is the guest
 //! - [`Qemu`]: a whole machine, idle, with the test guest ([`GuestSetup`]) or with a writer that needs no guest kernel
-//! - [`LvmGuest`]: a guest in which tests run that need LVM
+//! - [`LvmGuest`]: a guest in which tests run that need LVM; [`SavedLvmGuest`]: one as it was at a moment
 //! - [`GuestDisk`], [`Writer`]: the guest's side of the disks
 //! - [`small_fs()`]: a file system that fills up; [`loop_fs()`]: btrfs or XFS
 //! - [`pattern`]: bytes, digests, repeatable random numbers
@@ -28,6 +28,7 @@ mod process;
 mod qemu;
 mod qmp;
 pub mod require;
+mod saved_guest;
 mod small_fs;
 mod storage_daemon;
 pub mod tools;
@@ -41,6 +42,7 @@ pub use lvm_guest::{GuestOutput, LvmGuest};
 pub use pattern::{GIB, KIB, MIB};
 pub use qemu::{Qemu, QemuBuilder};
 pub use qmp::Monitor;
+pub use saved_guest::SavedLvmGuest;
 pub use small_fs::{SmallFs, small_fs};
 pub use storage_daemon::{StorageDaemon, StorageDaemonBuilder};
 pub use tools::QemuVersion;

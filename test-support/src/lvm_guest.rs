@@ -7,7 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -21,6 +21,10 @@ const SILENCE: Duration = Duration::from_mins(15);
 /// The processor's own counter is measured at boot, and wrongly when others want the host's processors at that moment: the
 /// guest's clock then runs several times too fast, and deadlines in it pass.
 const CLOCK: &str = "tsc=unstable clocksource=hpet nolapic_timer";
+
+/// Its sockets in its directory: for the test's messages, and the monitor.
+const PORT: &str = "port.sock";
+pub(crate) const MONITOR: &str = "qmp.sock";
 
 /// How much of a file goes in one message: the guest's memory holds it whole.
 const PIECE: usize = 1 << 20;
@@ -39,10 +43,12 @@ pub struct GuestOutput {
 /// A running guest. Dropping it kills it.
 #[derive(Debug)]
 pub struct LvmGuest {
-    process: Process,
+    pub(crate) process: Process,
     port: UnixStream,
+    pub(crate) initrds: Vec<&'static str>,
+    pub(crate) disks: usize,
     // Last: the directory goes after the process.
-    dir: TempDir,
+    pub(crate) dir: TempDir,
 }
 
 impl LvmGuest {
@@ -60,18 +66,33 @@ impl LvmGuest {
         Self::start_of(&["lvm-initrd.img", "machine-initrd.img"], disks)
     }
 
-    fn start_of(initrds: &[&str], disks: &[u64]) -> Self {
+    fn start_of(initrds: &[&'static str], disks: &[u64]) -> Self {
         let dir = crate::temp_dir();
-        let socket = dir.path().join("port.sock");
-        let initrd = initrd(dir.path(), initrds);
-        let args = arguments(dir.path(), &socket, &initrd, disks);
-        let program = crate::tools::program("qemu-system-x86_64");
-        let process = Process::start("lvm-guest", program, args, dir.path());
-        let port = connect(&process, &socket);
-        let mut guest = Self { process, port, dir };
+        for (n, size) in disks.iter().enumerate() {
+            let made = File::create(disk(dir.path(), n)).and_then(|made| made.set_len(*size));
+            made.expect("a disk's image can be made");
+        }
+        let mut guest = Self::launch(dir, initrds, disks.len(), &[]);
         let (letter, _) = guest.receive();
         assert_eq!(letter, b'H', "the guest begins with another word");
         guest
+    }
+
+    /// Starts the machine on the disks that are in the directory.
+    pub(crate) fn launch(dir: TempDir, initrds: &[&'static str], disks: usize, more: &[&str]) -> Self {
+        let initrd = initrd(dir.path(), initrds);
+        let mut args = arguments(dir.path(), &initrd, disks);
+        args.extend(more.iter().map(Into::into));
+        let program = crate::tools::program("qemu-system-x86_64");
+        let process = Process::start("lvm-guest", program, args, dir.path());
+        let port = connect(&process, &dir.path().join(PORT));
+        Self {
+            process,
+            port,
+            initrds: initrds.to_vec(),
+            disks,
+            dir,
+        }
     }
 
     /// Puts a file of the host into the guest, to be run there, and returns its path there.
@@ -182,10 +203,17 @@ fn initrd(dir: &Path, names: &[&str]) -> String {
     path.to_string_lossy().into_owned()
 }
 
-fn arguments(dir: &Path, socket: &Path, initrd: &str, disks: &[u64]) -> Vec<OsString> {
+/// Where the image of a disk is.
+pub(crate) fn disk(dir: &Path, n: usize) -> PathBuf {
+    dir.join(format!("disk{n}"))
+}
+
+fn arguments(dir: &Path, initrd: &str, disks: usize) -> Vec<OsString> {
     let kernel = file("vmlinux");
     let serial = format!("file:{}", dir.join("serial.log").display());
-    let port = format!("socket,id=port,path={},server=on,wait=off", socket.display());
+    let socket = |id: &str, name| format!("{id}{},server=on,wait=off", dir.join(name).display());
+    let port = socket("socket,id=port,path=", PORT);
+    let monitor = socket("unix:", MONITOR);
     // One processor: under emulation a second only costs. Without rdrand the first `pvcreate` waits for entropy.
     let line = format!("{KERNEL_ARGUMENTS} {CLOCK}");
     let fixed = "-nodefaults -no-user-config -display none -no-reboot -machine q35,usb=off,graphics=off \
@@ -198,12 +226,11 @@ fn arguments(dir: &Path, socket: &Path, initrd: &str, disks: &[u64]) -> Vec<OsSt
         ["-append", &line],
         ["-serial", &serial],
         ["-chardev", &port],
+        ["-qmp", &monitor],
     ];
     args.extend(told.iter().flatten().map(Into::into));
-    for (n, size) in disks.iter().enumerate() {
-        let image = dir.join(format!("disk{n}"));
-        let made = File::create(&image).and_then(|made| made.set_len(*size));
-        made.expect("a disk's image can be made");
+    for n in 0..disks {
+        let image = disk(dir, n);
         let node = format!(
             "node-name=disk{n},driver=raw,discard=unmap,file.driver=file,file.filename={},file.cache.no-flush=on",
             image.display()

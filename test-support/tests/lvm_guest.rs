@@ -30,3 +30,29 @@ fn programs_run_in_it_and_volumes_can_be_made() {
     assert!(made.stdout.ends_with("4194304B\n"), "{made:?}");
     assert!(!guest.serial().contains("GUEST FAILED"), "{}", guest.serial());
 }
+
+#[test]
+fn it_goes_on_from_where_it_was_saved_as_often_as_wanted() {
+    need!("lvm");
+    let guest = LvmGuest::start(&[64 * MIB, 64 * MIB]);
+    let shell = |guest: &mut LvmGuest, script: &str| {
+        let ended = guest.run(&["sh", "-ec", script]);
+        assert_eq!(ended.status, 0, "{script}: {ended:?}\n{}", guest.serial());
+        ended.stdout
+    };
+    let mut first = guest;
+    shell(
+        &mut first,
+        "vgcreate vg /dev/vda; lvcreate -L 4M -n lv vg; echo here > /tmp/word",
+    );
+    let saved = first.save();
+    for _ in 0..2 {
+        let mut guest = saved.restore();
+        let found = shell(&mut guest, "cat /tmp/word; lvs --noheadings -o lv_name vg");
+        assert_eq!(found.split_whitespace().collect::<Vec<_>>(), ["here", "lv"]);
+        shell(
+            &mut guest,
+            "rm /tmp/word; lvremove -y vg/lv; lvcreate -L 8M -n other vg",
+        );
+    }
+}
