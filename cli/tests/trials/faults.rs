@@ -264,7 +264,7 @@ fn guarded<T>(act: impl FnOnce() -> T) -> Result<T, String> {
 }
 
 /// Each passing of each point, in the order of the log.
-fn points(log: &str) -> Vec<Point> {
+pub(crate) fn points(log: &str) -> Vec<Point> {
     let mut passed: BTreeMap<&str, usize> = BTreeMap::new();
     let mut all = Vec::new();
     for name in log.lines() {
@@ -279,7 +279,7 @@ fn points(log: &str) -> Vec<Point> {
 }
 
 /// So many of them, each as likely as any other.
-fn some(mut points: Vec<Point>, count: usize, random: &mut Random) -> Vec<Point> {
+pub(crate) fn some(mut points: Vec<Point>, count: usize, random: &mut Random) -> Vec<Point> {
     let mut chosen = Vec::new();
     while chosen.len() < count && !points.is_empty() {
         let at = usize::try_from(random.below(points.len() as u64)).unwrap();
@@ -313,7 +313,7 @@ impl Plan {
     }
 }
 
-fn seed() -> u64 {
+pub(crate) fn seed() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     u64::from(now.unwrap().subsec_nanos())
 }

@@ -14,7 +14,7 @@ use crate::scene::{Scene, TARGETS};
 use crate::site::{Site, arg, list};
 
 /// A guardian that ends, a guest that gets its turn: no hurry, since what never comes fails in any case.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Everything, of a scene whose state directory is its own. What is under way by itself, such as the end of a guardian, is
 /// waited for.
@@ -242,7 +242,8 @@ impl Owned {
 
     /// Whether the name of a node, job, bitmap or export, or the path of a file, is one of this domain's.
     fn is_owner_of(&self, name: &str) -> bool {
-        self.ids.iter().any(|id| name.contains(id.as_str()))
+        let plain = name.replace('-', "");
+        self.ids.iter().any(|id| plain.contains(id.as_str()))
             || self.document.contains(name)
             || name
                 .strip_prefix("bitmap ")

@@ -124,7 +124,7 @@ fn files(root: &Path, dir: &Path, names: &mut Vec<String>) {
 }
 
 /// What a list of the command's tells of each, but for what is never the same.
-fn listed(list: &Value) -> impl Iterator<Item = String> {
+pub(crate) fn listed(list: &Value) -> impl Iterator<Item = String> {
     let changes = ["created", "id", "uri", "window", "consistency"];
     let lists = list.as_object().into_iter().flatten();
     let lists = lists.filter_map(|(_, list)| list.as_array().cloned());
@@ -136,29 +136,42 @@ fn listed(list: &Value) -> impl Iterator<Item = String> {
     })
 }
 
-/// Without the numbers that are made anew each time: eight hexadecimal digits and more become `#`.
+/// Without the numbers that are made anew each time: eight hexadecimal digits and more, and UUIDs, become `#`.
 pub(crate) fn plain(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
-    let mut digits = String::new();
+    let mut number = String::new();
     for c in text.chars().chain(['\n']) {
-        if c.is_ascii_hexdigit() {
-            digits.push(c);
+        // A dash belongs to a number where it is in a UUID.
+        if c.is_ascii_hexdigit() || (c == '-' && is_uuid_until(&number)) {
+            number.push(c);
             continue;
         }
-        if digits.len() < 8 {
-            out.push_str(&digits);
+        if number.len() < 8 {
+            out.push_str(&number);
         } else {
             out.push('#');
+            out.extend(number.strip_suffix('-').map(|_| '-'));
         }
-        digits.clear();
+        number.clear();
         out.push(c);
     }
     out.pop();
     out
 }
 
+/// Whether a UUID has a dash behind these digits.
+fn is_uuid_until(number: &str) -> bool {
+    let groups: Vec<usize> = number.split('-').map(str::len).collect();
+    [&[8][..], &[8, 4], &[8, 4, 4], &[8, 4, 4, 4]].contains(&&groups[..])
+}
+
 #[test]
 fn numbers_made_anew_are_left_out() {
     assert_eq!(plain("ds-0123456789ab-vda-cbw"), "ds-#-vda-cbw");
     assert_eq!(plain("a face of 1234567"), "a face of 1234567");
+    assert_eq!(
+        plain("c8b7e5f1-4738-4f86-aad0-c33ebdb96a29-vda.fleece"),
+        "#-vda.fleece"
+    );
+    assert_eq!(plain("01234567-vda"), "#-vda");
 }
