@@ -90,7 +90,8 @@ fn open(path: &Path, create: bool) -> io::Result<File> {
         .truncate(false)
         .mode(0o600)
         .custom_flags(no_follow);
-    if create {
+    // To open the one that there is has no effect.
+    if create && !path.exists() {
         faults::around("file", "make lock", || options.open(path))
     } else {
         options.open(path)
