@@ -10,6 +10,7 @@
 //! A program calls [`run_if_asked`] first of all: while a guest stands still, a second process of the
 //! same program watches over it.
 
+mod chain;
 mod changed;
 mod disk;
 mod domain;
@@ -19,8 +20,10 @@ mod reader;
 mod remote;
 mod save;
 mod sparse;
+mod unfinished;
 mod update;
 
+pub use chain::AddedChain;
 pub use changed::{ChangeStream, ChangedExtent};
 pub use disk::{DiskReader, Piece, Pieces};
 pub use disksnap_catalog::{SqliteCatalog, StateDir};
@@ -36,6 +39,7 @@ pub use open::{Disksnap, methods};
 pub use reader::{SnapshotReader, nbd_uri};
 pub use remote::RemoteDisk;
 pub use sparse::write_sparse;
+pub use unfinished::{UnfinishedFolder, unfinished_file};
 
 // A dependency that nothing names is not linked, and then registers nothing, silently.
 #[cfg(feature = "btrfs")]

@@ -172,7 +172,11 @@ pub(crate) enum DomainCommand {
     /// List the domains that are known
     List,
     /// Bring the domain's document up to date, where a snapshot, merge or revert has given it other disks
-    Update,
+    Update {
+        /// Write into it too which images the disks stand on, as the images' own headers say: they are trusted by this, so look first
+        #[arg(long)]
+        chain: bool,
+    },
     /// Print the domain's XML as it is now, with its exports and snapshots in it
     Show,
 }

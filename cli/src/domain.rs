@@ -2,8 +2,8 @@
 
 use disksnap::xml::Element;
 use disksnap::{
-    Checkpoint, CheckpointName, Definition, Disk, Domain, DomainDocument, DomainId, Inspected, Result,
-    Serving, read_document,
+    AddedChain, BackingStore, Checkpoint, CheckpointName, Definition, Disk, Domain, DomainDocument, DomainId,
+    Inspected, Result, Serving, Source, read_document,
 };
 use serde::Serialize;
 
@@ -32,18 +32,25 @@ pub(crate) async fn run(context: &Context, command: DomainCommand) -> Outcome {
                 .show(&IdView::new(&id, "undefined"), || element(&id).to_document())
         }
         DomainCommand::List => list(context).await,
-        DomainCommand::Update => update(context).await,
+        DomainCommand::Update { chain } => update(context, chain).await,
         DomainCommand::Show => show(context).await,
     }
 }
 
 /// The catalog knows what the document does not: a kill between the two, or `--keep-document`, left it behind.
-async fn update(context: &Context) -> Outcome {
+///
+/// With `chain`, what the headers of the images name is written too.
+async fn update(context: &Context, chain: bool) -> Outcome {
     let target = context.target().await?;
     let disks = target.disksnap.dispatcher().outdated(&target.domain).await?;
-    let document = target.disksnap.update(&target.given, &disks).await?;
+    let mut document = target.disksnap.update(&target.given, &disks).await?;
+    let mut added = Vec::new();
+    if chain {
+        (document, added) = target.disksnap.add_chains(&target.given).await?;
+    }
     let view = Updated {
         targets: disks.into_iter().map(|disk| disk.target).collect(),
+        added: added.iter().map(AddedView::new).collect(),
     };
     context.out.show(&view, || Ok(document.text().to_owned()))
 }
@@ -147,14 +154,62 @@ impl IdView {
 #[derive(Debug, Serialize)]
 struct Updated {
     targets: Vec<String>,
+    /// The images that the document did not name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    added: Vec<AddedView>,
 }
 
 impl Text for Updated {
     fn text(&self) -> String {
-        if self.targets.is_empty() {
-            "The document is up to date.\n".to_owned()
-        } else {
-            format!("brought up to date: {}\n", self.targets.join(", "))
+        let mut text = String::new();
+        if !self.targets.is_empty() {
+            text = format!("brought up to date: {}\n", self.targets.join(", "));
+        }
+        self.added.iter().for_each(|added| text += &added.text);
+        if text.is_empty() {
+            "The document is up to date.\n".clone_into(&mut text);
+        }
+        text
+    }
+}
+
+/// What was added to one disk.
+#[derive(Debug, Serialize)]
+struct AddedView {
+    disk: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<SourceView>,
+    layers: Vec<SourceView>,
+    #[serde(skip)]
+    text: String,
+}
+
+impl AddedView {
+    fn new(added: &AddedChain) -> Self {
+        let mut text = format!("{}: the document names these images now:\n", added.target);
+        let mut line = |what: &str, source: &Source, format: Option<&String>| {
+            text += &format!("  {what}{source}");
+            text += &format.map_or_else(String::new, |format| format!(" ({format})"));
+            text += "\n";
+        };
+        if let Some(data) = &added.data_store {
+            line("data in ", &data.source, None);
+        }
+        for layer in &added.layers {
+            line("", &layer.source, layer.format.as_ref());
+            if let Some(data) = &layer.data_store {
+                line("  its data in ", &data.source, None);
+            }
+        }
+        let view = |layer: &BackingStore| SourceView::new(&layer.source, layer.format.as_deref());
+        Self {
+            disk: added.target.clone(),
+            data: added
+                .data_store
+                .as_ref()
+                .map(|data| SourceView::new(&data.source, Some("raw"))),
+            layers: added.layers.iter().map(view).collect(),
+            text,
         }
     }
 }

@@ -156,6 +156,9 @@ pub struct BackingStore {
     pub format: Option<String>,
     /// Where the layer's bytes are.
     pub source: Source,
+    /// Where a qcow2 layer keeps the data when not in itself, as far as the document says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_store: Option<DataStore>,
     /// The layer below; `None` where the chain ends or the document does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<Box<BackingStore>>,

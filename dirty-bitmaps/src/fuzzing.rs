@@ -1,4 +1,4 @@
-//! A door for a fuzz target: what `qemu-img info` prints of a chain of images. Not part of the interface.
+//! A door for a fuzz target: what `qemu-img info` prints of an image. Not part of the interface.
 
 use crate::off;
 
@@ -7,9 +7,10 @@ use crate::off;
 /// # Panics
 /// If a bitmap is told of an image that the chain does not have.
 pub fn info(data: &[u8]) {
-    let Ok(layers) = off::read(&String::from_utf8_lossy(data)) else {
+    let Ok(image) = off::read(&String::from_utf8_lossy(data)) else {
         return;
     };
+    let layers = off::Layers::of(vec![image]);
     let told = off::tell(&layers);
     assert!(
         told.bitmaps

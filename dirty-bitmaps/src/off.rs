@@ -2,12 +2,13 @@
 //!
 //! One step after another: nobody writes meanwhile, and each is such that the whole can be done again.
 
+use std::iter::successors;
 use std::path::Path;
 
 use disksnap_core::{
     DirtyBitmap, Disk, Ending, Error, ErrorKind, Result, SCRATCH_BITMAP, Source, Start, Trackable, Tracked,
 };
-use disksnap_image_file::{QemuImg, raw_data_of};
+use disksnap_image_file::{QemuImg, check_said, raw_data_of};
 use serde::Deserialize;
 
 use crate::{GRANULARITY, OLD_QCOW2};
@@ -91,25 +92,48 @@ async fn run(arguments: &[&str]) -> Result<String> {
     })
 }
 
-async fn layers_of(path: &str) -> Result<Layers> {
-    let said = run(&["info", "--output=json", "--backing-chain", "-f", "qcow2", path]).await?;
-    read(&said)
+/// The images of a disk, by its document; each is looked at by itself. What else a header names is refused, since `qemu-img` would
+/// open it.
+async fn layers_of(disk: &Disk, path: &str) -> Result<Layers> {
+    check_said(disk)?;
+    let mut images = vec![image_at(path).await?];
+    for layer in successors(disk.backing.as_ref(), |layer| layer.backing.as_deref()) {
+        let place = layer
+            .source
+            .path()
+            .filter(|_| layer.format.as_deref() == Some("qcow2"));
+        // Another format has no bitmaps; what is not there was merged since the document was read.
+        images.push(
+            match place.filter(|place| place.exists()).and_then(Path::to_str) {
+                Some(place) => image_at(place).await?,
+                None => Image::without_bitmaps(&layer.source),
+            },
+        );
+    }
+    Ok(Layers::of(images))
 }
 
-/// What `qemu-img info --backing-chain` says of a disk.
-pub(crate) fn read(said: &str) -> Result<Layers> {
-    let images: Vec<Image> = serde_json::from_str(said).map_err(|e| {
+async fn image_at(path: &str) -> Result<Image> {
+    read(&run(&["info", "--output=json", "-f", "qcow2", path]).await?)
+}
+
+/// What `qemu-img info` says of an image.
+pub(crate) fn read(said: &str) -> Result<Image> {
+    serde_json::from_str(said).map_err(|e| {
         Error::new(
             ErrorKind::Protocol,
             "the answer of qemu-img info is not what it should be",
         )
         .because(e)
-    })?;
-    let size = images.first().map_or(0, |image| image.virtual_size);
-    Ok(Layers { size, images })
+    })
 }
 
 impl Layers {
+    pub(crate) fn of(images: Vec<Image>) -> Self {
+        let size = images.first().map_or(0, |image| image.virtual_size);
+        Self { size, images }
+    }
+
     /// The images that have a bitmap of this name, and it.
     fn having(&self, name: &str) -> impl Iterator<Item = (&str, &InImage)> {
         self.images
@@ -123,6 +147,14 @@ impl Layers {
 }
 
 impl Image {
+    fn without_bitmaps(source: &Source) -> Self {
+        Self {
+            filename: source.to_string(),
+            virtual_size: 0,
+            format_specific: Specific::default(),
+        }
+    }
+
     fn bitmap(&self, name: &str) -> Option<&InImage> {
         self.format_specific
             .data
@@ -145,7 +177,7 @@ async fn look_at(disk: &Disk) -> Result<Tracked> {
         // `qemu-img info` does not look at it.
         Ok(path) => match missing_data(&path) {
             Some(why) => return Ok(nothing(why)),
-            None => layers_of(&path).await,
+            None => layers_of(disk, &path).await,
         },
         Err(why) => return Ok(nothing(why)),
     };
@@ -233,7 +265,7 @@ async fn start_one(start: &Start) -> Result<()> {
         return carry(start).await;
     };
     let path = needed(&start.disk)?;
-    let layers = layers_of(&path).await?;
+    let layers = layers_of(&start.disk, &path).await?;
     let granularity = match &start.recording {
         Some(name) => {
             let found = layers.top(name).ok_or_else(|| not_there(name))?;
@@ -261,7 +293,7 @@ async fn carry(start: &Start) -> Result<()> {
     let (Some(top), Some(recording)) = (&start.top, &start.recording) else {
         return Ok(());
     };
-    let layers = layers_of(&needed(&start.disk)?).await?;
+    let layers = layers_of(&start.disk, &needed(&start.disk)?).await?;
     let found = layers.top(recording).ok_or_else(|| not_there(recording))?;
     refuse_inconsistent(found)?;
     let granularity = found.granularity.to_string();
@@ -307,11 +339,11 @@ async fn undo(path: &str, start: &Start, starts: &str) -> Result<()> {
     }
     // Where the new one is not there nobody knows what was written since it stopped the other: that must not go on
     // as if it knew. Lower images are snapshots, and nothing in them is ours.
-    let noted = layers_of(noted_in).await?;
+    let layers = layers_of(&start.disk, path).await?;
+    let noted = Layers::of(vec![image_at(noted_in).await?]);
     let Some(new) = noted.top(starts) else {
         return Ok(());
     };
-    let layers = layers_of(path).await?;
     let before = start.recording.as_deref().and_then(|name| layers.top(name));
     if let Some(before) = before.filter(|before| !before.is("in-use") && !new.is("in-use")) {
         let mut merge = vec!["--merge", starts];
@@ -334,7 +366,7 @@ pub(crate) async fn end(endings: &[Ending]) -> Result<()> {
         let Ok(path) = image_of(&ending.disk) else {
             continue;
         };
-        let layers = layers_of(&path)
+        let layers = layers_of(&ending.disk, &path)
             .await
             .map_err(|e| e.with("disk", &ending.disk.target))?;
         check(ending, &layers).map_err(|e| e.with("disk", &ending.disk.target))?;

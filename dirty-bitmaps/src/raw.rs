@@ -596,6 +596,14 @@ fn past_at_rest(disk: &Disk) -> Result<Option<String>> {
         // Whoever needs it says what is wrong with it.
         return Ok(None);
     };
+    // The header may name any file; what is looked at, and in the end written anew, is the one that belongs to the disk.
+    if !said
+        .source
+        .path()
+        .is_some_and(|said| data == said || same_file(&data, said))
+    {
+        return Ok(None);
+    }
     let past = match written_past(&image, &data) {
         Ok(past) => past,
         // The raw disk is not there now. The next act looks at it again, and this one goes on with the others.

@@ -2,7 +2,7 @@
 //! hypervisor.
 //!
 //! [`ImageFile::of`] looks at the file; [`ImageFile::stands_alone`] says whether the one file is all of
-//! the disk, [`ImageFile::below`] which others are, [`Live`] what the hypervisor that has it open says. [`file_system`],
+//! the disk, [`ImageFile::below`] which others are, [`check_said`] whether the document names them, [`Live`] what the hypervisor that has it open says. [`file_system`],
 //! [`mount_options`] and [`room`] tell of the place it is in; [`put_back`] makes images again what a snapshot has of them.
 //!
 //! [`MadeFile`] and [`write_empty_qcow2`] make new ones, [`write_raw_data_qcow2`] one for a raw disk that is there
@@ -15,6 +15,7 @@ mod bitmap_qcow2;
 mod chain;
 mod compared;
 mod empty_qcow2;
+pub mod export;
 #[doc(hidden)]
 pub mod fuzzing;
 mod live;
@@ -27,6 +28,7 @@ mod put_back;
 mod qcow2;
 mod qemu_img;
 mod raw_data_qcow2;
+mod said;
 
 use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
@@ -49,6 +51,8 @@ pub use raw_data_qcow2::{
     can_tell_written_past, is_in_use, raw_data_of, raw_data_qcow2_is_new, raw_data_qcow2_size,
     renew_raw_data_qcow2, write_raw_data_qcow2, written_past,
 };
+
+pub use said::{ByHeaders, check_said};
 
 /// What stands against a disk: what a probe answers with, and what a create fails with.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 use disksnap_core::{Disk, ErrorKind, Host, Result, RunState};
 use disksnap_hypervisor::{DiskNodes, Graph};
 
-use crate::Unfit;
+use crate::{Unfit, check_said};
 
 /// The jobs that go on writing to a disk's own layers while the guest is paused (`JobType` in QEMU's QAPI).
 const WRITING: [&str; 4] = ["amend", "commit", "snapshot-save", "stream"];
@@ -38,18 +38,20 @@ impl Live {
         Ok(disks.iter().map(|disk| look(&graph, disk).map(Some)).collect())
     }
 
-    /// Whether the hypervisor has as many layers below the top image as a reader of the image will find.
+    /// Whether a reader of the disk's image will find the layers below it that the disk has: as many as the hypervisor, or
+    /// where none runs those that the document names ([`check_said`]).
     ///
     /// # Errors
-    /// How many it has.
-    pub fn has_below(live: Option<&Self>, found: usize) -> std::result::Result<(), String> {
+    /// What differs.
+    pub fn agrees(live: Option<&Self>, disk: &Disk, found: usize) -> std::result::Result<(), Unfit> {
         match live {
-            Some(live) if live.below != found => Err(format!(
+            Some(live) if live.below != found => Err(Unfit::from(format!(
                 "the hypervisor has {} layers below the image, and by its header and the domain's document it has \
                  {found}: a snapshot would be read otherwise than the disk",
                 live.below
-            )),
-            _ => Ok(()),
+            ))),
+            Some(_) => Ok(()),
+            None => check_said(disk),
         }
     }
 }

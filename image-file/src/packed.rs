@@ -102,7 +102,9 @@ impl Packed {
             return Ok(Vec::new());
         }
         let mut of_table = [0; 8];
-        self.file.read_exact_at(&mut of_table, self.l1 + place * 8)?;
+        let entry = self.l1.checked_add(place * 8);
+        let entry = entry.ok_or(io::ErrorKind::InvalidData)?;
+        self.file.read_exact_at(&mut of_table, entry)?;
         let at = u64::from_be_bytes(of_table) & TABLE;
         let mut table = Vec::new();
         if at != 0 {

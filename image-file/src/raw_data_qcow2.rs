@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use disksnap_core::faults;
@@ -273,6 +273,10 @@ fn length_of(data: &Path) -> io::Result<u64> {
     let metadata = fs::metadata(data)?;
     if metadata.is_file() {
         return Ok(metadata.len());
+    }
+    // A header names it: what is no device could wait for ever.
+    if !metadata.file_type().is_block_device() {
+        return Err(io::ErrorKind::InvalidData.into());
     }
     File::open(data)?.seek(SeekFrom::End(0))
 }

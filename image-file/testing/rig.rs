@@ -14,6 +14,7 @@ use disksnap_core::{
     Registry, Snapshot, SnapshotId, SnapshotName, SnapshotRequest, Sockets, Source,
 };
 use disksnap_hypervisor::{GuardianProgram, Paths, QemuConnector};
+use disksnap_image_file::ByHeaders;
 use disksnap_test_support::{DiskSpec, Qemu, QemuBuilder, tools};
 use disksnap_xml::DomainDocument;
 use serde_json::json;
@@ -219,10 +220,23 @@ pub fn over(disk: Disk, file: &Path) -> Disk {
             source: Source::File {
                 file: file.to_owned(),
             },
+            data_store: None,
             backing: None,
         }),
         ..disk
     }
+}
+
+/// The same disk, whose document names all layers that the headers of its images name.
+pub fn named(disk: Disk) -> Disk {
+    let below = ByHeaders::of(&disk).below;
+    let backing = below.into_iter().rev().fold(None, |backing, layer| {
+        Some(BackingStore {
+            backing: backing.map(Box::new),
+            ..layer
+        })
+    });
+    Disk { backing, ..disk }
 }
 
 /// A raw image full of one byte.

@@ -17,6 +17,7 @@ pub(crate) fn of(name: &str, image: &Image) -> Result<Value> {
         format,
         source,
         backing,
+        ..
     }) = next
     {
         files.push(file(source, format.as_deref())?);

@@ -189,6 +189,19 @@ impl DomainDocument {
         Self::parse(edit.apply())
     }
 
+    /// Whether a disk's element says where its chain of images ends: by a `<backingStore/>` without anything in it.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown target.
+    pub fn ends_chain(&self, target: &str) -> Result<bool> {
+        let tree = Tree::parse(&self.text)?;
+        let (mut at, mut said) = (self.element(&tree, target)?, false);
+        while let Some(below) = at.child("backingStore")? {
+            (at, said) = (below, true);
+        }
+        Ok(said && at.children().next().is_none())
+    }
+
     pub(crate) fn element<'a, 't>(&self, tree: &'a Tree<'t>, target: &str) -> Result<Elem<'a, 't>> {
         self.domain.disk(target)?;
         for elem in disk_elements(tree.root()) {

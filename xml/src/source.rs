@@ -115,6 +115,7 @@ pub(crate) fn read_backing(elem: Elem<'_, '_>) -> Result<Option<BackingStore>> {
         source: read(source, kind)?.ok_or_else(|| {
             source.fault("<source> in <backingStore> names nothing: expected an image".to_owned())
         })?,
+        data_store: read_data_store(source)?,
         backing: below.map(Box::new),
     }))
 }
@@ -248,9 +249,13 @@ pub(crate) fn backing_with(backing: &BackingStore, carry: Carry<'_>) -> Result<O
     let element = Element::new("backingStore")
         .attr("type", backing.source.kind())
         .child(Element::new("format").attr("type", format));
-    let element = match carried {
+    let data = backing.data_store.as_ref();
+    let element = match carried.filter(|known| known.data.as_ref() == data) {
         Some(Carried { text, indent, .. }) => element.child(Element::verbatim(text, indent)),
-        None => element.child(source_element(&backing.source)?),
+        None => {
+            let data = data.map(|data| data_store_element(data, carry)).transpose()?;
+            element.child(source_element(&backing.source)?.children(data))
+        }
     };
     Ok(Some(match &backing.backing {
         Some(below) => element.children(backing_with(below, carry)?),

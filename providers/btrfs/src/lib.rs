@@ -190,7 +190,7 @@ fn probe_one(
     let group = groups.iter().find(|group| group.root == root);
     let group = group.ok_or_else(|| "the image has just moved".to_owned())?;
     let Examined { image, below } = examine(group, request)?;
-    Live::has_below(live?.as_ref(), below.len())?;
+    Live::agrees(live?.as_ref(), &request.disk, below.len())?;
     Ok(fitting(state, group, &image))
 }
 
@@ -333,6 +333,7 @@ fn backing(below: &[(PathBuf, String)]) -> Option<Box<BackingStore>> {
         Some(Box::new(BackingStore {
             format: Some(format.clone()),
             source: Source::File { file: file.clone() },
+            data_store: None,
             backing,
         }))
     })

@@ -14,7 +14,7 @@ use disksnap_conformance_qemu::become_guardian_when_asked;
 use disksnap_core::{Capability, Disk, DiskSnapshot, Snapshot};
 use disksnap_test_support::pattern::Random;
 use disksnap_test_support::{need, tools};
-use support::rig::{Rig, disk, machine, qemu_img};
+use support::rig::{Rig, disk, machine, named, qemu_img};
 use support::told::{assert_told, ranges};
 use support::{btrfs, create};
 
@@ -139,7 +139,7 @@ async fn nothing_is_missed_of_a_chain() {
     let top = create_over("top.qcow2", "base.raw");
     let write = |image: &Path, what: &str| io(image, &[what.to_owned()]);
     write(&top, "write -P 2 1M 1M");
-    let mut rig = Rig::off(Btrfs, vec![disk("vda", "qcow2", &top)]);
+    let mut rig = Rig::off(Btrfs, vec![named(disk("vda", "qcow2", &top))]);
     let first = rig.create("first").await;
     write(&top, "write -P 3 1536k 1M");
     let written = rig.create("written").await;
@@ -149,7 +149,7 @@ async fn nothing_is_missed_of_a_chain() {
     );
 
     let over = create_over("over.qcow2", "top.qcow2");
-    rig.disks_are(vec![disk("vda", "qcow2", &over)]);
+    rig.disks_are(vec![named(disk("vda", "qcow2", &over))]);
     let overlaid = rig.create("overlaid").await;
     assert_eq!(assert_told(&rig, &written, &overlaid, "overlaid").await, []);
     write(&over, "write -P 4 5M 64k");
@@ -161,7 +161,7 @@ async fn nothing_is_missed_of_a_chain() {
     assert_eq!(assert_told(&rig, &higher, &written, "written above").await, both);
 
     qemu_img(&["commit", "-q", "over.qcow2"], &images).unwrap();
-    rig.disks_are(vec![disk("vda", "qcow2", &top)]);
+    rig.disks_are(vec![named(disk("vda", "qcow2", &top))]);
     let committed = rig.create("committed").await;
     assert_told(&rig, &higher, &committed, "committed").await;
     assert_eq!(assert_told(&rig, &written, &committed, "committed").await, both);

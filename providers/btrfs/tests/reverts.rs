@@ -13,7 +13,7 @@ use disksnap_btrfs::Btrfs;
 use disksnap_conformance_qemu::become_guardian_when_asked;
 use disksnap_core::ErrorKind;
 use disksnap_test_support::need;
-use support::rig::{self, Rig, disk, file, is_full_of, qemu_img, raw};
+use support::rig::{self, Rig, disk, file, is_full_of, named, qemu_img, raw};
 use support::{btrfs, create, delete, snapshots};
 
 #[test]
@@ -125,7 +125,7 @@ async fn a_chain_goes_back_as_one() {
     };
     overlay("top.qcow2");
     overlay("new.qcow2");
-    let rig = Rig::off(Btrfs, vec![disk("vda", "qcow2", &top)]);
+    let rig = Rig::off(Btrfs, vec![named(disk("vda", "qcow2", &top))]);
     let snapshot = rig.create("one").await;
     let content = fs::read(&top).unwrap();
 

@@ -187,7 +187,7 @@ fn probe_all(state: &RunState, disks: &[DiskRequest], live: Vec<Told>) -> Vec<Pr
         .map(|(found, live)| {
             let found = found?;
             suits(state, &found)?;
-            Live::has_below(live?.as_ref(), found.below.len())?;
+            Live::agrees(live?.as_ref(), &found.request.disk, found.below.len())?;
             Ok(found)
         })
         .collect();

@@ -147,7 +147,7 @@ async fn choose_live(
 async fn choose_off(id: SnapshotId, request: &DiskRequest, image: MadeFile) -> Result<Choice> {
     let disk = &request.disk;
     refuse(disk)?;
-    let layers = layer::chain_of(disk).map_err(unfit)?;
+    let layers = layer::chain_of(disk)?;
     let base = layers.first().ok_or_else(|| unfit("the disk has no image"))?;
     for layer in layers.iter().filter(|layer| layer.remote().is_none()) {
         if layer::is_encrypted(layer).map_err(unfit)? {
@@ -423,7 +423,7 @@ async fn abort_off(request: &DiskRequest, image: &MadeFile, was_prepared: bool) 
     if !qcow2_holds_data(&image.path).map_err(cannot)? {
         return Ok(());
     }
-    let chain = layer::chain_of(&request.disk).map_err(unfit)?;
+    let chain = layer::chain_of(&request.disk)?;
     let time = |path: &std::path::Path| path.metadata().and_then(|m| m.modified());
     let base = chain.first().ok_or_else(|| unfit("the disk has no image"))?;
     if base.remote().is_none()

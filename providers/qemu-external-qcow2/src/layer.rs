@@ -8,7 +8,7 @@ use std::time::UNIX_EPOCH;
 
 use disksnap_core::{BackingStore, DataStore, Disk, Error, ErrorKind, Result, Source};
 use disksnap_hypervisor::graph::same_file;
-use disksnap_image_file::{Qcow2, plain};
+use disksnap_image_file::{Qcow2, check_said, plain};
 use disksnap_nbd::Uri;
 use serde::{Deserialize, Serialize};
 
@@ -72,6 +72,14 @@ impl Layer {
         }
     }
 
+    /// Where its data is, as the domain's document names it.
+    fn data_store(&self) -> Option<DataStore> {
+        self.data.as_ref().map(|data| DataStore {
+            format: Some("raw".to_owned()),
+            source: Self::new(data.clone(), "raw").source(),
+        })
+    }
+
     /// What the header of an overlay at `overlay` calls it: relative where both are in one directory, so that they
     /// can be moved, or be in one snapshot of a file system, together.
     pub(crate) fn name_from(&self, overlay: &Path) -> String {
@@ -95,6 +103,7 @@ pub(crate) fn backing_store(layers: &[Layer]) -> Option<Box<BackingStore>> {
     Some(Box::new(BackingStore {
         format: Some(first.format.clone()),
         source: first.source(),
+        data_store: first.data_store(),
         backing: backing_store(rest),
     }))
 }
@@ -105,10 +114,7 @@ pub(crate) fn disk_of(template: &Disk, layers: &[Layer]) -> Disk {
     if let Some((top, below)) = layers.split_first() {
         let same = disk.source == Some(top.source()) && disk.data_store.is_some();
         if !same {
-            disk.data_store = top.data.as_ref().map(|data| DataStore {
-                format: Some("raw".to_owned()),
-                source: Layer::new(data.clone(), "raw").source(),
-            });
+            disk.data_store = top.data_store();
         }
         disk.source = Some(top.source());
         disk.driver.format = Some(top.format.clone());
@@ -172,12 +178,16 @@ fn sound(path: &Path, header: &Qcow2) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// The chain of a disk of a domain that is off, the top image first: as the document says, and below what it says,
-/// as the headers do. Ends where a file is not there.
+/// The chain of a disk of a domain that is off, the top image first: as the document says. Ends where a file is not there.
 ///
 /// # Errors
-/// Why the chain cannot be told.
-pub(crate) fn chain_of(disk: &Disk) -> std::result::Result<Vec<Layer>, String> {
+/// Those of [`check_said`]: nothing is opened that only a header names. `Unsupported`, with the reason, where the chain cannot be told.
+pub(crate) fn chain_of(disk: &Disk) -> Result<Vec<Layer>> {
+    check_said(disk)?;
+    said_chain(disk).map_err(unfit)
+}
+
+fn said_chain(disk: &Disk) -> std::result::Result<Vec<Layer>, String> {
     let source = disk.source.as_ref().ok_or("the drive is empty")?;
     let Some(format) = disk.driver.format.clone() else {
         return Err("the domain's document does not say the image's format".to_owned());
@@ -188,13 +198,15 @@ pub(crate) fn chain_of(disk: &Disk) -> std::result::Result<Vec<Layer>, String> {
         format,
         source,
         backing,
+        ..
     }) = said
     {
         let format = format
             .clone()
             .ok_or_else(|| format!("the domain's document does not say the format of {source}"))?;
         if source.path().is_some_and(|path| !path.exists()) {
-            // It was merged since the document was read: the header above it was brought up to date, and says so.
+            // It was merged since the document was read: the header above it was brought up to date, and says which of those
+            // that the document names is below it now.
             break;
         }
         chain.push(known(Layer::of(source, format)?)?);

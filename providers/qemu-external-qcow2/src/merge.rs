@@ -86,7 +86,7 @@ impl Standing {
                 }
             };
         }
-        let layers = layer::chain_of(disk).map_err(unfit)?;
+        let layers = layer::chain_of(disk)?;
         match layers.iter().position(|l| l.is_at(overlay)) {
             Some(at) => Ok(Self::Off { layers, at }),
             None => Self::loose(record, layers, false, None),

@@ -33,7 +33,7 @@ impl Revert for ExternalRevert {
         }
         refuse_untrusted(&record)?;
         let disk = host.domain().disk(&record.target)?;
-        let layers = chain_of(disk).map_err(unfit)?;
+        let layers = chain_of(disk)?;
         let top = layers.first().ok_or_else(|| unfit("the disk has no image"))?;
         refuse_foreign(&record, &kin, top)?;
         if is_in_use(&top.path) {

@@ -72,7 +72,7 @@ impl Standing {
 
     /// What the overlay's own header says counts: an old document may still name the base below it.
     fn off(record: &Record, disk: &Disk, overlay: &Path) -> Result<Self> {
-        let mut layers = layer::chain_of(disk).map_err(unfit)?;
+        let mut layers = layer::chain_of(disk)?;
         let at = layers
             .iter()
             .position(|l| l.is_at(overlay))

@@ -186,7 +186,20 @@ async fn a_chain_is_recorded_in_full() {
     ];
     run("qemu-img", &make);
     let mut disk = rig.domain.disk("vda").unwrap().clone();
-    disk.source = Some(disksnap_core::Source::File { file: top.clone() });
+    let base = disk
+        .source
+        .replace(disksnap_core::Source::File { file: top.clone() });
+    rig.follow([disk.clone()]);
+    // The document says nothing of a chain, and a header is not trusted to name one.
+    let error = rig.create("none", &["vda"]).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    assert!(error.to_string().contains("domain update --chain"), "{error}");
+    disk.backing = Some(disksnap_core::BackingStore {
+        format: Some("qcow2".to_owned()),
+        source: base.unwrap(),
+        data_store: None,
+        backing: None,
+    });
     rig.follow([disk]);
     let before = rig.content("vda");
     let given = qemu.dir().join("given.qcow2");

@@ -170,7 +170,7 @@ fn probe_one(state: &RunState, request: &DiskRequest, live: Told) -> std::result
         return Err(why.to_owned().into());
     }
     let image = examine(request)?;
-    Live::has_below(live?.as_ref(), 0)?;
+    Live::agrees(live?.as_ref(), &request.disk, 0)?;
     let mut warnings: Vec<String> = place::short_of_room(request, &image).into_iter().collect();
     warnings.extend(image.lazy_warning().filter(|_| state.is_active()));
     Ok(Probe {

@@ -141,6 +141,7 @@ pub fn layer(path: &Path, format: &str) -> BackingStore {
     BackingStore {
         format: Some(format.to_owned()),
         source: file(path),
+        data_store: None,
         backing: None,
     }
 }

@@ -42,11 +42,13 @@ fn an_active_domain() {
         source: Source::Block {
             dev: "/dev/vg0/template".into(),
         },
+        data_store: None,
         backing: None,
     };
     let below = BackingStore {
         format: Some("qcow2".to_owned()),
         source: file("/var/lib/libvirt/images/web-1.qcow2"),
+        data_store: None,
         backing: Some(Box::new(template)),
     };
     assert_eq!(vda.backing, Some(below));

@@ -108,6 +108,7 @@ fn an_overlay_becomes_the_disk() {
     disk.backing = Some(BackingStore {
         format: disk.driver.format.clone(),
         source: disk.source.clone().unwrap(),
+        data_store: None,
         backing: disk.backing.map(Box::new),
     });
     disk.source = Some(Source::File {
@@ -192,6 +193,7 @@ fn a_disk_that_says_little_gets_what_it_lacks() {
     disk.backing = Some(BackingStore {
         format: Some("raw".to_owned()),
         source: disk.source.clone().unwrap(),
+        data_store: None,
         backing: None,
     });
     disk.source = Some(Source::Block {
@@ -234,6 +236,7 @@ fn what_is_not_looked_into_is_carried_or_refused() {
     disk.backing = Some(BackingStore {
         format: Some("raw".to_owned()),
         source: disk.source.clone().unwrap(),
+        data_store: None,
         backing: None,
     });
     disk.source = Some(Source::File {

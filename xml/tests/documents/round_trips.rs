@@ -87,6 +87,7 @@ fn backing() -> impl Strategy<Value = Option<BackingStore>> {
             Some(BackingStore {
                 format: Some(format),
                 source,
+                data_store: None,
                 backing: below.map(Box::new),
             })
         })

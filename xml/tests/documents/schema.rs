@@ -132,6 +132,7 @@ fn a_disk_written_anew() {
             let below = BackingStore {
                 format: format.map(str::to_owned),
                 source: source.clone(),
+                data_store: None,
                 backing: None,
             };
             let disk = Disk {
@@ -147,6 +148,7 @@ fn a_disk_written_anew() {
                 backing: Some(BackingStore {
                     format: Some("qcow2".to_owned()),
                     source: source.clone(),
+                    data_store: None,
                     backing: Some(Box::new(below)),
                 }),
                 ..Disk::new("vda", source.clone())
@@ -188,6 +190,7 @@ fn every_disk_moved_to_every_source() {
                 new.backing = disk.source.clone().map(|source| BackingStore {
                     format: Some("qcow2".to_owned()),
                     source,
+                    data_store: None,
                     backing: disk.backing.clone().map(Box::new),
                 });
                 new.source = Some(source);
