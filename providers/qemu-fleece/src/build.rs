@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::choice::{Choice, Seat};
 use crate::encrypted;
-use crate::image::{CALLED, Content};
+use crate::image::{self, CALLED, Content};
 use crate::names::Names;
 use crate::offers::Sparing;
 use crate::settings::Way;
@@ -34,6 +34,9 @@ pub(crate) async fn build(host: &dyn Host, fleeces: &[Fleece]) -> Result<()> {
     }
     let unreachable = |error: Error| explain_owner(error, owner);
     encrypt(host, fleeces).await.map_err(unreachable)?;
+    for fleece in fleeces.iter().filter(|f| f.choice.sparing == Sparing::Nothing) {
+        reserve(&fleece.choice).map_err(|e| e.with("disk", &fleece.target))?;
+    }
     let mut commands = Vec::new();
     for fleece in fleeces {
         let names = fleece.names();
@@ -73,6 +76,21 @@ fn make_file(fleece: &Fleece, owner: Option<Owner>) -> Result<()> {
     image.create(CALLED, owner, |file| content.write(file))
 }
 
+/// Where a full image would fail the guest's writes, there is room for all of it, or there is no snapshot.
+fn reserve(choice: &Choice) -> Result<()> {
+    let path = choice.image.path.display();
+    let reserved = image::reserve(&choice.image.path, choice.size).map_err(|error| {
+        let what = format!("cannot reserve {} bytes for the fleece image {path}", image::at_most(choice.size));
+        Error::io(what, error).hint(
+            "This QEMU would fail the guest's writes when the image is full. Free some space, or name a place with more of it (fleece.file=PATH).",
+        )
+    })?;
+    if !reserved {
+        tracing::warn!("the file system of {path} reserves no room: the guest's writes fail when it is full");
+    }
+    Ok(())
+}
+
 /// Writes the formats of the encrypted images, and gives QEMU their keys.
 async fn encrypt(host: &dyn Host, fleeces: &[Fleece]) -> Result<()> {
     for fleece in fleeces.iter().filter(|f| f.choice.encrypted) {
@@ -106,7 +124,10 @@ fn fleece_node(names: &Names, choice: &Choice) -> Value {
             node["driver"] = json!("luks");
             node["key-secret"] = json!(names.secret());
         }
-        (_, false) => node["driver"] = json!("raw"),
+        (_, false) => {
+            node["driver"] = json!("raw");
+            node["size"] = json!(choice.size);
+        }
     }
     node
 }

@@ -5,6 +5,8 @@ use disksnap_hypervisor::jobs;
 use serde_json::json;
 
 use crate::build::Fleece;
+use crate::choice::Choice;
+use crate::image;
 use crate::names::Names;
 use crate::settings::Way;
 
@@ -23,6 +25,19 @@ pub(crate) async fn inspect(host: &dyn Host, fleece: &Fleece) -> Result<Health> 
         return Ok(Health::Gone(
             "the QEMU that held it was restarted, or its nodes were removed".to_owned(),
         ));
+    }
+    let Choice {
+        image,
+        way,
+        encrypted,
+        size,
+        ..
+    } = &fleece.choice;
+    if image::is_cut(&image.path, *way, *encrypted, *size) {
+        return Ok(Health::Broken(format!(
+            "its fleece image was cut off, and what was kept there is lost: {}",
+            image.path.display()
+        )));
     }
     if fleece.choice.way != Way::Filter
         && let Some(reason) = job_failure(host, &names).await?

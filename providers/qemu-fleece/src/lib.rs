@@ -197,19 +197,22 @@ fn probe(request: &DiskRequest, choice: Result<Choice>) -> Probe {
     if spared {
         capabilities.push(Capability::GuestSafe);
     } else {
-        warnings.push("the guest's writes fail when the fleece image is full: watch its space".to_owned());
+        warnings.push(
+            "the guest's writes fail when the fleece image fails: room for all of it is reserved beforehand"
+                .to_owned(),
+        );
     }
     let full = if spared {
-        "breaks the snapshot, never the guest"
+        "a full fleece image breaks the snapshot, never the guest"
     } else {
-        "fails the guest's writes"
+        "room for all of the disk is reserved for it"
     };
     Probe {
         fit: Fit::Natural,
         unit: choice.source.clone(),
         capabilities,
         effect: format!(
-            "The domain keeps its disk. What the guest overwrites is copied first, by way of '{}'; a full fleece image {full}.",
+            "The domain keeps its disk. What the guest overwrites is copied first, by way of '{}'; {full}.",
             choice.way.as_str()
         ),
         details: request_details(request, &choice),
