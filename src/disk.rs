@@ -196,7 +196,10 @@ impl DiskReader {
                 Ok(bytes) => Ok(bytes.into()),
                 Err(error) => Err(self.explain(of_nbd(error)).await),
             },
-            Data::File(file) => read_file(file, offset, length).await.map_err(|e| self.told(e)),
+            Data::File(file) => match read_file(file, offset, length).await {
+                Ok(bytes) => Ok(bytes),
+                Err(error) => Err(self.explain(error).await),
+            },
         }
     }
 
@@ -263,7 +266,7 @@ impl DiskReader {
     /// Writes a range to a stream, zeroes included; `progress` is told how many bytes are done.
     ///
     /// # Errors
-    /// Those of [`DiskReader::read_at`], and what the writer meets.
+    /// `Broken`, after all was written, when the snapshot broke meanwhile in a way that no read met; those of [`DiskReader::read_at`], and what the writer meets.
     pub async fn copy_to<W: AsyncWrite + Unpin>(
         &self,
         writer: &mut W,
@@ -282,7 +285,8 @@ impl DiskReader {
             }
             progress(done);
         }
-        writer.flush().await.map_err(failed)
+        writer.flush().await.map_err(failed)?;
+        self.of.still_good().await
     }
 
     /// Writes a range to a new file, mode 0600, in which zeroes become holes; `progress` is told how
@@ -308,6 +312,7 @@ impl DiskReader {
             }
             progress(done);
         }
+        self.of.still_good().await?;
         file.finish(length).await
     }
 
@@ -334,6 +339,7 @@ impl DiskReader {
             }
             told(extent);
         }
+        self.of.still_good().await?;
         file.finish(range.end - range.start).await
     }
 
@@ -367,7 +373,8 @@ impl DiskReader {
                 }
                 told(extent);
             }
-            copy.sync().await
+            copy.sync().await?;
+            self.of.still_good().await
         };
         bring.await.map_err(|e| self.told(copy.unfinished(e)))
     }
@@ -441,7 +448,32 @@ impl Of {
 
     /// The server's error says little: a snapshot that broke meanwhile is the usual cause.
     async fn explain(&self, error: Error) -> Error {
-        let error = self.told(error);
+        match self.health().await {
+            Some(Health::Broken(why) | Health::Gone(why)) => self.broke(&why).because(self.told(error)),
+            _ => self.told(error),
+        }
+    }
+
+    /// What was read to its end is the snapshot's only where that has not broken meanwhile: storage that somebody takes away
+    /// may read as zeroes, without an error.
+    async fn still_good(&self) -> Result<()> {
+        match self.health().await {
+            Some(Health::Broken(why)) => Err(self.broke(&why)),
+            _ => Ok(()),
+        }
+    }
+
+    fn broke(&self, why: &str) -> Error {
+        let broken = Error::new(
+            ErrorKind::Broken,
+            format!("the snapshot broke while it was read: {why}"),
+        );
+        self.told(broken)
+            .hint("What was read must not be used. Delete the snapshot, and take a new one.")
+    }
+
+    /// How the disk's snapshot is, where it can be looked at.
+    async fn health(&self) -> Option<Health> {
         let Self::Snapshot {
             dispatcher,
             domain,
@@ -449,22 +481,11 @@ impl Of {
             target,
         } = self
         else {
-            return error;
+            return None;
         };
-        let Ok(found) = dispatcher.show(domain, name).await else {
-            return error;
-        };
-        let disk = found.snapshot.disks.iter().position(|d| d.target == *target);
-        match disk.and_then(|n| found.health.get(n)) {
-            Some(Health::Broken(why) | Health::Gone(why)) => self
-                .told(Error::new(
-                    ErrorKind::Broken,
-                    format!("the snapshot broke while it was read: {why}"),
-                ))
-                .hint("What was read must not be used. Delete the snapshot, and take a new one.")
-                .because(error),
-            _ => error,
-        }
+        let found = dispatcher.show(domain, name).await.ok()?;
+        let disk = found.snapshot.disks.iter().position(|d| d.target == *target)?;
+        found.health.get(disk).cloned()
     }
 }
 
@@ -498,7 +519,10 @@ impl Pieces<'_> {
     /// connection ended: connect anew and go on from [`Pieces::done`].
     pub async fn next(&mut self) -> Result<Option<Piece>> {
         let piece = match &mut self.from {
-            From::File(file, left) => next_of_file(file, left).await.map_err(|e| self.of.told(e)),
+            From::File(file, left) => match next_of_file(file, left).await {
+                Ok(piece) => Ok(piece),
+                Err(error) => Err(self.of.explain(error).await),
+            },
             From::Nbd(reader) => match reader.next().await {
                 Ok(chunk) => Ok(chunk.map(Piece::of)),
                 Err(error) => Err(self.of.explain(of_nbd(error)).await),
