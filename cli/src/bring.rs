@@ -3,11 +3,11 @@
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
 
-use disksnap::{Altered, DEADLINE, Disk, Error, JobUnit, MergeInto, MergeOptions, Progress};
+use disksnap::{Altered, DEADLINE, Disk, Error, Following, JobUnit, MergeInto, MergeOptions, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::altered_view::{AlteredView, document};
-use crate::args::{Bring, Keep};
+use crate::args::Bring;
 use crate::context::{Context, Target};
 use crate::failure::{Failure, Outcome};
 use crate::signals::Stop;
@@ -30,6 +30,7 @@ pub(crate) async fn merge(context: &Context, merge: Bring, into: MergeInto) -> O
         into,
         deadline: merge.deadline.unwrap_or(DEADLINE),
     };
+    let note = target.followed(merge.document).await?;
     let merged = target
         .disksnap
         .dispatcher()
@@ -37,7 +38,7 @@ pub(crate) async fn merge(context: &Context, merge: Bring, into: MergeInto) -> O
         .await;
     bar.finish_and_clear();
     match merged {
-        Ok(altered) => tell(context, &target, "merged", &merge, &altered).await,
+        Ok(altered) => tell(context, &target, "merged", &merge, &altered, note).await,
         // What was asked for was done: it is cancelled.
         Err(error) => Err(stop.heard().map_or(Failure::Error(error), Failure::Stopped)),
     }
@@ -46,12 +47,13 @@ pub(crate) async fn merge(context: &Context, merge: Bring, into: MergeInto) -> O
 pub(crate) async fn revert(context: &Context, revert: Bring) -> Outcome {
     let target = context.target().await?;
     let stop = Stop::listen(true)?;
+    let note = target.followed(revert.document).await?;
     let altered = target
         .disksnap
         .dispatcher()
         .revert(&target.domain, &revert.name, &revert.disks)
         .await?;
-    tell(context, &target, "reverted", &revert, &altered).await?;
+    tell(context, &target, "reverted", &revert, &altered, note).await?;
     stop.check()
 }
 
@@ -61,28 +63,38 @@ async fn tell(
     what: &'static str,
     asked: &Bring,
     altered: &Altered,
+    note: Option<Following>,
 ) -> Outcome {
     altered.warnings.iter().for_each(|w| context.out.warn(w));
     let view = AlteredView::new(what, &asked.name, altered, &target.document)?;
     context
         .out
         .show(&view, || document(what, &asked.name, altered, &target.document))?;
-    follow(context, target, asked.document, &altered.disks).await
+    follow(context, target, note, &altered.disks).await
 }
 
-/// Brings the domain's document up to date where its disks have become others.
-pub(crate) async fn follow(context: &Context, target: &Target, keep: Keep, disks: &[Disk]) -> Outcome {
-    if disks.is_empty() {
+/// Brings the domain's document up to date where its disks have become others. Without a note of it the document is left alone.
+pub(crate) async fn follow(
+    context: &Context,
+    target: &Target,
+    note: Option<Following>,
+    disks: &[Disk],
+) -> Outcome {
+    let Some(note) = note else {
+        if !disks.is_empty() {
+            context
+                .out
+                .warn("the domain's document was left as it is, and is out of date now");
+        }
         return Ok(());
-    }
-    if keep.keep_document {
-        context
-            .out
-            .warn("the domain's document was left as it is, and is out of date now");
-        return Ok(());
-    }
-    let updated = target.disksnap.update(&target.given, disks).await;
-    updated.map(drop).map_err(|error: Error| {
+    };
+    let updated = async {
+        if !disks.is_empty() {
+            target.disksnap.update(&target.given, disks).await?;
+        }
+        note.over()
+    };
+    updated.await.map_err(|error: Error| {
         Failure::Error(error.leaving(disksnap::Effect::Unknown).hint(
             "All else was done. Do not start the domain from its document as it is; bring it up to date with \
              `disksnap domain update`.",

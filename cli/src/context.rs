@@ -1,8 +1,8 @@
 //! What every command begins with: the state directory opened, the domain loaded.
 
-use disksnap::{Disksnap, Domain, DomainDocument, Error, ErrorKind};
+use disksnap::{Disksnap, Domain, DomainDocument, Error, ErrorKind, Following, Result};
 
-use crate::args::Global;
+use crate::args::{Global, Keep};
 use crate::failure::Outcome;
 use crate::output::Output;
 
@@ -49,7 +49,12 @@ impl Context {
     /// The domain that this means, which is given as for `-d`.
     pub(crate) async fn target_of(&self, given: &str) -> Outcome<Target> {
         let disksnap = self.disksnap().await?;
-        let document = disksnap.load(given).await?;
+        let mut document = disksnap.load(given).await?;
+        if !disksnap.catch_up(Some(&document.domain().id)).await?.is_empty() {
+            self.out
+                .warn("the domain's document was brought up to date: a killed command had not come to that");
+            document = disksnap.load(given).await?;
+        }
         for warning in document.warnings() {
             self.out.warn(warning);
         }
@@ -70,5 +75,18 @@ impl Context {
             document,
             domain,
         })
+    }
+}
+
+impl Target {
+    /// Notes that the document is to follow what is about to be done, unless it is to be left alone.
+    pub(crate) async fn followed(&self, keep: Keep) -> Result<Option<Following>> {
+        if keep.keep_document {
+            return Ok(None);
+        }
+        self.disksnap
+            .follows(&self.given, &self.domain.id)
+            .await
+            .map(Some)
     }
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use disksnap::xml;
-use disksnap::{Crossed, Error, Result};
+use disksnap::{Crossed, Error, Following, Result};
 use serde::Serialize;
 
 use crate::args::Keep;
@@ -20,8 +20,9 @@ pub(crate) async fn track(context: &Context, disk: &str, metadata: &Path, keep: 
     let target = context.target().await?;
     let stop = Stop::listen(true)?;
     let dispatcher = target.disksnap.dispatcher();
+    let note = target.followed(keep).await?;
     let crossed = dispatcher.track(&target.domain, disk, &metadata).await?;
-    tell(context, &target, "tracked", &crossed, keep).await?;
+    tell(context, &target, "tracked", &crossed, note).await?;
     stop.check()
 }
 
@@ -29,8 +30,9 @@ pub(crate) async fn untrack(context: &Context, disk: &str, drop_checkpoints: boo
     let target = context.target().await?;
     let stop = Stop::listen(true)?;
     let dispatcher = target.disksnap.dispatcher();
+    let note = target.followed(keep).await?;
     let crossed = dispatcher.untrack(&target.domain, disk, drop_checkpoints).await?;
-    tell(context, &target, "untracked", &crossed, keep).await?;
+    tell(context, &target, "untracked", &crossed, note).await?;
     stop.check()
 }
 
@@ -39,7 +41,7 @@ async fn tell(
     target: &Target,
     what: &'static str,
     crossed: &Crossed,
-    keep: Keep,
+    note: Option<Following>,
 ) -> Outcome {
     crossed.warnings.iter().for_each(|w| context.out.warn(w));
     let view = CrossedView::new(what, crossed, target)?;
@@ -49,7 +51,7 @@ async fn tell(
     follow(
         context,
         target,
-        keep,
+        note,
         if *said == crossed.disk { &[] } else { disks },
     )
     .await

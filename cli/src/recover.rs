@@ -1,7 +1,7 @@
 //! `disksnap recover`: what killed runs left is finished or undone.
 
 use disksnap::xml::Element;
-use disksnap::{Error, ErrorKind, Recovered, RecoveredHow, Result};
+use disksnap::{DomainId, Error, ErrorKind, Recovered, RecoveredHow, Result};
 use serde::Serialize;
 
 use crate::context::Context;
@@ -12,13 +12,16 @@ use crate::signals::Stop;
 pub(crate) async fn run(context: &Context) -> Outcome {
     let (disksnap, domain) = if context.global.domain.is_some() {
         let target = context.target().await?;
+        // What a killed act left of the document was made good with that.
         (target.disksnap, Some(target.domain.id))
     } else {
         (context.disksnap().await?, None)
     };
     let stop = Stop::listen(true)?;
     let recovered = disksnap.dispatcher().recover(domain.as_ref()).await?;
-    let recovered: Vec<RecoveredView> = recovered.iter().map(RecoveredView::new).collect();
+    let mut recovered: Vec<RecoveredView> = recovered.iter().map(RecoveredView::new).collect();
+    let caught_up = disksnap.catch_up(domain.as_ref()).await?;
+    recovered.extend(caught_up.iter().map(RecoveredView::document));
     context.out.show(
         &RecoveredList {
             recovered: &recovered,
@@ -77,6 +80,18 @@ impl RecoveredView {
             what: recovered.what.clone(),
             how,
             reason,
+        }
+    }
+}
+
+impl RecoveredView {
+    /// A document that had been left behind.
+    fn document(domain: &DomainId) -> Self {
+        Self {
+            domain: domain.name.clone(),
+            what: "the domain's document".to_owned(),
+            how: "finished",
+            reason: None,
         }
     }
 }

@@ -39,6 +39,7 @@ async fn create(context: &Context, create: Create) -> Outcome {
     request.deadline = create.deadline.unwrap_or(request.deadline);
     let target = context.target().await?;
     let stop = Stop::listen(true)?;
+    let note = target.followed(create.document).await?;
     let snapshot = target
         .disksnap
         .dispatcher()
@@ -51,7 +52,7 @@ async fn create(context: &Context, create: Create) -> Outcome {
         .collect();
     let health = vec![Health::Active; snapshot.disks.len()];
     tell(context, &target, &Inspected { snapshot, health }).await?;
-    follow(context, &target, create.document, &disks).await?;
+    follow(context, &target, note, &disks).await?;
     stop.check()
 }
 
@@ -110,6 +111,7 @@ async fn delete(context: &Context, names: Vec<SnapshotName>, all: bool, document
     };
     let stop = Stop::listen(true)?;
     let (mut deleted, mut failed): (Vec<DeletedView>, Vec<Error>) = (Vec::new(), Vec::new());
+    let note = target.followed(document).await?;
     let (mut domain, mut disks) = (target.domain.clone(), Vec::new());
     for name in names {
         if stop.heard().is_some() {
@@ -134,7 +136,7 @@ async fn delete(context: &Context, names: Vec<SnapshotName>, all: bool, document
     context
         .out
         .show(&DeletedList { deleted: &deleted }, || delete_document(&deleted))?;
-    follow(context, &target, document, &disks).await?;
+    follow(context, &target, note, &disks).await?;
     if failed.is_empty() {
         stop.check()
     } else {

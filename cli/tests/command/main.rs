@@ -18,6 +18,7 @@ mod every_method;
 mod exports;
 mod fault_points;
 mod filling;
+mod following;
 mod guardian;
 mod help;
 mod hostile;

@@ -1,0 +1,74 @@
+//! A domain's document follows its disks, also where the command was killed between the two.
+
+use disksnap_test_support::{DiskSpec, MIB, Qemu};
+use serde_json::json;
+
+use crate::site::{Site, arg};
+
+#[test]
+fn a_document_that_a_killed_create_left_behind_is_brought_up_to_date() {
+    let (qemu, site) = (
+        Qemu::builder().disk(DiskSpec::new("vda", MIB).qcow2()).start(),
+        Site::new(),
+    );
+    let xml = arg(&qemu.domain_xml_file());
+    let document = || std::fs::read_to_string(&xml).unwrap();
+    let create = |name: &'static str| {
+        [
+            "-d",
+            &xml,
+            "snapshot",
+            "create",
+            "--name",
+            name,
+            "--disk",
+            "vda,method=qemu-external-qcow2",
+        ]
+    };
+    let killed = |name: &'static str, point: &str| {
+        let mut command = site.command(&create(name));
+        let ended = command.env("DISKSNAP_FAULT", point).output().unwrap();
+        assert_eq!(
+            ended.status.code(),
+            None,
+            "it is killed: {}",
+            String::from_utf8_lossy(&ended.stderr)
+        );
+    };
+    let overlay = |name: &str| {
+        let shown = site.json(&["-d", &xml, "snapshot", "show", name]);
+        shown["disks"][0]["modifiedDisk"]["source"]["path"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    let notes = || crate::site::list(&site.state().join("documents"));
+    // `recover` knows the document without being told which it is.
+    let before = document();
+    killed("one", "before file write document:1");
+    assert_eq!(document(), before);
+    let recovered = site.json(&["recover"]);
+    assert_eq!(
+        recovered["recovered"][0]["what"], "the domain's document",
+        "{recovered:#}"
+    );
+    assert!(document().contains(&overlay("one")), "{}", document());
+    assert_eq!(site.json(&["recover"])["recovered"], json!([]));
+    // So does the next command on the domain, whatever it is.
+    killed("two", "before file rename document:1");
+    let listed = site.run(&["-d", &xml, "snapshot", "list"]);
+    assert!(listed.stderr.contains("brought up to date"), "{}", listed.stderr);
+    assert!(document().contains(&overlay("two")), "{}", document());
+    // What came to nothing has nothing to follow.
+    let now = document();
+    killed("three", "before catalog write down what was done:1");
+    site.ok(&["recover"]);
+    assert_eq!(document(), now);
+    site.ok(&["-d", &xml, "snapshot", "list"]);
+    assert_eq!(notes(), [""; 0].map(std::path::PathBuf::from));
+    // Who wants the document left alone gets that, after a kill as well.
+    let mut alone = site.command(&[&create("four")[..], &["--keep-document"]].concat());
+    assert!(alone.output().unwrap().status.success());
+    site.ok(&["recover"]);
+    assert_eq!(document(), now);
+}
