@@ -149,16 +149,19 @@ pub fn firmware_writer_round(disk: &[u8]) -> Result<u32, String> {
 }
 
 /// The same of a writer that was started on a disk that held what an earlier one, or several, had left: `before`. Round 0 is
-/// its boot, in which it has not written its first number yet.
+/// its boot, in which it has not written its first number yet: where it has come as far as the one before, that cannot be told from it,
+/// and both are given.
 ///
 /// # Errors
 /// As of [`firmware_writer_round`].
-pub fn firmware_writer_round_over(before: &[u8], disk: &[u8]) -> Result<u32, String> {
+pub fn firmware_writer_round_over(before: &[u8], disk: &[u8]) -> Result<Vec<u32>, String> {
     let (before, found) = (numbers(before)?, numbers(disk)?);
-    if found[0] == before[0] && as_after(before.clone(), &found, 0).is_ok() {
-        return Ok(0);
+    let boot = as_after(before.clone(), &found, 0);
+    match (boot, as_after(before, &found, found[0])) {
+        (Ok(0), Ok(round)) if round > 0 => Ok(vec![0, round]),
+        (Ok(round), _) | (_, Ok(round)) => Ok(vec![round]),
+        (_, Err(why)) => Err(why),
     }
-    as_after(before, &found, found[0])
 }
 
 fn numbers(disk: &[u8]) -> Result<Vec<u32>, String> {
@@ -224,7 +227,7 @@ mod tests {
     fn a_writer_that_was_started_again_is_told_from_the_one_before() {
         let before = after(60, false, 100);
         let mut disk = before.clone();
-        assert_eq!(firmware_writer_round_over(&before, &disk), Ok(0));
+        assert_eq!(firmware_writer_round_over(&before, &disk), Ok(vec![0, 59]));
         let mut write = |at: usize, n: u32| {
             for word in disk[at * 512..][..512].chunks_mut(4) {
                 word.copy_from_slice(&n.to_le_bytes());
@@ -233,7 +236,7 @@ mod tests {
         write(place(1, places(51200)), 1);
         write(0, 1);
         write(place(2, places(51200)), 2);
-        assert_eq!(firmware_writer_round_over(&before, &disk), Ok(1));
+        assert_eq!(firmware_writer_round_over(&before, &disk), Ok(vec![1]));
         firmware_writer_round(&disk).expect_err("it is over something");
         let lost = place(60, places(51200)) * 512;
         disk[lost..lost + 512].fill(0);

@@ -19,6 +19,7 @@ mod fuzz;
 mod guest;
 mod initrd;
 mod kernel;
+mod soak;
 mod suite;
 mod tools;
 
@@ -37,6 +38,8 @@ const HELP: &str = "\
                      changes, redefine, backup
 ./x fuzz [TARGET…] [--seconds N] [--at-once N]
                      the fuzz targets, or some, each for that long (default 600)
+./x soak [--minutes N] [--seed N]
+                     eight machines, whatever can be done with them, and kills (60 minutes)
 ./x tools            only get the programs and the test guest that tests and demo use
 ./x tools --fresh    get them anew, in the versions the mirror has now
 ./x help             this text
@@ -89,6 +92,11 @@ fn run() -> Result<()> {
         ("bench", rest) => {
             tools::ensure()?;
             bench::run(rest)?;
+        }
+        ("soak", rest) => {
+            let plan = soak::Plan::from_args(rest)?;
+            tools::ensure()?;
+            soak::run(&plan)?;
         }
         ("fuzz", rest) => fuzz::run(&fuzz::Plan::from_args(rest)?)?,
         _ => bail!("`{verb} {}` is not a command\n{HELP}", rest.join(" ")),

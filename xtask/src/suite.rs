@@ -135,7 +135,7 @@ fn exists(path: &str) -> bool {
     workspace_root().join(Path::new(path)).exists()
 }
 
-fn cargo_command(args: &[&str]) -> Command {
+pub(crate) fn cargo_command(args: &[&str]) -> Command {
     let own = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = tool_command(Path::new(&own));
     command.args(args);

@@ -13,5 +13,6 @@ mod acts;
 mod faults;
 mod invariants;
 mod scene;
+mod soak;
 mod table;
 mod world;
