@@ -84,9 +84,13 @@ async fn go_on(state: crate::ImageState) {
     let Ok(mut writer) = resumed else {
         return;
     };
-    let told = writer.checkpoint().await;
+    // What is not written down of a state does not come back either.
+    let told = writer
+        .checkpoint()
+        .await
+        .map(|told| serde_json::to_value(told).ok());
     assert!(
-        told.is_ok_and(|told| told == state),
+        told.is_ok_and(|told| told == serde_json::to_value(&state).ok()),
         "it goes on from another state"
     );
     if spec.size > LARGEST {

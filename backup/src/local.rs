@@ -310,13 +310,17 @@ fn list(path: &Path) -> Result<Vec<String>> {
 
 fn get(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let (file, length) = open(path)?;
+    let fits = |length: u64| {
+        let text = format!("the file has {length} bytes, and one of its kind has at most {limit}");
+        let error = || Error::new(ErrorKind::Broken, text).with("path", path.display());
+        (length <= limit).then_some(()).ok_or_else(error)
+    };
+    fits(length)?;
     let mut bytes = Vec::new();
+    // It may grow meanwhile.
     let read = file.take(limit.saturating_add(1)).read_to_end(&mut bytes);
     read.map_err(|e| failed("cannot read the file", path, e))?;
-    if bytes.len() as u64 > limit {
-        let text = format!("the file has {length} bytes, and one of its kind has at most {limit}");
-        return Err(Error::new(ErrorKind::Broken, text).with("path", path.display()));
-    }
+    fits(bytes.len() as u64)?;
     Ok(bytes)
 }
 

@@ -1,7 +1,7 @@
 //! Any text as a domain's document: answered, kept byte for byte, and edited only where asked.
 #![no_main]
 
-use disksnap_core::{MethodChoice, Options};
+use disksnap_core::{BackingStore, MethodChoice, Options, Source};
 use disksnap_xml::DomainDocument;
 use libfuzzer_sys::fuzz_target;
 
@@ -31,4 +31,19 @@ fuzz_target!(|text: &str| {
         assert_eq!(without.domain().disk(&disk.target).expect("still there").method, None);
     }
     document.with_exports(None, &[]).expect("nothing is served");
+    // What a backup saves beside the disks, if it can be told.
+    let _ = (document.efi_variables(), document.tpm());
+    for disk in &document.domain().disks {
+        let ends = document.ends_chain(&disk.target).expect("the disk is there");
+        let mut below = disk.clone();
+        below.backing = Some(BackingStore {
+            format: Some("qcow2".to_owned()),
+            source: Source::File { file: "/a&b".into() },
+            data_store: None,
+            backing: None,
+        });
+        let after = document.with_disk(&disk.target, &below).expect("any disk can stand on a file");
+        let said = after.domain().disk(&disk.target).expect("it is still there");
+        assert_eq!(said.backing, below.backing, "{ends}");
+    }
 });

@@ -1,4 +1,4 @@
-//! Any bytes as what `qemu-img info` prints of a chain: the bitmaps of its images, or refused.
+//! Any bytes as what `qemu-img info` prints of an image: its bitmaps, or refused.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -35,6 +35,7 @@ mod signals;
 mod site;
 mod snapshots;
 mod storage_faults;
+mod stranger;
 mod strike;
 mod tap;
 mod tracking;
