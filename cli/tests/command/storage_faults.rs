@@ -2,12 +2,14 @@
 //! given other bytes than those of the instant.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use disksnap_test_support::{
-    DiskSpec, MIB, Qemu, QemuVersion, SmallFs, firmware_writer_round, need, small_fs,
+    DiskSpec, LoopFsKind, MIB, Qemu, QemuVersion, SmallFs, firmware_writer_round, loop_fs, need, pattern,
+    small_fs,
 };
 use serde_json::{Value, json};
 
@@ -32,7 +34,10 @@ struct Scene {
 
 impl Scene {
     fn new(version: QemuVersion) -> Self {
-        let disk = DiskSpec::new("vda", SIZE);
+        Self::with(version, DiskSpec::new("vda", SIZE))
+    }
+
+    fn with(version: QemuVersion, disk: DiskSpec) -> Self {
         let qemu = Qemu::builder().version(version).disk(disk);
         let qemu = qemu.firmware_writer().start();
         let (site, xml) = (Site::new(), arg(&qemu.domain_xml_file()));
@@ -56,7 +61,14 @@ impl Scene {
 
     /// Takes a snapshot `one` whose fleece image is this file, with more options.
     fn create(&self, file: &Path, options: &str) {
-        self.json(&["snapshot", "create", "--name", "one", "--disk", &disk(file, options)]);
+        self.json(&[
+            "snapshot",
+            "create",
+            "--name",
+            "one",
+            "--disk",
+            &disk(file, options),
+        ]);
     }
 
     /// The state of `one`, and why, as it is listed and shown.
@@ -69,6 +81,18 @@ impl Scene {
             (told(&shown, "state"), told(&shown, "reason"))
         );
         (told(listed, "state"), told(listed, "reason"))
+    }
+
+    /// The same, and all that it holds, and a client that has read the half of it.
+    fn create_and_read_half(&self, file: &Path, options: &str) -> (Vec<u8>, RawNbd) {
+        self.create(file, options);
+        let instant = self.read();
+        let mut client = self.client();
+        for offset in (0..SIZE / 2).step_by(PIECE as usize) {
+            let bytes = client.read(offset, PIECE).unwrap();
+            assert!(bytes == part(&instant, offset), "other bytes at {offset}");
+        }
+        (instant, client)
     }
 
     /// All of the snapshot's disk, which was the guest's at one instant.
@@ -177,22 +201,11 @@ fn part(instant: &[u8], offset: u64) -> &[u8] {
     &instant[offset..offset + PIECE as usize]
 }
 
-/// Reads the first half, as a reader that is at work when the storage fails.
-fn read_half(client: &mut RawNbd, instant: &[u8]) {
-    for offset in (0..SIZE / 2).step_by(PIECE as usize) {
-        let bytes = client.read(offset, PIECE).unwrap();
-        assert!(bytes == part(instant, offset), "other bytes at {offset}");
-    }
-}
-
 #[test]
 fn a_full_fleece_image_breaks_the_snapshot_and_no_write() {
     need!("small-fs");
     let (scene, (fs, file)) = (Scene::new(QemuVersion::V10_0), room());
-    scene.create(&file, "");
-    let instant = scene.read();
-    let mut client = scene.client();
-    read_half(&mut client, &instant);
+    let (instant, mut client) = scene.create_and_read_half(&file, "");
     fill(&fs);
     let reason = scene.wait_broken();
     assert!(reason.contains("full"), "{reason}");
@@ -201,4 +214,401 @@ fn a_full_fleece_image_breaks_the_snapshot_and_no_write() {
     scene.assert_guest_writes();
     scene.end();
     assert!(!file.exists());
+}
+
+/// Ways in which QEMU would fail the guest's write rather than break the snapshot.
+fn there_is_room_for_all_of_it(version: QemuVersion, way: &str) {
+    let (scene, narrow) = (Scene::new(version), small_fs(SIZE / 2));
+    let way = format!(",fleece.way={way}");
+    let disk = disk(&narrow.path().join("fleece"), &way);
+    let text = scene.site.fails(
+        10,
+        &scene.words(&["snapshot", "create", "--name", "one", "--disk", &disk]),
+    );
+    assert!(text.contains("cannot reserve"), "{text}");
+    assert_eq!(leftovers(&scene.site, &scene.qemu), Vec::<String>::new());
+    assert_eq!(crate::site::list(narrow.path()), [] as [PathBuf; 0]);
+    let (fs, file) = room();
+    let (instant, mut client) = scene.create_and_read_half(&file, &way);
+    fill(&fs);
+    // Many parts of the disk that were not written to since.
+    scene.qemu.wait_writer(128);
+    scene.assert_guest_writes();
+    assert_eq!(scene.state().0, "active");
+    for offset in (SIZE / 2..SIZE).step_by(PIECE as usize) {
+        assert!(client.read(offset, PIECE).unwrap() == part(&instant, offset));
+    }
+    assert!(scene.read() == instant);
+    scene.end();
+    assert!(!file.exists());
+}
+
+#[test]
+fn where_a_full_fleece_image_would_fail_the_guest_there_is_room_for_all_of_it() {
+    need!("small-fs");
+    there_is_room_for_all_of_it(QemuVersion::V10_0, "job");
+    there_is_room_for_all_of_it(QemuVersion::V10_0, "classic");
+}
+
+#[test]
+fn in_an_old_qemu_there_is_room_for_all_of_it() {
+    need!("small-fs", "qemu-7.2");
+    there_is_room_for_all_of_it(QemuVersion::V7_2, "classic");
+}
+
+/// The node of the fleece image.
+fn fleece_node(qemu: &Qemu) -> String {
+    let nodes = qemu.qmp("query-named-block-nodes", json!({ "flat": true }));
+    let names = nodes.as_array().unwrap().iter().map(|node| &node["node-name"]);
+    let mut names = names.filter_map(|name| name.as_str().map(str::to_owned));
+    names
+        .find(|name| name.starts_with("ds-") && name.ends_with("-fl"))
+        .unwrap()
+}
+
+/// Has every write to the fleece image wait for ever.
+fn stall(qemu: &Qemu, file: &Path) {
+    let group = json!({ "qom-type": "throttle-group", "id": "slow", "limits": { "bps-write": 1 } });
+    qemu.qmp("object-add", group);
+    let below = json!({ "driver": "file", "filename": file, "locking": "off", "discard": "unmap" });
+    let slow = json!({ "driver": "throttle", "node-name": "slow", "throttle-group": "slow", "file": below, "discard": "unmap" });
+    qemu.qmp("blockdev-add", slow);
+    let options = json!({ "driver": "raw", "node-name": fleece_node(qemu), "size": SIZE, "discard": "unmap", "file": "slow" });
+    qemu.qmp("blockdev-reopen", json!({ "options": [options] }));
+}
+
+#[test]
+fn a_fleece_image_that_is_too_slow_breaks_the_snapshot_and_no_write() {
+    let scene = Scene::new(QemuVersion::V10_0);
+    let file = scene.site.path("fleece");
+    let (instant, mut client) = scene.create_and_read_half(&file, ",fleece.timeout=2");
+    stall(&scene.qemu, &file);
+    // Looking at it would let through what waits, so the guest has to come by first.
+    scene.qemu.wait_writer(32);
+    let reason = scene.wait_broken();
+    assert!(reason.contains("too slow"), "{reason}");
+    assert_no_other_bytes(&mut client, SIZE / 2, &instant);
+    scene.assert_refused();
+    scene.assert_guest_writes();
+    scene.end();
+    scene.qemu.qmp("blockdev-del", json!({ "node-name": "slow" }));
+    assert!(!file.exists());
+}
+
+#[test]
+fn a_fleece_image_whose_name_is_removed_is_still_right() {
+    let scene = Scene::new(QemuVersion::V10_0);
+    let file = scene.site.path("fleece");
+    let (instant, mut client) = scene.create_and_read_half(&file, "");
+    std::fs::remove_file(&file).unwrap();
+    scene.qemu.wait_writer(32);
+    assert_eq!(scene.state().0, "active");
+    for offset in (SIZE / 2..SIZE).step_by(PIECE as usize) {
+        assert!(client.read(offset, PIECE).unwrap() == part(&instant, offset));
+    }
+    assert!(scene.read() == instant);
+    scene.assert_guest_writes();
+    scene.end();
+}
+
+/// QEMU reads zeroes where a file ends too soon, and nobody is told.
+fn a_cut_image_is_broken(version: QemuVersion, length: u64) {
+    let scene = Scene::new(version);
+    let file = scene.site.path("fleece");
+    scene.create(&file, "");
+    let instant = scene.read();
+    scene.qemu.wait_writer(64);
+    let mut reader = scene.site.command(&scene.words(&["read", "one", "vda"]));
+    let (out, err) = (Stdio::piped(), Stdio::piped());
+    let mut reader = reader.stdout(out).stderr(err).spawn().unwrap();
+    let mut begun = vec![0; 1 << 20];
+    reader.stdout.as_mut().unwrap().read_exact(&mut begun).unwrap();
+    assert!(begun == instant[..begun.len()]);
+
+    let image = File::options().write(true).open(&file).unwrap();
+    image.set_len(length).unwrap();
+    let ended = reader.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(11), "{text}");
+    assert!(text.contains("cut off"), "{text}");
+    // What the guest writes now is kept in it, and makes it long again.
+    let reason = scene.wait_broken();
+    assert!(reason.contains("cut off"), "{reason}");
+    scene.assert_refused();
+    scene.assert_guest_writes();
+    scene.end();
+    assert!(!file.exists());
+}
+
+#[test]
+fn a_fleece_image_that_is_cut_off_breaks_the_snapshot_and_no_write() {
+    a_cut_image_is_broken(QemuVersion::V10_0, 0);
+    a_cut_image_is_broken(QemuVersion::V10_0, SIZE / 2);
+}
+
+#[test]
+fn so_it_does_in_an_old_qemu() {
+    need!("qemu-7.2");
+    a_cut_image_is_broken(QemuVersion::V7_2, 0);
+}
+
+/// How many reads a client asks for whose answers fill every buffer on the way.
+const ASKED: u64 = 32;
+
+/// A client that asks for much and takes nothing.
+fn stalled(uri: &str) -> RawNbd {
+    let mut client = RawNbd::of(uri);
+    for n in 0..ASKED {
+        client.ask(n * MIB, u32::try_from(MIB).unwrap()).unwrap();
+    }
+    client
+}
+
+/// Clients that go in the midst of what they asked for: one that hangs up, and one that is killed.
+fn vanish(uri: &str) {
+    drop(stalled(uri));
+    let mut copy = Command::new(disksnap_test_support::tools::program("nbdcopy"));
+    let mut copy = copy.args([uri, "-"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut begun = [0; 4096];
+    copy.stdout.as_mut().unwrap().read_exact(&mut begun).unwrap();
+    copy.kill().unwrap();
+    copy.wait().unwrap();
+}
+
+/// Through clients that stall and vanish the guest writes on, others read, and all can be ended.
+///
+/// Nothing here has QEMU drain the exported node while a client stalls: it would wait for that client, and its guest
+/// with it (docs/operator.md, "When the storage fails").
+fn clients_do_no_harm(scene: &Scene, disk: &str) {
+    scene.json(&["snapshot", "create", "--name", "one", "--disk", disk]);
+    let instant = scene.read();
+    for end in [&["export", "stop", "one"][..], &["snapshot", "delete", "one"]] {
+        let started = scene.json(&["export", "start", "one"]);
+        let uri = started["exports"][0]["uri"].as_str().unwrap();
+        let stalled = [stalled(uri), stalled(uri)];
+        vanish(uri);
+        scene.assert_guest_writes();
+        let mut other = RawNbd::of(uri);
+        for offset in (0..SIZE).step_by(PIECE as usize) {
+            assert!(other.read(offset, PIECE).unwrap() == part(&instant, offset));
+        }
+        // QEMU lets go of a client on a unix socket only when that moves: it is told so, in time, and may be repeated.
+        let ended = scene.site.run(&scene.words(end));
+        assert!(matches!(ended.code, Some(0 | 9)), "{}", ended.stderr);
+        scene.assert_guest_writes();
+        drop(stalled);
+        scene.site.ok(&scene.words(end));
+    }
+    scene.end();
+    assert_eq!(crate::daemons::of(&scene.site.run_dir()), Vec::<i32>::new());
+}
+
+#[test]
+fn clients_that_stall_or_vanish_do_no_harm() {
+    let scene = Scene::new(QemuVersion::V10_0);
+    clients_do_no_harm(&scene, "vda,method=qemu-fleece");
+}
+
+#[test]
+fn clients_of_an_old_qemu_do_none_either() {
+    need!("qemu-7.2");
+    let scene = Scene::new(QemuVersion::V7_2);
+    clients_do_no_harm(&scene, "vda,method=qemu-fleece");
+}
+
+#[test]
+fn clients_of_the_image_server_do_none_either() {
+    need!("xfs");
+    let fs = loop_fs(LoopFsKind::Xfs, 2 * SIZE + 400 * MIB, "");
+    let image = fs.path().join("vda.qcow2");
+    let length = SIZE.to_string();
+    crate::programs::program(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", &arg(&image), &length],
+    );
+    let disk = DiskSpec::new("vda", SIZE).qcow2().image(&image);
+    let scene = Scene::with(QemuVersion::V10_0, disk);
+    clients_do_no_harm(&scene, "vda,method=reflink");
+    drop(scene);
+    assert_eq!(crate::site::list(fs.path()), [image]);
+}
+
+/// Starts a backup that takes its time, and waits until it has some of the disk.
+fn backup_slowly(scene: &Scene, repo: &str, disk: &str) -> std::process::Child {
+    let words = [
+        "backup",
+        "create",
+        "--repo",
+        repo,
+        "--disk",
+        disk,
+        "--rate-limit",
+        "256K",
+    ];
+    let mut create = scene.site.command(&scene.words(&words));
+    let child = create
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let since = Instant::now();
+    while !below(repo.as_ref())
+        .iter()
+        .any(|path| arg(path).ends_with(".qcow2.part"))
+    {
+        assert!(
+            since.elapsed() < Duration::from_mins(3),
+            "no image is being written"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child
+}
+
+/// All files below a directory.
+fn below(directory: &Path) -> Vec<PathBuf> {
+    let each = |path: PathBuf| if path.is_dir() { below(&path) } else { vec![path] };
+    crate::site::list(directory).into_iter().flat_map(each).collect()
+}
+
+/// A backup whose snapshot's storage fails: it is none, and the next one is.
+fn a_backup_is_whole_or_none(fail: impl FnOnce(&SmallFs, &Path)) {
+    let (scene, (fs, file)) = (Scene::new(QemuVersion::V10_0), room());
+    let (repo, disk) = (arg(&scene.site.path("repo")), disk(&file, ""));
+    let child = backup_slowly(&scene, &repo, &disk);
+    fail(&fs, &file);
+    let ended = child.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(11), "{text}");
+    let list = scene.site.json(&["backup", "list", "--repo", &repo]);
+    assert_eq!(list["domains"][0]["points"], json!([]), "{list:#}");
+    scene.assert_guest_writes();
+    let _ = std::fs::remove_file(fs.path().join("filler"));
+    let again = ["backup", "create", "--repo", &repo, "--disk", &disk];
+    let point = scene.json(&again);
+    assert_eq!(point["resumed"], false, "{point:#}");
+    let verified = ["backup", "verify", "--repo", &repo];
+    scene.json(&verified);
+    let images = below(repo.as_ref());
+    let images: Vec<_> = images
+        .iter()
+        .filter(|path| arg(path).ends_with("vda.qcow2"))
+        .collect();
+    assert_eq!(images.len(), 1, "{images:?}");
+    let raw = scene.site.path("backup.raw");
+    crate::programs::program("qemu-img", &["convert", "-O", "raw", &arg(images[0]), &arg(&raw)]);
+    firmware_writer_round(&std::fs::read(&raw).unwrap()).unwrap_or_else(|why| panic!("no instant: {why}"));
+    let snapshots = scene.json(&["snapshot", "list"]);
+    assert_eq!(snapshots["snapshots"], json!([]));
+    assert_eq!(leftovers(&scene.site, &scene.qemu), Vec::<String>::new());
+    scene.assert_guest_writes();
+}
+
+#[test]
+fn a_backup_whose_fleece_image_is_full_is_none_and_the_next_one_is() {
+    need!("small-fs");
+    a_backup_is_whole_or_none(|fs, _| fill(fs));
+}
+
+#[test]
+fn a_backup_whose_fleece_image_is_cut_off_is_none_and_the_next_one_is() {
+    need!("small-fs");
+    a_backup_is_whole_or_none(|_, file| {
+        let image = File::options().write(true).open(file).unwrap();
+        image.set_len(0).unwrap();
+    });
+}
+
+#[test]
+fn a_backup_beside_clients_that_vanish_is_whole() {
+    let scene = Scene::new(QemuVersion::V10_0);
+    let (repo, disk) = (arg(&scene.site.path("repo")), "vda,method=qemu-fleece");
+    scene.json(&["snapshot", "create", "--name", "one", "--disk", disk]);
+    let started = scene.json(&["export", "start", "one"]);
+    let uri = started["exports"][0]["uri"].as_str().unwrap();
+    let mut child = backup_slowly(&scene, &repo, disk);
+    vanish(uri);
+    assert!(child.wait().unwrap().success());
+    scene.site.json(&["backup", "verify", "--repo", &repo]);
+    scene.end();
+}
+
+/// A domain that is off, whose image is alone in a subvolume.
+fn on_btrfs(site: &Site, fs: &Path) -> (String, PathBuf) {
+    let images = fs.join("images");
+    crate::programs::program("btrfs", &["-q", "subvolume", "create", &arg(&images)]);
+    let image = images.join("disk.raw");
+    std::fs::write(&image, pattern::bytes(3, usize::try_from(32 * MIB).unwrap())).unwrap();
+    (crate::every_method::off(site, &image, "raw"), image)
+}
+
+/// Whether the snapshot `one` reads as this, told good.
+fn reads_as(site: &Site, xml: &str, digest: &str) -> bool {
+    let listed = site.json(&["snapshot", "list", "-d", xml]);
+    assert_eq!(listed["snapshots"][0]["state"], "active", "{listed:#}");
+    let to = site.path("read.raw");
+    site.ok(&["read", "-d", xml, "one", "vda", "--to", &arg(&to)]);
+    let same = pattern::digest_file(&to) == digest;
+    std::fs::remove_file(to).unwrap();
+    same
+}
+
+const BTRFS: [&str; 4] = ["snapshot", "create", "--disk", "vda,method=btrfs"];
+
+#[test]
+fn a_full_btrfs_keeps_its_snapshots_and_lets_them_go() {
+    need!("btrfs");
+    let (site, fs) = (Site::new(), loop_fs(LoopFsKind::Btrfs, 200 * MIB, ""));
+    let (xml, image) = on_btrfs(&site, fs.path());
+    let digest = pattern::digest_file(&image);
+    site.ok(&[&BTRFS[..], &["-d", &xml, "--name", "one"]].concat());
+    let mut filler = File::create(fs.path().join("filler")).unwrap();
+    while filler.write_all(&[1; 64 << 10]).is_ok() {}
+    drop(filler);
+    // The file system keeps room for itself, so that this may work still.
+    let more = site.run(&[&BTRFS[..], &["-d", &xml, "--name", "two"]].concat());
+    assert!(matches!(more.code, Some(0 | 10)), "{}", more.stderr);
+    assert!(reads_as(&site, &xml, &digest));
+    if more.code == Some(0) {
+        site.ok(&["snapshot", "delete", "-d", &xml, "two"]);
+    }
+    site.ok(&["snapshot", "delete", "-d", &xml, "one"]);
+    let listed = site.json(&["snapshot", "list", "-d", &xml]);
+    assert_eq!(listed["snapshots"], json!([]));
+    assert_eq!(pattern::digest_file(&image), digest);
+}
+
+#[test]
+fn a_btrfs_that_became_read_only_keeps_its_snapshots_until_it_can_be_written() {
+    need!("btrfs");
+    let (site, fs) = (Site::new(), loop_fs(LoopFsKind::Btrfs, 200 * MIB, ""));
+    let (xml, image) = on_btrfs(&site, fs.path());
+    let digest = pattern::digest_file(&image);
+    site.ok(&[&BTRFS[..], &["-d", &xml, "--name", "one"]].concat());
+    let remount = |how: &str| {
+        let mut mount = Command::new("mount");
+        let mount = mount.args(["-o", how]).arg(fs.path()).status();
+        assert!(mount.unwrap().success(), "{how}");
+    };
+    remount("remount,ro");
+    let refused = site.run(&[&BTRFS[..], &["-d", &xml, "--name", "two"]].concat());
+    assert_ne!(refused.code, Some(0));
+    assert!(
+        refused.stderr.contains("ead-only file system"),
+        "{}",
+        refused.stderr
+    );
+    assert!(reads_as(&site, &xml, &digest));
+    let refused = site.run(&["snapshot", "delete", "-d", &xml, "one"]);
+    assert_ne!(refused.code, Some(0));
+    assert!(
+        refused.stderr.contains("ead-only file system"),
+        "{}",
+        refused.stderr
+    );
+    remount("remount,rw");
+    site.ok(&["snapshot", "delete", "-d", &xml, "one"]);
+    let listed = site.json(&["snapshot", "list", "-d", &xml]);
+    assert_eq!(listed["snapshots"], json!([]));
+    assert_eq!(crate::site::list(fs.path()), [fs.path().join("images")]);
 }
