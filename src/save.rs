@@ -10,6 +10,7 @@ use tempfile::NamedTempFile;
 
 use crate::disk::run_blocking;
 use crate::sparse::write_sparse;
+use crate::unfinished::unfinished_file;
 
 /// A file being written beside the place where it will be. Dropping it removes it.
 #[derive(Debug)]
@@ -25,14 +26,8 @@ impl NewFile {
         if path.symlink_metadata().is_ok() {
             return Err(exists(path));
         }
-        let parent = match path.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
         let begin = || {
-            let mut new = tempfile::Builder::new();
-            new.prefix(".disksnap-");
-            let temporary = faults::around("file", "create new", || new.tempfile_in(parent))?;
+            let temporary = unfinished_file(path)?;
             let writer = Arc::new(temporary.as_file().try_clone()?);
             Ok((temporary, writer))
         };

@@ -11,6 +11,7 @@ use disksnap_xml::DomainDocument;
 use crate::Disksnap;
 use crate::disk::run_blocking;
 use crate::domain::is_path;
+use crate::unfinished::unfinished_file;
 
 impl Disksnap {
     /// Writes into a domain's document that it uses these disks now (`modifiedDisk`), where `given` leads, as for
@@ -66,9 +67,7 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let path = path.canonicalize()?;
     let old = path.metadata()?;
     let parent = path.parent().unwrap_or(Path::new("/"));
-    let mut beside = tempfile::Builder::new();
-    beside.prefix(".disksnap-");
-    let mut new = faults::around("file", "create document", || beside.tempfile_in(parent))?;
+    let mut new = unfinished_file(&path)?;
     faults::around("file", "write document", || new.write_all(content))?;
     let file = new.as_file();
     let own = file.metadata()?;

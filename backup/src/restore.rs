@@ -12,7 +12,6 @@ mod into;
 mod nbd;
 mod point;
 mod qcow2;
-mod unfinished;
 mod worker;
 
 use std::fmt;

@@ -5,11 +5,10 @@ use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use disksnap::{Error, ErrorKind, Result, write_sparse};
+use disksnap::{Error, ErrorKind, Result, faults, unfinished_file, write_sparse};
 use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
 use tempfile::NamedTempFile;
 
-use super::unfinished::file_beside;
 use super::worker::Place;
 
 /// Where the devices are.
@@ -140,7 +139,10 @@ pub(crate) fn must_not_be_a_device(path: &Path) -> Result<()> {
 /// `AlreadyExists`; what the file system meets.
 pub(crate) fn rename_new(from: &Path, to: &Path) -> Result<()> {
     use rustix::io::Errno;
-    let renamed = match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+    let renamed = faults::around("file", "name new", || {
+        renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)
+    });
+    let renamed = match renamed {
         // Some file systems cannot rename so. A link is as good: it replaces nothing.
         Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
             fs::hard_link(from, to).and_then(|()| fs::remove_file(from))
@@ -174,11 +176,11 @@ pub(crate) fn write_zeroes(file: &File, offset: u64, length: u64) -> io::Result<
 }
 
 fn beside(path: &Path) -> Result<NamedTempFile> {
-    file_beside(path).map_err(|e| failed(path, e))
+    unfinished_file(path).map_err(|e| failed(path, e))
 }
 
 fn publish(temporary: NamedTempFile, path: &Path) -> Result<()> {
-    match temporary.persist_noclobber(path) {
+    match faults::around("file", "name new", || temporary.persist_noclobber(path)) {
         Ok(_) => sync_folder(path),
         Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => Err(exists(path)),
         Err(e) => Err(failed(path, e.error)),

@@ -5,11 +5,10 @@ use std::sync::Arc;
 
 use super::Sink;
 use super::file::{must_be_free, rename_new};
-use super::unfinished::Folder;
 use super::worker::joined;
 use crate::{Compression, ImageKeys, ImageSpec, ImageWriter, LocalStore};
 use async_trait::async_trait;
-use disksnap::{Error, ErrorKind, Piece, Result};
+use disksnap::{Error, ErrorKind, Piece, Result, UnfinishedFolder};
 
 /// The image's name in the directory where it is written.
 const IMAGE: &str = "image";
@@ -19,7 +18,7 @@ const IMAGE: &str = "image";
 pub(crate) struct Qcow2File {
     /// Taken when it is finished or given up.
     writer: Option<ImageWriter>,
-    directory: Option<Folder>,
+    directory: Option<UnfinishedFolder>,
     path: PathBuf,
 }
 
@@ -32,7 +31,7 @@ impl Qcow2File {
         must_be_free(path)?;
         let beside = path.to_owned();
         let made = tokio::task::spawn_blocking(move || {
-            Folder::beside(&beside)
+            UnfinishedFolder::beside(&beside)
                 .map_err(|e| Error::io("cannot write the file", e).with("path", beside.display()))
         });
         let directory = joined(made.await)??;

@@ -1,5 +1,5 @@
 //! What lies unfinished beside the place where a file is to be. Its maker holds a lock on it for as long as it lives, so that whoever
-//! restores to the same place next knows what a killed one has left there, and removes it.
+//! writes to the same place next knows what a killed one has left there, and removes it.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -8,12 +8,11 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
+use disksnap_core::faults;
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use tempfile::{NamedTempFile, TempDir};
-
-use super::file::folder_of;
 
 /// What its name begins with, before that of the place.
 const PREFIX: &str = ".disksnap-";
@@ -22,17 +21,20 @@ const LONGEST: usize = 200;
 /// How often another one is made where somebody took it for a dead one's.
 const TRIES: u32 = 16;
 
-/// A directory in which a file is being written. Dropping it removes it.
+/// A directory in which a file is being written beside the place where it will be. Dropping it removes it.
 #[derive(Debug)]
-pub(crate) struct Folder {
+pub struct UnfinishedFolder {
     directory: TempDir,
     /// Given up after the directory is gone.
     _lock: File,
 }
 
-impl Folder {
-    /// Makes one beside a place.
-    pub(crate) fn beside(path: &Path) -> io::Result<Self> {
+impl UnfinishedFolder {
+    /// Makes one beside a place, and removes what killed ones have left there.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn beside(path: &Path) -> io::Result<Self> {
         sweep(path);
         for _ in 0..TRIES {
             let directory = builder(path, |builder| builder.tempdir_in(folder_of(path)))?;
@@ -47,13 +49,18 @@ impl Folder {
         Err(taken())
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// The directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
         self.directory.path()
     }
 }
 
-/// Makes a file of mode 0600 beside a place. Dropping it removes it.
-pub(crate) fn file_beside(path: &Path) -> io::Result<NamedTempFile> {
+/// Makes a file of mode 0600 beside a place, and removes what killed ones have left there. Dropping it removes it.
+///
+/// # Errors
+/// The operating system's.
+pub fn unfinished_file(path: &Path) -> io::Result<NamedTempFile> {
     sweep(path);
     for _ in 0..TRIES {
         let file = builder(path, |builder| builder.tempfile_in(folder_of(path)))?;
@@ -68,7 +75,9 @@ fn builder<T>(
     path: &Path,
     make: impl FnOnce(&mut tempfile::Builder<'_, '_>) -> io::Result<T>,
 ) -> io::Result<T> {
-    make(tempfile::Builder::new().prefix(&prefix(path)))
+    faults::around("file", "create unfinished", || {
+        make(tempfile::Builder::new().prefix(&prefix(path)))
+    })
 }
 
 /// What the names of all that is unfinished for a place begin with.
@@ -92,14 +101,20 @@ fn is_held(made: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
+/// The directory of a path.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
 /// Removes what killed ones have left beside a place. What cannot be removed is in nobody's way.
 fn sweep(path: &Path) {
     let prefix = prefix(path);
     for entry in fs::read_dir(folder_of(path)).into_iter().flatten().flatten() {
-        if entry.file_name().as_bytes().starts_with(prefix.as_bytes())
-            && let Err(error) = remove_dead(&entry.path())
-        {
-            tracing::debug!(path = %entry.path().display(), %error, "what a killed restoration left stays");
+        if entry.file_name().as_bytes().starts_with(prefix.as_bytes()) {
+            let _ = remove_dead(&entry.path());
         }
     }
 }
@@ -119,11 +134,13 @@ fn remove_dead(path: &Path) -> io::Result<()> {
         Err(Errno::WOULDBLOCK) => return Ok(()),
         locked => locked?,
     }
-    if about.is_dir() {
-        fs::remove_dir_all(path)
-    } else {
-        fs::remove_file(path)
-    }
+    faults::around("file", "remove unfinished", || {
+        if about.is_dir() {
+            fs::remove_dir_all(path)
+        } else {
+            fs::remove_file(path)
+        }
+    })
 }
 
 fn taken() -> io::Error {
@@ -149,8 +166,8 @@ mod tests {
     fn what_the_dead_left_goes_and_what_the_living_hold_stays() {
         let dir = tempfile::tempdir().unwrap();
         let place = dir.path().join("vda.raw");
-        let live = [file_beside(&place).unwrap(), file_beside(&place).unwrap()];
-        let folder = Folder::beside(&place).unwrap();
+        let live = [unfinished_file(&place).unwrap(), unfinished_file(&place).unwrap()];
+        let folder = UnfinishedFolder::beside(&place).unwrap();
         fs::write(folder.path().join("image"), "mine").unwrap();
         // As a killed process leaves them.
         fs::write(dir.path().join(".disksnap-vda.raw.dead01"), "theirs").unwrap();
@@ -159,7 +176,7 @@ mod tests {
         // None of this place.
         fs::write(dir.path().join(".disksnap-vdb.raw.other1"), "another's").unwrap();
         std::os::unix::fs::symlink("/dev/null", dir.path().join(".disksnap-vda.raw.link01")).unwrap();
-        drop(file_beside(&place).unwrap());
+        drop(unfinished_file(&place).unwrap());
         let left = names(dir.path());
         assert!(!left.iter().any(|name| name.contains("dead")), "{left:?}");
         assert_eq!(left.len(), 5, "{left:?}");
@@ -175,6 +192,9 @@ mod tests {
     fn a_long_name_has_room() {
         let dir = tempfile::tempdir().unwrap();
         let place = dir.path().join("x".repeat(255));
-        drop((file_beside(&place).unwrap(), Folder::beside(&place).unwrap()));
+        drop((
+            unfinished_file(&place).unwrap(),
+            UnfinishedFolder::beside(&place).unwrap(),
+        ));
     }
 }
