@@ -186,11 +186,10 @@ struct AddedView {
 
 impl AddedView {
     fn new(added: &AddedChain) -> Self {
-        let mut text = format!("{}: the document names these images now:\n", added.target);
+        let mut lines = vec![format!("{}: the document names these images now:", added.target)];
         let mut line = |what: &str, source: &Source, format: Option<&String>| {
-            text += &format!("  {what}{source}");
-            text += &format.map_or_else(String::new, |format| format!(" ({format})"));
-            text += "\n";
+            let format = format.map_or_else(String::new, |format| format!(" ({format})"));
+            lines.push(format!("  {what}{source}{format}"));
         };
         if let Some(data) = &added.data_store {
             line("data in ", &data.source, None);
@@ -209,7 +208,7 @@ impl AddedView {
                 .as_ref()
                 .map(|data| SourceView::new(&data.source, Some("raw"))),
             layers: added.layers.iter().map(view).collect(),
-            text,
+            text: lines.join("\n") + "\n",
         }
     }
 }

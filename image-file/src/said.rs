@@ -65,7 +65,7 @@ fn check_data(disk: &Disk, image: &Path, header: &Qcow2, said: Option<&DataStore
         Some(said) if leads_to(image, name, &said.source) => Ok(()),
         _ => Err(unsaid(
             disk,
-            format!(
+            &format!(
                 "the header of {} names the file {name:?} for its data",
                 image.display()
             ),
@@ -89,7 +89,7 @@ fn named_below(
     match said {
         None => Err(unsaid(
             disk,
-            format!(
+            &format!(
                 "the header of {} names the backing file {name:?}",
                 image.display()
             ),
@@ -138,7 +138,7 @@ fn unread(path: &Path, error: &io::Error) -> Unfit {
     }
 }
 
-fn unsaid(disk: &Disk, what: String) -> Unfit {
+fn unsaid(disk: &Disk, what: &str) -> Unfit {
     let all = ByHeaders::of(disk);
     Unfit {
         kind: ErrorKind::Invalid,
@@ -282,10 +282,11 @@ fn source_of(image: &Path, name: &str) -> Result<Source, String> {
 impl std::fmt::Display for ByHeaders {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut text = self.top.clone();
-        let with_data = |text: &mut String, data: &Option<DataStore>| match data {
-            // A string takes whatever is written to it.
-            Some(data) => drop(write!(text, " with its data in {}", data.source)),
-            None => {}
+        let with_data = |text: &mut String, data: &Option<DataStore>| {
+            if let Some(data) = data {
+                // A string takes whatever is written to it.
+                let _ = write!(text, " with its data in {}", data.source);
+            }
         };
         with_data(&mut text, &self.data_store);
         for layer in &self.below {

@@ -250,12 +250,11 @@ pub(crate) fn backing_with(backing: &BackingStore, carry: Carry<'_>) -> Result<O
         .attr("type", backing.source.kind())
         .child(Element::new("format").attr("type", format));
     let data = backing.data_store.as_ref();
-    let element = match carried.filter(|known| known.data.as_ref() == data) {
-        Some(Carried { text, indent, .. }) => element.child(Element::verbatim(text, indent)),
-        None => {
-            let data = data.map(|data| data_store_element(data, carry)).transpose()?;
-            element.child(source_element(&backing.source)?.children(data))
-        }
+    let element = if let Some(Carried { text, indent, .. }) = carried.filter(|c| c.data.as_ref() == data) {
+        element.child(Element::verbatim(text, indent))
+    } else {
+        let data = data.map(|data| data_store_element(data, carry)).transpose()?;
+        element.child(source_element(&backing.source)?.children(data))
     };
     Ok(Some(match &backing.backing {
         Some(below) => element.children(backing_with(below, carry)?),
