@@ -15,6 +15,7 @@ mod demo_backup;
 mod demo_methods;
 mod demo_move;
 mod demo_stage;
+mod faults;
 mod fuzz;
 mod guest;
 mod initrd;
@@ -38,6 +39,9 @@ const HELP: &str = "\
                      changes, redefine, backup
 ./x fuzz [TARGET…] [--seconds N] [--at-once N]
                      the fuzz targets, or some, each for that long (default 600)
+./x faults [METHOD…] [--act ACT] [--seed N]
+                     the command killed at every point of every act, or of some; a whole walk writes
+                     docs/fault-points.md
 ./x soak [--minutes N] [--seed N]
                      eight machines, whatever can be done with them, and kills (60 minutes)
 ./x tools            only get the programs and the test guest that tests and demo use
@@ -92,6 +96,10 @@ fn run() -> Result<()> {
         ("bench", rest) => {
             tools::ensure()?;
             bench::run(rest)?;
+        }
+        ("faults", rest) => {
+            tools::ensure()?;
+            faults::run(&faults::Plan::from_args(rest)?)?;
         }
         ("soak", rest) => {
             let plan = soak::Plan::from_args(rest)?;
