@@ -10,7 +10,7 @@ use disksnap_test_support::{Qemu, firmware_writer_round};
 use serde_json::{Value, json};
 
 use crate::daemons;
-use crate::scene::{Scene, TARGETS};
+use crate::scene::{Kind, Scene, TARGETS};
 use crate::site::{Site, arg, list};
 
 /// A guardian that ends, a guest that gets its turn: no hurry, since what never comes fails in any case.
@@ -19,7 +19,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Everything, of a scene whose state directory is its own. What is under way by itself, such as the end of a guardian, is
 /// waited for.
 pub(crate) fn check(scene: &Scene) -> Vec<String> {
-    eventually(|| [guest(scene), state(&scene.site, &[scene])].concat())
+    eventually(|| {
+        let owned = Owned::of(scene);
+        let owner = std::slice::from_ref(&owned);
+        [in_guest(scene, &owned), in_state(&scene.site, &[scene], owner)].concat()
+    })
 }
 
 /// Asks until nothing is wrong, or patience ends.
@@ -36,11 +40,15 @@ pub(crate) fn eventually(mut ask: impl FnMut() -> Vec<String>) -> Vec<String> {
 
 /// The guest runs, is thawed and writes; nothing is in its hypervisor that no snapshot, export or checkpoint owns.
 pub(crate) fn guest(scene: &Scene) -> Vec<String> {
+    in_guest(scene, &Owned::of(scene))
+}
+
+fn in_guest(scene: &Scene, owned: &Owned) -> Vec<String> {
     let Some(qemu) = &scene.qemu else {
         return Vec::new();
     };
     let mut wrong = Vec::new();
-    if qemu.status() != "running" {
+    if Some(qemu.status().as_str()) != scene.kind.status() {
         wrong.push(format!("the guest is {}", qemu.status()));
         return wrong;
     }
@@ -59,7 +67,6 @@ pub(crate) fn guest(scene: &Scene) -> Vec<String> {
     if failures > 0 {
         wrong.push(format!("{failures} of the guest's requests failed"));
     }
-    let owned = Owned::of(scene);
     wrong.extend(
         in_qemu(qemu)
             .into_iter()
@@ -71,7 +78,7 @@ pub(crate) fn guest(scene: &Scene) -> Vec<String> {
 
 /// The guest goes on writing. Apart from [`guest`], since it has to be waited for.
 pub(crate) fn writes_go_on(scene: &Scene) -> Vec<String> {
-    let Some(qemu) = &scene.qemu else {
+    let Some(qemu) = scene.qemu.as_ref().filter(|_| scene.kind.writes()) else {
         return Vec::new();
     };
     let before = qemu.writer_rounds();
@@ -89,7 +96,11 @@ pub(crate) fn writes_go_on(scene: &Scene) -> Vec<String> {
 ///
 /// Holds only for disks that were never put back to an earlier content.
 pub(crate) fn writes_are_whole(scene: &Scene) -> Vec<String> {
-    let Some(qemu) = scene.qemu.as_ref().filter(|_| !scene.has_agent()) else {
+    let Some(qemu) = scene
+        .qemu
+        .as_ref()
+        .filter(|_| scene.kind.writes() && !scene.has_agent())
+    else {
         return Vec::new();
     };
     qemu.qmp("stop", json!({}));
@@ -121,6 +132,11 @@ pub(crate) fn one_instant(disks: &[Vec<u8>]) -> Vec<String> {
 
 /// What lies in a state directory that these scenes share: intents, files, processes, records.
 pub(crate) fn state(site: &Site, scenes: &[&Scene]) -> Vec<String> {
+    let owned: Vec<Owned> = scenes.iter().map(|scene| Owned::of(scene)).collect();
+    in_state(site, scenes, &owned)
+}
+
+fn in_state(site: &Site, scenes: &[&Scene], owned: &[Owned]) -> Vec<String> {
     let mut wrong = Vec::new();
     let recovered = site.run(&["recover", "--output", "json"]);
     let told = String::from_utf8_lossy(&recovered.stdout);
@@ -128,8 +144,7 @@ pub(crate) fn state(site: &Site, scenes: &[&Scene]) -> Vec<String> {
     if recovered.code != Some(0) || !nothing {
         wrong.push(format!("recover has something to do: {told}{}", recovered.stderr));
     }
-    let owned: Vec<Owned> = scenes.iter().map(|scene| Owned::of(scene)).collect();
-    for owned in &owned {
+    for owned in owned {
         wrong.extend(owned.unsound.iter().cloned());
     }
     let owner = |path: &Path| owned.iter().any(|owned| owned.is_owner_of(&arg(path)));
@@ -185,10 +200,12 @@ struct Owned {
     /// The bitmaps of its checkpoints.
     bitmaps: BTreeSet<String>,
     exports: BTreeSet<String>,
+    /// Its disks are being filled: what is made for that has names of its own.
+    is_filled: bool,
     serves: bool,
     has_image_server: bool,
-    /// Its images, as the document names them.
-    document: String,
+    /// Its images, as its document and its snapshots name them.
+    documents: String,
     unsound: Vec<String>,
 }
 
@@ -211,6 +228,11 @@ impl Owned {
                 ));
             }
         }
+        // A snapshot may lie in an image that had another name before it.
+        let mut documents = scene.document();
+        for name in texts(&snapshots, "name") {
+            documents += &scene.ok(&["snapshot", "show", &name, "--output", "json"]);
+        }
         let checkpoints = scene.json(&["checkpoint", "list"])["checkpoints"].take();
         let mut bitmaps = BTreeSet::new();
         for checkpoint in checkpoints.as_array().into_iter().flatten() {
@@ -228,14 +250,16 @@ impl Owned {
             }
         }
         let serving = scene.json(&["export", "list"]);
+        let is_filled = scene.kind == Kind::Paused && !scene.json(&["fill", "list"])["filling"].is_null();
         Self {
             stem: scene.stem.clone(),
             ids,
             bitmaps,
             exports: texts(&serving["exports"], "alias"),
-            serves: serving["exports"] != json!([]) || serving["server"] != Value::Null,
+            is_filled,
+            serves: is_filled || serving["exports"] != json!([]) || serving["server"] != Value::Null,
             has_image_server: !serving["imageServer"].is_null(),
-            document: scene.document(),
+            documents,
             unsound,
         }
     }
@@ -243,8 +267,10 @@ impl Owned {
     /// Whether the name of a node, job, bitmap or export, or the path of a file, is one of this domain's.
     fn is_owner_of(&self, name: &str) -> bool {
         let plain = name.replace('-', "");
-        self.ids.iter().any(|id| plain.contains(id.as_str()))
-            || self.document.contains(name)
+        let is_fills = name.trim_start_matches("export ").starts_with("ds-");
+        (self.is_filled && is_fills)
+            || self.ids.iter().any(|id| plain.contains(id.as_str()))
+            || self.documents.contains(name)
             || name
                 .strip_prefix("bitmap ")
                 .is_some_and(|name| self.bitmaps.contains(name))

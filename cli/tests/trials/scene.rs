@@ -26,19 +26,28 @@ pub(crate) enum Kind {
     ExternalOff,
     /// A running guest's disks on XFS, cloned.
     Reflink,
+    /// The same disks with the domain off.
+    ReflinkOff,
     /// A running guest's disks in one subvolume.
     Btrfs,
+    /// The same disks with the domain off.
+    BtrfsOff,
+    /// A guest that has not begun to run, into which is restored.
+    Paused,
 }
 
 impl Kind {
     /// All of them.
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 9] = [
+        Self::Quiesced,
         Self::Fleece,
         Self::External,
         Self::ExternalOff,
         Self::Reflink,
+        Self::ReflinkOff,
         Self::Btrfs,
-        Self::Quiesced,
+        Self::BtrfsOff,
+        Self::Paused,
     ];
 
     /// What people call it: the method, and how the domain is.
@@ -49,17 +58,34 @@ impl Kind {
             Self::External => "qemu-external-qcow2",
             Self::ExternalOff => "qemu-external-qcow2, off",
             Self::Reflink => "reflink",
+            Self::ReflinkOff => "reflink, off",
             Self::Btrfs => "btrfs",
+            Self::BtrfsOff => "btrfs, off",
+            Self::Paused => "qemu-fleece, paused",
         }
+    }
+
+    /// The state that the guest is in; none where it is off.
+    pub(crate) fn status(self) -> Option<&'static str> {
+        match self {
+            Self::ExternalOff | Self::ReflinkOff | Self::BtrfsOff => None,
+            Self::Paused => Some("prelaunch"),
+            Self::Quiesced | Self::Fleece | Self::External | Self::Reflink | Self::Btrfs => Some("running"),
+        }
+    }
+
+    /// Whether the guest writes.
+    pub(crate) fn writes(self) -> bool {
+        self.status() == Some("running")
     }
 
     /// The method that its disks are snapshotted by.
     pub(crate) fn method(self) -> &'static str {
         match self {
-            Self::Fleece | Self::Quiesced => "qemu-fleece",
+            Self::Fleece | Self::Quiesced | Self::Paused => "qemu-fleece",
             Self::External | Self::ExternalOff => "qemu-external-qcow2",
-            Self::Reflink => "reflink",
-            Self::Btrfs => "btrfs",
+            Self::Reflink | Self::ReflinkOff => "reflink",
+            Self::Btrfs | Self::BtrfsOff => "btrfs",
         }
     }
 
@@ -67,16 +93,16 @@ impl Kind {
     pub(crate) fn needs(self) -> Option<&'static str> {
         match self {
             Self::Quiesced => Some("guest"),
-            Self::Reflink => Some("xfs"),
-            Self::Btrfs => Some("btrfs"),
-            Self::Fleece | Self::External | Self::ExternalOff => None,
+            Self::Reflink | Self::ReflinkOff => Some("xfs"),
+            Self::Btrfs | Self::BtrfsOff => Some("btrfs"),
+            Self::Fleece | Self::External | Self::ExternalOff | Self::Paused => None,
         }
     }
 
     fn file_system(self) -> Option<LoopFs> {
         match self {
-            Self::Reflink => Some(loop_fs(LoopFsKind::Xfs, 400 * MIB, "")),
-            Self::Btrfs => Some(loop_fs(LoopFsKind::Btrfs, 300 * MIB, "")),
+            Self::Reflink | Self::ReflinkOff => Some(loop_fs(LoopFsKind::Xfs, 400 * MIB, "")),
+            Self::Btrfs | Self::BtrfsOff => Some(loop_fs(LoopFsKind::Btrfs, 300 * MIB, "")),
             _ => None,
         }
     }
@@ -120,10 +146,12 @@ impl Scene {
             None => site.path(&format!("images-{number}")),
         };
         match kind {
-            Kind::Btrfs => drop(program("btrfs", &["-q", "subvolume", "create", &arg(&folder)])),
+            Kind::Btrfs | Kind::BtrfsOff => {
+                drop(program("btrfs", &["-q", "subvolume", "create", &arg(&folder)]))
+            }
             _ => std::fs::create_dir(&folder).unwrap(),
         }
-        let qemu = (kind != Kind::ExternalOff).then(|| machine(kind, &folder));
+        let qemu = kind.status().map(|_| machine(kind, &folder));
         let text = match &qemu {
             Some(qemu) => qemu.domain_xml(),
             None => off(kind, &folder, number),
@@ -150,10 +178,12 @@ impl Scene {
 
     fn begin(&self) {
         let Some(qemu) = &self.qemu else { return };
-        if self.kind == Kind::Quiesced {
+        if self.has_agent() {
             qemu.wait_files(1);
         }
-        qemu.wait_writer(1);
+        if self.kind.writes() {
+            qemu.wait_writer(1);
+        }
     }
 
     /// Whether its guest has an agent.
@@ -210,6 +240,26 @@ impl Scene {
         words.chain(self.disks()).collect()
     }
 
+    /// Writes to all disks of a domain whose guest does not.
+    pub(crate) fn fill(&self, byte: u8) {
+        for target in TARGETS {
+            match &self.qemu {
+                Some(qemu) => qemu.disk(target).fill(64 << 10, MIB, byte),
+                None => fill(&named(&self.document(), target), byte),
+            }
+        }
+    }
+
+    /// Where its backups go.
+    pub(crate) fn repo(&self) -> String {
+        arg(&self.site.path("repo"))
+    }
+
+    /// Where something is restored to.
+    pub(crate) fn restored(&self) -> PathBuf {
+        self.site.path("restored")
+    }
+
     /// The domain's document as it is now.
     pub(crate) fn document(&self) -> String {
         std::fs::read_to_string(&self.xml).unwrap()
@@ -217,11 +267,15 @@ impl Scene {
 
     /// What a disk holds now, read past the command. The guest must not write meanwhile.
     pub(crate) fn content(&self, target: &str) -> Vec<u8> {
+        let to = tempfile::NamedTempFile::new().unwrap();
+        if let Some(qemu) = self.qemu.as_ref().filter(|_| self.kind == Kind::Paused) {
+            qemu.disk(target).copy_to(to.path());
+            return std::fs::read(to.path()).unwrap();
+        }
         let (image, format) = match &self.qemu {
             Some(qemu) => top(qemu, target),
             None => named(&self.document(), target),
         };
-        let to = tempfile::NamedTempFile::new().unwrap();
         let words = ["convert", "-U", "-f", &format, "-O", "raw", &image];
         program("qemu-img", &[&words[..], &[&arg(to.path())]].concat());
         std::fs::read(to.path()).unwrap()
@@ -244,10 +298,11 @@ fn machine(kind: Kind, folder: &Path) -> Qemu {
         if format == "qcow2" { spec.qcow2() } else { spec }
     };
     let disks = TARGETS.iter().enumerate().map(disk);
-    disks
-        .fold(Qemu::builder(), QemuBuilder::disk)
-        .firmware_writer()
-        .start()
+    let builder = disks.fold(Qemu::builder(), QemuBuilder::disk);
+    match kind {
+        Kind::Paused => builder.prelaunch().start(),
+        _ => builder.firmware_writer().start(),
+    }
 }
 
 /// Makes a disk's image, full of zeroes.
@@ -261,14 +316,17 @@ fn image(kind: Kind, folder: &Path, n: usize, target: &str) -> (PathBuf, &'stati
     (image, format)
 }
 
+/// Writes to an image that nobody uses.
+fn fill((image, format): &(String, String), byte: u8) {
+    let write = format!("write -P {byte} 64k 1M");
+    program("qemu-io", &["-f", format, "-c", &write, image]);
+}
+
 /// The document of a domain that is off; each has a UUID of its own.
 fn off(kind: Kind, folder: &Path, number: usize) -> String {
     let disk = |(n, target): (usize, &&str)| {
         let (image, format) = image(kind, folder, n, target);
-        program(
-            "qemu-io",
-            &["-f", format, "-c", "write -P 0x5a 64k 1M", &arg(&image)],
-        );
+        fill(&(arg(&image), format.to_owned()), 0x5a);
         format!(
             "<disk type='file' device='disk'><driver name='qemu' type='{format}'/><source file='{}'/>\
              <backingStore/><target dev='{target}' bus='virtio'/></disk>",
@@ -306,16 +364,9 @@ fn top(qemu: &Qemu, target: &str) -> (String, String) {
 
 /// The image that a document names for a disk, and its format.
 fn named(xml: &str, target: &str) -> (String, String) {
-    let disk = xml
-        .split("<disk ")
-        .find(|disk| disk.contains(&format!("dev='{target}'")));
-    let disk = disk.unwrap_or_else(|| panic!("no disk {target} in {xml}"));
-    let image = between(disk, "file='", "'").unwrap();
-    let format = between(disk, "type='", "'/>").unwrap_or_default();
-    let format = if format.contains("qcow2") || image.ends_with("qcow2") {
-        "qcow2"
-    } else {
-        "raw"
-    };
+    let its = |disk: &&str| disk.contains(&format!("dev='{target}'"));
+    let disk = xml.split("<disk ").find(its).expect("the document has the disk");
+    let image = between(disk, " file='", "'").expect("the disk has an image");
+    let format = if image.ends_with(".raw") { "raw" } else { "qcow2" };
     (image.to_owned(), format.to_owned())
 }

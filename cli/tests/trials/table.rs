@@ -21,6 +21,24 @@ pub(crate) struct Row {
 #[derive(Debug, Default)]
 pub(crate) struct Table(Vec<Row>);
 
+/// What stands before the tables.
+const INTRODUCTION: &str = "\
+# Fault points
+
+Written by `./x faults`: each act is run once to learn which points it passes, and then once for each point and each time that
+it passes it, where it is killed by `SIGKILL`. A point is before, amid or after an effect: a command to QEMU's monitor or a
+guest's agent, a program, a file that is made, renamed or removed, a system call, a commit to the catalog. Why there are such
+points, and how to add one: [rfcs/0006-fault-points.md](rfcs/0006-fault-points.md).
+
+After a kill the guest must run, be thawed and write on, with nobody's help. Every second time `recover` then settles it, and all
+must be as if the act had been done or as if it had not: nodes, bitmaps, jobs, exports and objects in QEMU, images, sockets, notes,
+subvolumes, child processes, the catalog, the domain's document, the disks' contents. The other times whatever comes next has to
+settle it. Then the same request must do it; what it made must be whole; and once that is undone, nothing may be otherwise than
+before, and what the guest has written must be on its disks.
+
+Down are the points, across the acts; a number is how many kills there were at a point, one for each time that the act passed it.
+";
+
 /// How many kills there were at a point, and how many of them went wrong.
 #[derive(Debug, Default, Clone, Copy)]
 struct Cell {
@@ -68,7 +86,7 @@ impl Table {
     }
 
     fn document(&self) -> String {
-        format!("# Fault points\n\n{}", self.text())
+        format!("{INTRODUCTION}\n{}", self.text())
     }
 
     /// One table for each scene: the points down, the acts across.
@@ -107,6 +125,8 @@ impl Table {
             acts.join(" | "),
             " ---: |".repeat(acts.len())
         );
+        let mut cells: Vec<_> = cells.into_iter().collect();
+        cells.sort_by_key(|(point, _)| place(point));
         for (point, cells) in cells {
             let shown = acts
                 .iter()
@@ -115,6 +135,16 @@ impl Table {
         }
         text
     }
+}
+
+/// Where a point stands in the table: by its effect, and then by its side of it.
+fn place(point: &str) -> (&str, usize) {
+    let (side, effect) = point.split_once(' ').unwrap_or(("", point));
+    let sides = ["before", "amid", "after"];
+    (
+        effect,
+        sides.iter().position(|one| *one == side).unwrap_or(sides.len()),
+    )
 }
 
 impl Cell {

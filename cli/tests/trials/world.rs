@@ -8,7 +8,7 @@ use disksnap_test_support::Qemu;
 use serde_json::{Value, json};
 
 use crate::daemons;
-use crate::scene::Scene;
+use crate::scene::{Scene, TARGETS};
 
 /// What there is.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -25,6 +25,8 @@ impl World {
             ("image", scene.site.state().join("images")),
             ("run", scene.site.run_dir()),
             ("beside the disks", scene.folder.clone()),
+            ("repository", scene.repo().into()),
+            ("restored", scene.restored()),
         ] {
             let mut names = Vec::new();
             files(&dir, &dir, &mut names);
@@ -35,6 +37,10 @@ impl World {
             daemons::of(&scene.site.run_dir()).len()
         ));
         lines.push(format!("document: {}", scene.document()));
+        if !scene.kind.writes() {
+            let content = |target: &&str| format!("content: {target} {}", digest(&scene.content(target)));
+            lines.extend(TARGETS.iter().map(content));
+        }
         for (what, words) in [
             ("snapshot", &["snapshot", "list"][..]),
             ("checkpoint", &["checkpoint", "list"]),
@@ -56,6 +62,12 @@ impl World {
             }
         }
         Self(numbered)
+    }
+
+    /// Without what lies in the repository.
+    pub(crate) fn without_repository(&self) -> Self {
+        let lines = self.0.iter().filter(|line| !line.starts_with("repository: "));
+        Self(lines.cloned().collect())
     }
 
     /// What the other has more (`+`) and less (`-`).
@@ -110,6 +122,12 @@ fn in_qemu(qemu: &Qemu, lines: &mut Vec<String>) {
     }
 }
 
+/// The name of a content, in digits that are nobody's number.
+fn digest(content: &[u8]) -> String {
+    let digest = disksnap_test_support::pattern::digest(content);
+    digest[..7].to_owned()
+}
+
 /// The names of all files and directories below a directory.
 fn files(root: &Path, dir: &Path, names: &mut Vec<String>) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -140,6 +158,7 @@ pub(crate) fn listed(list: &Value) -> impl Iterator<Item = String> {
 pub(crate) fn plain(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut number = String::new();
+    let text = without_hours(text);
     for c in text.chars().chain(['\n']) {
         // A dash belongs to a number where it is in a UUID.
         if c.is_ascii_hexdigit() || (c == '-' && is_uuid_until(&number)) {
@@ -159,6 +178,21 @@ pub(crate) fn plain(text: &str) -> String {
     out
 }
 
+/// Without what follows the day in the name of a backup's point: `T154716Z`.
+fn without_hours(text: &str) -> String {
+    let mut parts = text.split('T');
+    let mut out = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let hours = part.get(..7).is_some_and(|hours| {
+            let (digits, z) = hours.split_at(6);
+            z == "Z" && digits.bytes().all(|digit| digit.is_ascii_digit())
+        });
+        out.push('T');
+        out.push_str(if hours { &part[6..] } else { part });
+    }
+    out
+}
+
 /// Whether a UUID has a dash behind these digits.
 fn is_uuid_until(number: &str) -> bool {
     let groups: Vec<usize> = number.split('-').map(str::len).collect();
@@ -174,4 +208,5 @@ fn numbers_made_anew_are_left_out() {
         "#-vda.fleece"
     );
     assert_eq!(plain("01234567-vda"), "#-vda");
+    assert_eq!(plain("backup-20261122T154716Z-2 This"), "backup-#TZ-2 This");
 }
