@@ -2,6 +2,7 @@
 //! whatever the command starts knows nothing of them.
 
 use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 
 use disksnap_test_support::{DiskSpec, GuestSetup, LoopFsKind, MIB, Qemu, loop_fs, need};
@@ -9,7 +10,7 @@ use disksnap_test_support::{DiskSpec, GuestSetup, LoopFsKind, MIB, Qemu, loop_fs
 use crate::daemons;
 use crate::every_method::off;
 use crate::programs::program;
-use crate::site::{Site, arg};
+use crate::site::{Site, arg, list};
 
 /// Runs the command, and gives the points that it passes.
 fn points(site: &Site, words: &[&str]) -> Vec<String> {
@@ -144,4 +145,41 @@ fn programs_and_servers_have_points_and_know_nothing_of_them() {
             .any(|point| point.starts_with("amid program qemu-img")),
         "{merged:#?}"
     );
+}
+
+/// What lies beside the place of a file until it is whole.
+fn unfinished(site: &Site) -> Vec<PathBuf> {
+    let mut found = list(site.dir.path());
+    found.retain(|path| arg(path).contains("/.disksnap-"));
+    found
+}
+
+fn killed_at(site: &Site, point: &str, words: &[&str]) {
+    let killed = site.command(words).env("DISKSNAP_FAULT", point).output().unwrap();
+    assert_eq!(killed.status.signal(), Some(9), "{words:?}: {killed:?}");
+}
+
+#[test]
+fn what_a_killed_run_left_beside_a_file_goes_with_the_next() {
+    let site = Site::new();
+    let image = site.path("vda.qcow2");
+    program("qemu-img", &["create", "-q", "-f", "qcow2", &arg(&image), "8M"]);
+    let domain = off(&site, &image, "qcow2");
+    let create = |name| ["-d", &domain, "snapshot", "create", "--name", name];
+    killed_at(&site, "before file rename document:1", &create("one"));
+    assert_eq!(unfinished(&site).len(), 1, "the new document is not whole yet");
+    site.ok(&create("two"));
+    assert_eq!(unfinished(&site), Vec::<PathBuf>::new());
+
+    let copy = arg(&site.path("copy.raw"));
+    let read = ["-d", &domain, "read", "one", "vda", "--to", &copy];
+    killed_at(&site, "before file name new:1", &read);
+    assert_eq!(
+        unfinished(&site).len(),
+        1,
+        "the copy has its name only at the end"
+    );
+    site.ok(&read);
+    assert_eq!(unfinished(&site), Vec::<PathBuf>::new());
+    assert_eq!(std::fs::metadata(copy).unwrap().len(), 8 * MIB);
 }
