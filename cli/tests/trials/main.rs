@@ -12,6 +12,7 @@ mod site;
 mod acts;
 mod faults;
 mod invariants;
+mod lvm;
 mod scene;
 mod soak;
 mod table;
