@@ -383,25 +383,6 @@ fn walk(plan: &Plan) -> Table {
     Arc::into_inner(table).unwrap().into_inner().unwrap()
 }
 
-/// Those of logical volumes, which are walked in a guest.
-fn volumes(plan: &Plan) -> Vec<Row> {
-    if let Some(why) = require::lacking("lvm") {
-        require::report_skip(crate::lvm::NAME, &why);
-        return Vec::new();
-    }
-    let all = plan.methods.is_empty();
-    if !all
-        && !plan
-            .methods
-            .iter()
-            .any(|m| crate::lvm::NAME.starts_with(m.as_str()))
-    {
-        return Vec::new();
-    }
-    let wanted = |name: &str| plan.act.as_ref().is_none_or(|act| act == name);
-    crate::lvm::walk(wanted, plan.seed, plan.sample)
-}
-
 /// All of them: `./x faults`.
 #[test]
 #[ignore = "minutes: run by ./x faults"]

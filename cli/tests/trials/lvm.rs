@@ -172,6 +172,9 @@ fn walk_one(ready: &Ready, act: &'static str, random: &mut Random, sample: Optio
             })
             .collect();
         assert!(!tried.is_empty(), "{act}: nothing is told of {}", left[0]);
+        for row in tried.iter().filter(|row| !row.wrong.is_empty()) {
+            note(&format!("{NAME}: {act}: {}: {:#?}", row.point, row.wrong));
+        }
         rows.extend(tried);
     }
     rows

@@ -82,8 +82,9 @@ pub(super) const ACTS: &[Act] = &[
         name: "revert",
         prepare: &[CREATE],
         words: "snapshot revert one",
-        done: 0,
-        undo: &["snapshot delete one"],
+        // LVM's merge takes the snapshot along.
+        done: 3,
+        undo: &[],
     },
 ];
 
@@ -111,8 +112,6 @@ impl Volumes {
         let site = Site {
             dir: TempDir::new_in(PLACE).unwrap(),
         };
-        // What stays, such as the state directory.
-        site.ok(&["recover"]);
         let disk = |(target, device): (&str, &str)| {
             format!(
                 "<disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='{device}'/>\
@@ -125,7 +124,11 @@ impl Volumes {
             DISKS.map(disk).concat()
         );
         let xml = site.file("off.xml", &xml);
-        Self { site, xml }
+        let volumes = Self { site, xml };
+        // The first act of all makes what stays: the state directory, and the domain's lock.
+        let nothing = crate::site::ended(volumes.command("snapshot delete none").output().unwrap());
+        assert_eq!(nothing.code, Some(3), "{}", nothing.stderr);
+        volumes
     }
 
     fn command(&self, line: &str) -> Command {
