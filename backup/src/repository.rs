@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use disksnap::{DomainId, Error, ErrorKind, Result};
 use jiff::Timestamp;
@@ -24,6 +24,8 @@ const DESCRIPTION: &str = "repository.json";
 pub(crate) const DOMAIN: &str = "domain.json";
 /// What is locked, of the repository and of each domain.
 pub(crate) const LOCK: &str = "lock";
+/// No longer is waited for whoever makes a domain's folder.
+const MOMENT: Duration = Duration::from_secs(30);
 /// The largest description that is read, in bytes.
 const SMALL: u64 = 1 << 20;
 const FORMAT: &str = "disksnap-repository";
@@ -175,7 +177,11 @@ impl Repository {
 
     /// The folder that a domain has or gets. Idempotent; a domain that has another name by now is renamed in it.
     pub async fn folder_or_new(&self, domain: &DomainId) -> Result<DomainFolder> {
-        let _held = self.store.lock(LOCK, false).await?;
+        if let Some(folder) = self.folder(domain).await?.filter(|folder| folder.id == *domain) {
+            return Ok(folder);
+        }
+        let _held = self.lock_for_a_moment().await?;
+        // Another one may have made it just now.
         let key = match self.folder(domain).await? {
             Some(folder) if folder.id == *domain => return Ok(folder),
             Some(folder) => folder.key,
@@ -192,6 +198,19 @@ impl Repository {
             key,
             id: domain.clone(),
         })
+    }
+
+    /// Locks what all domains share. Whoever holds it is done at once, so that it is waited for.
+    async fn lock_for_a_moment(&self) -> Result<Box<dyn StoreLock>> {
+        let since = Instant::now();
+        loop {
+            match self.store.lock(LOCK, false).await {
+                Err(e) if e.kind() == ErrorKind::Busy && since.elapsed() < MOMENT => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                held => return held,
+            }
+        }
     }
 
     /// Locks a domain's folder.

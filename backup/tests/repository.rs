@@ -733,3 +733,21 @@ async fn names_ascend_also_where_the_clock_has_gone_back() {
     assert!(*now < *later);
     assert_eq!(next, "20991231T235959Z-2");
 }
+
+#[tokio::test]
+async fn whoever_makes_a_folder_is_waited_for_and_nobody_who_has_one_waits() {
+    let life = Life::new(31).await;
+    let held = life.repository.store().lock("lock", false).await.unwrap();
+    assert_eq!(
+        life.repository.folder_or_new(&domain()).await.unwrap(),
+        life.folder
+    );
+    let repository = life.repository.clone();
+    let other = DomainId::new("another", None);
+    let theirs = other.clone();
+    let made = tokio::spawn(async move { repository.folder_or_new(&theirs).await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(life.repository.folder(&other).await.unwrap(), None);
+    drop(held);
+    assert_eq!(made.await.unwrap().unwrap().id, other);
+}

@@ -464,13 +464,17 @@ impl Dispatcher {
         self.finish_delete(held, &intent, snapshot)
             .await
             .map_err(|error| {
+                if is_refusal(&error) {
+                    return error;
+                }
                 error
                     .leaving(Effect::Unknown)
                     .hint("Delete it again, or run `disksnap recover`, once the cause is mended.")
             })
     }
 
-    /// Everything that a delete does after its intent; also what finishes one that was killed.
+    /// Everything that a delete does after its intent; also what finishes one that was killed. One that is refused leaves no intent:
+    /// what it has to wait for may be another act on this very domain.
     pub(crate) async fn finish_delete(
         &self,
         held: &Held,
@@ -481,7 +485,15 @@ impl Dispatcher {
         let mut changes = self
             .unserve_snapshot(control, &intent.domain.id, snapshot.id)
             .await?;
-        let rest = self.delete_units(held, snapshot).await?;
+        let rest = match self.delete_units(held, snapshot).await {
+            Err(error) if is_refusal(&error) => {
+                self.catalog
+                    .settle(intent.id, &intent.domain.id, &changes)
+                    .await?;
+                return Err(error);
+            }
+            rest => rest?,
+        };
         self.drop_written(control, &intent.domain, snapshot).await?;
         changes.push(without_name(rest));
         self.catalog.settle(intent.id, &intent.domain.id, &changes).await
@@ -520,6 +532,11 @@ impl Dispatcher {
             .await
             .map_err(|e| e.by(method))
     }
+}
+
+/// Whether a method will not do now what it is asked for, and has changed nothing.
+pub(crate) fn is_refusal(error: &Error) -> bool {
+    error.kind() == ErrorKind::Busy && error.effect() == Effect::None
 }
 
 fn aliases(snapshots: &[Snapshot]) -> BTreeSet<String> {

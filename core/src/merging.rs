@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::dispatcher::Held;
+use crate::dispatcher::{Held, is_refusal};
 use crate::ledger::{Altered, Entry, Ledger, chosen, refuse_exported};
 use crate::removing::inherited;
 use crate::{
@@ -397,8 +397,11 @@ impl Dispatcher {
             let progress = merge.progress(control, id, &entry.unit).await.map_err(named)?;
             if progress == Progress::Finished {
                 let peers = ledger.peers(&entry);
-                let affected = merge.conclude(control, id, &entry.unit, &peers).await;
-                ledger.record(&entry, affected.map_err(named)?);
+                match merge.conclude(control, id, &entry.unit, &peers).await {
+                    // There was nothing to merge, and what is left must stay for now: no reason to hold the domain up.
+                    Err(error) if is_refusal(&error) => left.push((entry.targets().join(", "), progress)),
+                    affected => ledger.record(&entry, affected.map_err(named)?),
+                }
             } else {
                 merge.cancel(control, id, &entry.unit).await.map_err(named)?;
                 left.push((entry.targets().join(", "), progress));

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::dispatcher::Held;
+use crate::dispatcher::{Held, is_refusal};
 use crate::filling::targets;
 use crate::ledger::chosen;
 use crate::{Act, Control, Dispatcher, Domain, DomainId, Error, FillStage, Intent, Result, SnapshotId};
@@ -152,10 +152,11 @@ impl Dispatcher {
                 self.undo_serve(control, intent, *starts, exports).await?;
                 Ok(RecoveredHow::Undone)
             }
-            Act::Delete { snapshot } => {
-                self.redo_delete(held, intent, *snapshot).await?;
-                Ok(RecoveredHow::Finished)
-            }
+            Act::Delete { snapshot } => match self.redo_delete(held, intent, *snapshot).await {
+                // It was killed before it could say so.
+                Err(error) if is_refusal(&error) => Ok(RecoveredHow::Undone),
+                done => done.map(|()| RecoveredHow::Finished),
+            },
             Act::Revert { snapshot, targets } => {
                 self.redo_revert(held, intent, *snapshot, targets).await?;
                 Ok(RecoveredHow::Finished)

@@ -30,6 +30,7 @@ mod moving;
 mod programs;
 mod raw_nbd;
 mod reading;
+mod refusals;
 mod remote;
 mod signals;
 mod site;

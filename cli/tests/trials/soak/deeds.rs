@@ -580,7 +580,13 @@ impl Doing<'_> {
         self.life.reconcile(&BTreeSet::new())?;
         self.life.guest_is_whole(self.tale)?;
         let scene = &self.life.scene;
-        none(eventually(|| invariants::guest(scene)))
+        // Layers below the disk's own are snapshots: what is in them stays in them until they are merged.
+        let layered = scene.kind == Kind::External && !self.life.snaps.is_empty();
+        none(eventually(|| {
+            let mut wrong = invariants::guest(scene);
+            wrong.retain(|what| !layered || !what.starts_with("bitmap "));
+            wrong
+        }))
     }
 
     /// Gives up what is broken: what is left is to be sound.
