@@ -426,6 +426,7 @@ impl Dispatcher {
             let its = recorded.iter().filter(|export| export.served_by() == place.by);
             let (stop, keep): (Vec<&Export>, Vec<&Export>) = its.partition(|export| which(export));
             let (server, served) = self.truly_served(&place).await?;
+            let was_served = !stop.is_empty();
             for export in stop {
                 if served.contains(export) {
                     place.unserve(export).await?;
@@ -436,7 +437,9 @@ impl Dispatcher {
             let left =
                 keep.iter().any(|export| served.contains(export)) || self.fills_at(&place, domain).await?;
             let ends = server.as_ref().is_some_and(|server| !left && !server.explicit);
-            if ends {
+            // An image server that died, or whose end was cut off, has left what only a stop takes away.
+            let died = server.is_none() && was_served && place.by == ServedBy::ImageServer;
+            if ends || died {
                 place.stop().await?;
             }
             if place.by == ServedBy::Hypervisor && (ends || server.is_none()) {

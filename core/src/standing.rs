@@ -5,7 +5,7 @@
 
 use crate::{
     Access, DataStore, Disk, Dispatcher, Domain, DomainId, Error, ErrorKind, Moved, Result, RunState,
-    Snapshot,
+    Snapshot, Source,
 };
 
 /// What the records tell of where a domain's disks are.
@@ -62,10 +62,24 @@ impl Standing {
                 None => break,
             }
         }
+        if self.stands_no_more_on_what_is_below(&present) {
+            present.backing = self.latest(&present).backing.clone();
+        }
         if present.data_store.is_none() {
             present.data_store = self.data_store_of(&present);
         }
         present
+    }
+
+    /// Whether the document names an image below the disk that an act has left behind: the disk is the same, and needs it no
+    /// longer.
+    fn stands_no_more_on_what_is_below(&self, disk: &Disk) -> bool {
+        let now: Vec<&Source> = below(self.latest(disk)).collect();
+        let left = |source: &Source| {
+            let to = |moved: &Moved| moved.disk.target == disk.target && moved.disk.source == disk.source;
+            self.moves.iter().any(|moved| moved.from == *source && to(moved))
+        };
+        below(disk).any(|source| left(source) && !now.contains(&source))
     }
 
     /// Where a disk's qcow2 keeps the data, as the act that made it so knows: a document may have lost it, in a libvirt
@@ -135,11 +149,71 @@ impl Dispatcher {
     }
 }
 
+/// The images below a disk, as it says.
+fn below(disk: &Disk) -> impl Iterator<Item = &Source> {
+    let layers = std::iter::successors(disk.backing.as_ref(), |layer| layer.backing.as_deref());
+    layers.map(|layer| &layer.source)
+}
+
 fn place(disk: &Disk) -> String {
     match &disk.source {
         Some(source) => source
             .path()
             .map_or_else(|| source.kind().to_owned(), |path| path.display().to_string()),
         None => "empty".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::BackingStore;
+
+    fn source(name: &str) -> Source {
+        let file = format!("/images/{name}").into();
+        Source::File { file }
+    }
+
+    fn on(layers: &[&str]) -> Option<BackingStore> {
+        layers.iter().rev().fold(None, |backing, name| {
+            Some(BackingStore {
+                format: None,
+                source: source(name),
+                data_store: None,
+                backing: backing.map(Box::new),
+            })
+        })
+    }
+
+    fn disk(name: &str, layers: &[&str]) -> Disk {
+        Disk {
+            backing: on(layers),
+            ..Disk::new("vda", source(name))
+        }
+    }
+
+    /// A merge into the overlay that was killed before the document was written.
+    #[test]
+    fn an_image_that_the_disk_needs_no_longer_goes_from_below_it() {
+        let moved = Moved {
+            from: source("base"),
+            disk: disk("top", &["far"]),
+        };
+        let standing = Standing {
+            snapshots: Vec::new(),
+            moves: vec![moved],
+        };
+        assert_eq!(
+            standing.present(&disk("top", &["base", "far"])),
+            disk("top", &["far"])
+        );
+        // Another one's layers are what the document says of them.
+        for right in [disk("top", &["far"]), disk("top", &["other"]), disk("top", &[])] {
+            assert_eq!(standing.present(&right), right);
+        }
+        assert_eq!(
+            standing.present(&disk("else", &["base"])),
+            disk("else", &["base"])
+        );
     }
 }

@@ -113,6 +113,8 @@ pub(crate) const ACTS: &[Act] = &[
         prepare: |scene| create(scene, "one", &[]),
         words: |_| words("snapshot merge one"),
         done: 3,
+        // Given up half way, the snapshot's image holds what was written since, and is good for nothing but to be merged.
+        settles: Settles::Resumes,
         ..ACT
     },
     Act {
