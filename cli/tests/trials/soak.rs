@@ -78,6 +78,10 @@ fn whatever_is_done_and_killed_for_as_long_as_one_likes() {
     assert_eq!(soak.tale.failures(), 0, "the seed was {seed}");
 }
 
+#[expect(
+    clippy::redundant_closure_for_method_calls,
+    reason = "a method of a type that borrows is not general enough"
+)]
 impl Soak {
     fn new(seed: u64, length: Duration) -> Self {
         let (site, tale) = (Arc::new(Site::new()), Tale::default());

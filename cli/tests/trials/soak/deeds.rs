@@ -147,7 +147,7 @@ impl Doing<'_> {
         match outcome {
             Outcome::Ended { code: 0, stdout, .. } => {
                 let there = self.life.reconcile(&doubt)?;
-                self.left_by(deed, &there, deed.leaves)?;
+                left_by(deed, &there)?;
                 Ok(Some(stdout))
             }
             Outcome::Ended { code, stderr, .. } if deed.refusals.contains(&code) => {
@@ -162,15 +162,6 @@ impl Doing<'_> {
                 self.settle(deed)?;
                 Ok(None)
             }
-        }
-    }
-
-    fn left_by(&self, deed: &Deed, there: &BTreeSet<String>, leaves: Leaves) -> Told {
-        let Some(name) = &deed.about else { return Ok(()) };
-        match (leaves, there.contains(name)) {
-            (Leaves::There, false) => Err(format!("{name} was made, and is not there")),
-            (Leaves::Gone, true) => Err(format!("{name} was given up, and is there")),
-            _ => Ok(()),
         }
     }
 
@@ -211,7 +202,7 @@ impl Doing<'_> {
         self.life.stands()?;
         let there = self.life.reconcile(&doubt)?;
         if code == 0 {
-            self.left_by(deed, &there, deed.leaves)?;
+            left_by(deed, &there)?;
         }
         Ok(())
     }
@@ -646,6 +637,16 @@ impl Doing<'_> {
 
     fn surely(&mut self, deed: &Deed) -> Told {
         self.perform_as(deed, &Fate::Lives { learning: true }).map(drop)
+    }
+}
+
+/// Whether the snapshot that it was about is there or gone, as it is to be.
+fn left_by(deed: &Deed, there: &BTreeSet<String>) -> Told {
+    let Some(name) = &deed.about else { return Ok(()) };
+    match (deed.leaves, there.contains(name)) {
+        (Leaves::There, false) => Err(format!("{name} was made, and is not there")),
+        (Leaves::Gone, true) => Err(format!("{name} was given up, and is there")),
+        _ => Ok(()),
     }
 }
 

@@ -473,6 +473,10 @@ impl Life {
     }
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "it is what was just asked, and nobody else's"
+)]
 pub(crate) fn none(wrong: Vec<String>) -> Told {
     if wrong.is_empty() {
         Ok(())
