@@ -72,8 +72,8 @@ impl Names {
     }
 
     /// A node or job of one inspection; `kind` is one letter, `salt` tells inspections apart.
-    pub(crate) fn probe(&self, kind: char, salt: u8) -> String {
-        self.role(&format!("x{kind}{salt:02x}"))
+    pub(crate) fn probe(&self, kind: char, salt: u16) -> String {
+        self.role(&format!("x{kind}{salt:04x}"))
     }
 
     /// What the names of all inspections begin with.
@@ -102,7 +102,7 @@ mod tests {
                 names.filter(),
                 names.secret(),
                 names.fleece(),
-                names.probe('n', 255),
+                names.probe('n', u16::MAX),
             ] {
                 assert!(name.len() <= 31, "{name}");
                 assert!(name.starts_with(&names.prefix()), "{name}");

@@ -6,6 +6,7 @@ mod rig;
 use disksnap_core::{ErrorKind, Health};
 use disksnap_test_support::{DiskSpec, KIB, MIB, QemuVersion, StorageDaemon, Writer, need, pattern};
 use rig::{Rig, name_of, request, with_options};
+use serde_json::json;
 
 const SIZE: u64 = 8 * MIB;
 
@@ -34,6 +35,38 @@ fn disturb(daemon: &StorageDaemon, target: &str) {
     disk.discard(4 * MIB, 256 * KIB);
     disk.fill(4 * MIB + 8 * KIB, 4096, 0x55);
     disk.flush();
+}
+
+/// The names of all nodes.
+fn nodes(daemon: &StorageDaemon) -> Vec<String> {
+    let nodes = daemon.qmp("query-named-block-nodes", json!({ "flat": true }));
+    let names = nodes.as_array().unwrap().iter();
+    names
+        .map(|node| node["node-name"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[tokio::test]
+async fn what_a_killed_inspection_left_goes_with_the_next() {
+    need!("fuse");
+    let daemon = two_disks(QemuVersion::V10_0);
+    let rig = Rig::new(&daemon.domain_xml()).await;
+    rig.create("one", &["vda"], "filter").await.unwrap();
+    let before = nodes(&daemon);
+    let access = before.iter().find(|name| name.ends_with("-acc")).unwrap();
+    // No process has such a number.
+    let left = |kind: char| access.replace("-acc", &format!("-x{kind}zz00"));
+    let window = json!({ "driver": "raw", "node-name": left('w'), "read-only": true, "file": access });
+    daemon.qmp("blockdev-add", window);
+    let sink = json!({ "driver": "null-co", "node-name": left('n'), "size": SIZE });
+    daemon.qmp("blockdev-add", sink);
+    let job = json!({ "job-id": left('j'), "device": left('w'), "target": left('n'), "sync": "full" });
+    daemon.qmp("blockdev-mirror", job);
+    assert_eq!(rig.health("one").await, Health::Active);
+    assert_eq!(nodes(&daemon), before);
+    assert_eq!(daemon.qmp("query-jobs", json!({})), json!([]));
+    rig.delete("one").await;
+    rig.assert_clean().await;
 }
 
 async fn keeps_its_content(version: QemuVersion, way: &str) {
