@@ -96,8 +96,18 @@ pub(crate) const ACTS: &[Act] = &[
     },
     Act {
         name: "delete",
+        on: &[Fleece, Reflink, ReflinkOff, Btrfs, BtrfsOff],
         prepare: |scene| create(scene, "one", &[]),
         words: |_| words("snapshot delete one"),
+        ..ACT
+    },
+    Act {
+        name: "delete, by merging",
+        on: &[External, ExternalOff],
+        prepare: |scene| create(scene, "one", &[]),
+        words: |_| words("snapshot delete one"),
+        // As for a merge; what has been merged into one disk is, whatever becomes of the other.
+        settles: Settles::Resumes,
         ..ACT
     },
     Act {
