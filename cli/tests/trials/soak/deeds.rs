@@ -589,8 +589,10 @@ impl Doing<'_> {
             .snaps
             .iter()
             .filter(|(_, snap)| snap.lost || snap.spoilt);
-        let lost = lost.map(|(name, _)| name.clone()).collect();
-        self.end_all(lost)?;
+        if lost.count() > 0 {
+            // What is sound may have to go first.
+            self.end_all(self.life.snaps.keys().cloned().collect())?;
+        }
         if self.life.shaken {
             self.surely(&Deed::new("checkpoint drop-broken", "checkpoint drop-broken"))?;
             self.life.shaken = false;
@@ -607,6 +609,7 @@ impl Doing<'_> {
         self.life.wake(true);
         self.tidy()?;
         self.end_all(self.life.snaps.keys().cloned().collect())?;
+        self.stop_exports()?;
         for name in names(&self.life.scene, "checkpoint", "checkpoints") {
             let line = format!("checkpoint remove {name}");
             self.surely(&Deed::new("checkpoint remove", &line))?;
