@@ -657,7 +657,9 @@ async fn strays_and_unfinished_points_are_told_and_harm_nothing() {
 async fn what_is_too_large_to_be_what_it_should_be_is_not_read() {
     let life = Life::chain(41, 1).await;
     let first = &life.names()[0];
-    let manifest = fs::OpenOptions::new().write(true).open(life.path(first, "manifest.json"));
+    let manifest = fs::OpenOptions::new()
+        .write(true)
+        .open(life.path(first, "manifest.json"));
     manifest.unwrap().set_len(10 << 30).unwrap();
     let error = life.repository.manifest(&life.folder, first).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Broken, "{error}");

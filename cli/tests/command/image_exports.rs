@@ -75,7 +75,8 @@ impl Off {
             digest,
         };
         // Only what the document names is trusted to belong to the disk.
-        off.site.ok(&["-q", "-d", &off.xml, "domain", "update", "--chain"]);
+        off.site
+            .ok(&["-q", "-d", &off.xml, "domain", "update", "--chain"]);
         off.create("nightly");
         off
     }

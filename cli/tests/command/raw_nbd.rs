@@ -24,8 +24,9 @@ impl RawNbd {
             .strip_prefix("nbd+unix:///")
             .and_then(|rest| rest.split_once("?socket="))
             .unwrap_or_else(|| panic!("{uri} names no unix socket"));
-        let plain = |text: &str| assert!(!text.contains('%'), "{uri} is escaped");
-        (plain(name), plain(socket));
+        for text in [name, socket] {
+            assert!(!text.contains('%'), "{uri} is escaped");
+        }
         let mut stream = UnixStream::connect(socket).unwrap();
         // A server that is silent for so long fails the test, which would otherwise hang.
         stream.set_read_timeout(Some(Duration::from_mins(3))).unwrap();

@@ -162,7 +162,8 @@ fn in_state(site: &Site, scenes: &[&Scene], owned: &[Owned]) -> Vec<String> {
         let serves = owned
             .iter()
             .any(|owned| owned.serves && name.starts_with(&owned.stem));
-        if !serves || name.ends_with(".still") {
+        let still = Path::new(&name).extension().is_some_and(|end| end == "still");
+        if !serves || still {
             wrong.push(format!("run/{name} is left"));
         }
     }

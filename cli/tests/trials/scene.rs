@@ -147,7 +147,7 @@ impl Scene {
         };
         match kind {
             Kind::Btrfs | Kind::BtrfsOff => {
-                drop(program("btrfs", &["-q", "subvolume", "create", &arg(&folder)]))
+                drop(program("btrfs", &["-q", "subvolume", "create", &arg(&folder)]));
             }
             _ => std::fs::create_dir(&folder).unwrap(),
         }
@@ -367,6 +367,7 @@ fn named(xml: &str, target: &str) -> (String, String) {
     let its = |disk: &&str| disk.contains(&format!("dev='{target}'"));
     let disk = xml.split("<disk ").find(its).expect("the document has the disk");
     let image = between(disk, " file='", "'").expect("the disk has an image");
-    let format = if image.ends_with(".raw") { "raw" } else { "qcow2" };
+    let raw = Path::new(image).extension().is_some_and(|end| end == "raw");
+    let format = if raw { "raw" } else { "qcow2" };
     (image.to_owned(), format.to_owned())
 }
