@@ -40,8 +40,8 @@ const HELP: &str = "\
 ./x fuzz [TARGET…] [--seconds N] [--at-once N]
                      the fuzz targets, or some, each for that long (default 600)
 ./x faults [METHOD…] [--act ACT] [--seed N]
-                     the command killed at every point of every act, or of some; a whole walk writes
-                     docs/fault-points.md
+                     the command killed at every point of every act, or of some; without --act it
+                     writes the methods' tables in docs/fault-points.md
 ./x soak [--minutes N] [--seed N]
                      eight machines, whatever can be done with them, and kills (60 minutes)
 ./x tools            only get the programs and the test guest that tests and demo use

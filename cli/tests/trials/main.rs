@@ -7,6 +7,7 @@ mod daemons;
 #[path = "../command/programs.rs"]
 mod programs;
 #[path = "../command/site.rs"]
+#[allow(dead_code, reason = "the tests of the command use all of it")]
 mod site;
 
 mod acts;

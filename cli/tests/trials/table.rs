@@ -5,6 +5,7 @@ use std::fmt::Write;
 
 use disksnap_test_support::tools::workspace_root;
 
+use crate::acts::ACTS;
 use crate::faults::Point;
 
 /// How one kill went.
@@ -39,6 +40,9 @@ before, and what the guest has written must be on its disks.
 Down are the points, across the acts; a number is how many kills there were at a point, one for each time that the act passed it.
 ";
 
+/// The tables of scenes, by these.
+type Sections = BTreeMap<String, String>;
+
 /// How many kills there were at a point, and how many of them went wrong.
 #[derive(Debug, Default, Clone, Copy)]
 struct Cell {
@@ -51,14 +55,17 @@ impl Table {
         self.0.extend(rows);
     }
 
-    /// Prints it, keeps it where it is whole and nothing has failed, and fails the test where something has.
-    pub(crate) fn conclude(&self, whole: bool) {
-        note(&self.text());
-        let failed: Vec<&Row> = self.0.iter().filter(|row| !row.wrong.is_empty()).collect();
-        if whole {
+    /// Prints it, keeps it where all points of its scenes were tried, and fails the test where something has gone wrong.
+    pub(crate) fn conclude(&self, keeps: bool) {
+        let sections = self.sections();
+        note(&text(&sections));
+        if keeps {
             let path = workspace_root().join("docs/fault-points.md");
-            std::fs::write(path, self.document()).unwrap();
+            let mut kept = read(&std::fs::read_to_string(&path).unwrap_or_default());
+            kept.extend(sections);
+            std::fs::write(path, format!("{INTRODUCTION}\n{}", text(&kept))).unwrap();
         }
+        let failed: Vec<&Row> = self.0.iter().filter(|row| !row.wrong.is_empty()).collect();
         for row in &failed {
             note(&format!(
                 "FAILED {}: {}: {}: {:#?}",
@@ -74,35 +81,10 @@ impl Table {
         assert!(!self.0.is_empty(), "nothing was tried");
     }
 
-    fn scenes(&self) -> Vec<&'static str> {
-        let mut scenes = Vec::new();
-        for row in &self.0 {
-            if !scenes.contains(&row.scene) {
-                scenes.push(row.scene);
-            }
-        }
-        scenes.sort_unstable();
-        scenes
-    }
-
-    fn document(&self) -> String {
-        format!("{INTRODUCTION}\n{}", self.text())
-    }
-
     /// One table for each scene: the points down, the acts across.
-    fn text(&self) -> String {
-        let mut text = String::new();
-        let failed = self.0.iter().filter(|row| !row.wrong.is_empty()).count();
-        writeln!(
-            text,
-            "{} kills, {failed} of them left something wrong.",
-            self.0.len()
-        )
-        .unwrap();
-        for scene in self.scenes() {
-            writeln!(text, "\n## {scene}\n\n{}", self.of(scene)).unwrap();
-        }
-        text
+    fn sections(&self) -> Sections {
+        let scenes = self.0.iter().map(|row| row.scene);
+        scenes.map(|scene| (scene.to_owned(), self.of(scene))).collect()
     }
 
     fn of(&self, scene: &str) -> String {
@@ -120,6 +102,8 @@ impl Table {
             cell.kills += 1;
             cell.failed += usize::from(!row.wrong.is_empty());
         }
+        // Several are walked at once.
+        acts.sort_by_key(|act| ACTS.iter().position(|known| known.name == *act));
         let mut text = format!(
             "| point | {} |\n| --- |{}",
             acts.join(" | "),
@@ -135,6 +119,42 @@ impl Table {
         }
         text
     }
+}
+
+/// The tables, by their scenes.
+fn text(sections: &Sections) -> String {
+    let cells = || {
+        sections
+            .values()
+            .flat_map(|table| table.lines().skip(2))
+            .flat_map(cells)
+    };
+    let (kills, failed) = (cells().map(|cell| cell.kills), cells().map(|cell| cell.failed));
+    let (kills, failed): (usize, usize) = (kills.sum(), failed.sum());
+    let mut text = format!("{kills} kills, {failed} of them left something wrong.\n");
+    for (scene, table) in sections {
+        writeln!(text, "\n## {scene}\n\n{table}").unwrap();
+    }
+    text
+}
+
+/// What a document holds of earlier walks.
+fn read(document: &str) -> Sections {
+    let sections = document.split("\n## ").skip(1);
+    let parts = sections.filter_map(|section| section.split_once("\n\n"));
+    parts
+        .map(|(scene, table)| (scene.to_owned(), table.trim_end().to_owned()))
+        .collect()
+}
+
+/// What a line of a table counts.
+fn cells(line: &str) -> impl Iterator<Item = Cell> {
+    line.split('|').skip(2).filter_map(|cell| {
+        let mut words = cell.split([' ', '(']).filter(|word| !word.is_empty());
+        let kills = words.next()?.parse().ok()?;
+        let failed = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
+        Some(Cell { kills, failed })
+    })
 }
 
 /// Where a point stands in the table: by its effect, and then by its side of it.
@@ -154,6 +174,37 @@ impl Cell {
             failed => format!("{} ({failed} FAILED)", self.kills),
         }
     }
+}
+
+#[test]
+fn a_table_is_read_as_it_was_written() {
+    let row = |scene, act, k, wrong: &[&str]| Row {
+        scene,
+        act,
+        point: Point {
+            name: "after monitor cont".to_owned(),
+            k,
+        },
+        wrong: wrong.iter().map(|&wrong| wrong.to_owned()).collect(),
+    };
+    let mut table = Table::default();
+    table.add(vec![
+        row("lvm", "create", 1, &[]),
+        row("lvm", "create", 2, &["lost"]),
+        row("lvm", "delete", 1, &[]),
+        row("btrfs", "create", 1, &[]),
+    ]);
+    let sections = table.sections();
+    let text = text(&sections);
+    assert!(
+        text.starts_with("4 kills, 1 of them left something wrong.\n"),
+        "{text}"
+    );
+    assert!(
+        text.contains("| after monitor cont | 2 (1 FAILED) | 1 |"),
+        "{text}"
+    );
+    assert_eq!(read(&format!("{INTRODUCTION}\n{text}")), sections);
 }
 
 #[expect(
