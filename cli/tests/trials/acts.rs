@@ -132,6 +132,8 @@ pub(crate) const ACTS: &[Act] = &[
         on: &[External, ExternalOff],
         prepare: |scene| create(scene, "one", &[]),
         words: |_| words("snapshot merge one --into overlay"),
+        // One disk after the other.
+        settles: Settles::Resumes,
         ..ACT
     },
     Act {
