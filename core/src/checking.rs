@@ -331,8 +331,9 @@ impl Dispatcher {
         );
         if !marks.is_empty() || !endings.is_empty() {
             let changes = self.given_up(domain, &lineage, &marks).await?;
-            self.end_marks(control, domain, endings, changes).await?;
-            self.free_unpinned(held, &domain.id).await?;
+            self.about_to_unpin(domain).await?;
+            let ended = self.end_marks(control, domain, endings, changes).await;
+            ended.and(self.free_unpinned(held, &domain.id).await)?;
         }
         dropped.marks = marks;
         Ok(dropped)

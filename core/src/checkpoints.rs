@@ -123,8 +123,9 @@ impl Dispatcher {
         if !(done.added.is_empty() && done.replaced.is_empty() && done.forgotten.is_empty()) {
             drop(known);
             let change = [Change::SetCheckpoints(set)];
-            self.catalog.settle(Uuid::nil(), &domain.id, &change).await?;
-            self.free_unpinned(&held, &domain.id).await?;
+            self.about_to_unpin(domain).await?;
+            let changed = self.catalog.settle(Uuid::nil(), &domain.id, &change).await;
+            changed.and(self.free_unpinned(&held, &domain.id).await)?;
         }
         Ok(done)
     }

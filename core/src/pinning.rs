@@ -10,8 +10,8 @@ use uuid::Uuid;
 use crate::dispatcher::Held;
 use crate::ledger::remove;
 use crate::{
-    Change, Checkpoint, CheckpointName, Dispatcher, DomainId, Error, ErrorKind, Mark, Result, Snapshot,
-    SnapshotId, Unit, UnitRecord,
+    Act, Change, Checkpoint, CheckpointName, Dispatcher, Domain, DomainId, Error, ErrorKind, Mark, Result,
+    Snapshot, SnapshotId, Unit, UnitRecord,
 };
 
 /// Which checkpoints are which snapshots' disks.
@@ -101,6 +101,16 @@ impl Dispatcher {
         Ok(rest)
     }
 
+    /// Before records of checkpoints change that snapshots may be kept for: where the process is killed behind that, `recover`
+    /// knows by the intent that something is to end. [`Self::free_unpinned`] settles it.
+    pub(crate) async fn about_to_unpin(&self, domain: &Domain) -> Result<()> {
+        if let Some(kept) = self.catalog.pinned(&domain.id).await?.first() {
+            let snapshot = kept.id;
+            self.intend(domain, Act::Delete { snapshot }).await?;
+        }
+        Ok(())
+    }
+
     /// Deletes what was kept for checkpoints that are no more. What cannot be deleted now is told, and the next act on the
     /// domain tries again: nobody waits for it, and the record without a checkpoint says that it is to be done.
     pub(crate) async fn free_unpinned(&self, held: &Held, domain: &DomainId) -> Result<()> {
@@ -109,6 +119,7 @@ impl Dispatcher {
             return Ok(());
         }
         let pins = self.pins(domain).await?;
+        let ids: Vec<SnapshotId> = kept.iter().map(|snapshot| snapshot.id).collect();
         for snapshot in kept {
             let mut units = snapshot.units.iter();
             if units.all(|record| pins.need(snapshot.id, &record.unit)) {
@@ -123,6 +134,11 @@ impl Dispatcher {
                     "what was kept of the snapshot {} for a checkpoint that is no more cannot be deleted yet: {error}",
                     snapshot.name
                 ),
+            }
+        }
+        for intent in self.catalog.intents(Some(domain)).await? {
+            if matches!(intent.act, Act::Delete { snapshot } if ids.contains(&snapshot)) {
+                self.catalog.settle(intent.id, domain, &[]).await?;
             }
         }
         Ok(())

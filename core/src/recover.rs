@@ -188,6 +188,8 @@ impl Dispatcher {
     async fn redo_delete(&self, held: &Held, intent: &Intent, snapshot: SnapshotId) -> Result<()> {
         let snapshots = self.all_snapshots(&intent.domain.id).await?;
         match snapshots.iter().find(|s| s.id == snapshot) {
+            // The checkpoint was to go that it was kept for.
+            Some(snapshot) if snapshot.pinned => self.free_unpinned(held, &intent.domain.id).await,
             Some(snapshot) => self.finish_delete(held, intent, snapshot).await,
             None => self.catalog.settle(intent.id, &intent.domain.id, &[]).await,
         }

@@ -49,8 +49,9 @@ impl Dispatcher {
         for child in reparented(&lineage, &removal, name)? {
             changes.push(Change::AddCheckpoint(Box::new(child)));
         }
-        self.end_marks(control, domain, endings, changes).await?;
-        self.free_unpinned(held, &domain.id).await
+        self.about_to_unpin(domain).await?;
+        let ended = self.end_marks(control, domain, endings, changes).await;
+        ended.and(self.free_unpinned(held, &domain.id).await)
     }
 
     /// Removes what a snapshot that has been merged kept for checkpoints that are no more: it is in the layer that the guest

@@ -183,3 +183,39 @@ fn what_a_killed_run_left_beside_a_file_goes_with_the_next() {
     assert_eq!(unfinished(&site), Vec::<PathBuf>::new());
     assert_eq!(std::fs::metadata(copy).unwrap().len(), 8 * MIB);
 }
+
+/// The record of the checkpoint is gone by then, and the subvolume it was kept for is not.
+#[test]
+fn what_was_kept_for_a_removed_checkpoint_goes_with_recover() {
+    need!("btrfs");
+    let fs = loop_fs(LoopFsKind::Btrfs, 300 * MIB, "");
+    let folder = fs.path().join("images");
+    program("btrfs", &["-q", "subvolume", "create", &arg(&folder)]);
+    let image = folder.join("vda.raw");
+    program("qemu-img", &["create", "-q", "-f", "raw", &arg(&image), "8M"]);
+    let site = Site::new();
+    let domain = off(&site, &image, "raw");
+    let create = [
+        "-d",
+        &domain,
+        "snapshot",
+        "create",
+        "--name",
+        "one",
+        "--checkpoint",
+    ];
+    site.ok(&[&create[..], &["--disk", "vda,method=btrfs"]].concat());
+    site.ok(&["-d", &domain, "snapshot", "delete", "one"]);
+    let kept = list(fs.path()).len();
+    let remove = ["-d", &domain, "checkpoint", "remove", "one"];
+    killed_at(&site, "before ioctl SNAP_DESTROY:1", &remove);
+    assert_eq!(
+        list(fs.path()).len(),
+        kept,
+        "it is kept until the checkpoint is no more"
+    );
+    let told = site.json(&["recover"]);
+    assert_eq!(told["recovered"][0]["how"], "finished", "{told}");
+    assert_eq!(list(fs.path()), [folder]);
+    assert_eq!(site.json(&["recover"])["recovered"], serde_json::json!([]));
+}
