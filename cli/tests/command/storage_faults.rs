@@ -563,7 +563,8 @@ fn a_full_btrfs_keeps_its_snapshots_and_lets_them_go() {
     let digest = pattern::digest_file(&image);
     site.ok(&[&BTRFS[..], &["-d", &xml, "--name", "one"]].concat());
     let mut filler = File::create(fs.path().join("filler")).unwrap();
-    while filler.write_all(&[1; 64 << 10]).is_ok() {}
+    let block = vec![1; 64 << 10];
+    while filler.write_all(&block).is_ok() {}
     drop(filler);
     // The file system keeps room for itself, so that this may work still.
     let more = site.run(&[&BTRFS[..], &["-d", &xml, "--name", "two"]].concat());

@@ -381,9 +381,10 @@ impl Plan {
     }
 }
 
+/// Where the choices begin when nobody says it. The same each time, as long as not every act of every method has been walked
+/// whole: what fails now and then would be told of the wrong change.
 pub(crate) fn seed() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    u64::from(now.unwrap().subsec_nanos())
+    1
 }
 
 /// Walks all that are planned, two at a time, and gives the table of them.
@@ -434,7 +435,7 @@ fn every_point() {
 /// How long [`some_points`] begins new acts.
 const A_WHILE: Duration = Duration::from_secs(50);
 
-/// A few points of a few acts, others each time; the seed is told, and `DISKSNAP_TRIALS_SEED` takes it.
+/// A few points of a few acts; others with another seed in `DISKSNAP_TRIALS_SEED`.
 #[test]
 fn some_points() {
     let plan = Plan::told();

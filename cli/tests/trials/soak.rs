@@ -62,6 +62,7 @@ struct Soak {
 }
 
 #[test]
+#[ignore = "minutes: run by ./x soak"]
 fn whatever_is_done_and_killed_for_as_long_as_one_likes() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
