@@ -204,8 +204,7 @@ impl Walk {
         }
         wrong.extend(self.again(scene, known));
         (self.act.undo)(scene);
-        wrong.extend(invariants::eventually(|| known.bare.compared(&World::of(scene))));
-        wrong.extend(invariants::check(scene));
+        wrong.extend(invariants::check_and(scene, |world| known.bare.compared(world)));
         wrong.extend(invariants::writes_are_whole(scene));
         Some(wrong)
     }
@@ -239,12 +238,9 @@ impl Walk {
         if recovered.code != Some(0) {
             wrong.push(format!("recover: {}", told(scene, &recovered)));
         }
-        follow(scene);
         if self.act.settles == Settles::Whole {
-            wrong.extend(invariants::check(scene));
-            wrong.extend(invariants::eventually(|| {
-                let world = World::of(scene);
-                let (before, after) = (known.before.compared(&world), known.after.compared(&world));
+            wrong.extend(invariants::check_and(scene, |world| {
+                let (before, after) = (known.before.compared(world), known.after.compared(world));
                 match (before.is_empty() || after.is_empty(), before.len() <= after.len()) {
                     (true, _) => Vec::new(),
                     (false, true) => prefixed("recovered, it is not as before", before),
@@ -258,17 +254,11 @@ impl Walk {
     /// The same request again does the act, or finds it done.
     fn again(&self, scene: &Scene, known: &Known) -> Vec<String> {
         let mut ended = crate::site::ended(self.command(scene).output().unwrap());
-        if ended.code == Some(2) && ended.stderr.contains("disksnap domain update") {
-            // It does not guess which disks a document means that was not brought up to date.
-            follow(scene);
-            ended = crate::site::ended(self.command(scene).output().unwrap());
-        }
         if self.act.settles == Settles::Anew && ended.code == Some(self.act.done) {
             // Nothing is overwritten: what there is of it is taken away first.
             std::fs::remove_dir_all(scene.restored()).unwrap();
             ended = crate::site::ended(self.command(scene).output().unwrap());
         }
-        follow(scene);
         let mut wrong = Vec::new();
         if ended.code != Some(0) && ended.code != Some(self.act.done) {
             wrong.push(format!("the same again: {}", told(scene, &ended)));
@@ -286,11 +276,6 @@ impl Walk {
         wrong.extend((self.act.holds)(scene));
         wrong
     }
-}
-
-/// The document follows the disks, as whoever keeps one sees to after a kill.
-fn follow(scene: &Scene) {
-    scene.ok(&["domain", "update"]);
 }
 
 fn told(scene: &Scene, ended: &Ended) -> String {

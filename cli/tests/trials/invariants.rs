@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::daemons;
 use crate::scene::{Kind, Scene, TARGETS};
 use crate::site::{Site, arg, list};
+use crate::world::{Told, World};
 
 /// A guardian that ends, a guest that gets its turn: no hurry, since what never comes fails in any case.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -19,11 +20,23 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Everything, of a scene whose state directory is its own. What is under way by itself, such as the end of a guardian, is
 /// waited for.
 pub(crate) fn check(scene: &Scene) -> Vec<String> {
+    eventually(|| check_told(scene, &Told::by(scene)))
+}
+
+/// The same, and what else `compared` finds in the world; all of it asked for once.
+pub(crate) fn check_and(scene: &Scene, compared: impl Fn(&World) -> Vec<String>) -> Vec<String> {
     eventually(|| {
-        let owned = Owned::of(scene);
-        let owner = std::slice::from_ref(&owned);
-        [in_guest(scene, &owned), in_state(&scene.site, &[scene], owner)].concat()
+        let told = Told::by(scene);
+        let mut wrong = compared(&World::told(scene, &told));
+        wrong.extend(check_told(scene, &told));
+        wrong
     })
+}
+
+fn check_told(scene: &Scene, told: &Told) -> Vec<String> {
+    let owned = Owned::told(scene, told);
+    let owner = std::slice::from_ref(&owned);
+    [in_guest(scene, &owned), in_state(&scene.site, &[scene], owner)].concat()
 }
 
 /// Asks until nothing is wrong, or patience ends.
@@ -212,14 +225,18 @@ struct Owned {
 
 impl Owned {
     fn of(scene: &Scene) -> Self {
+        Self::told(scene, &Told::by(scene))
+    }
+
+    fn told(scene: &Scene, told: &Told) -> Self {
         let texts = |list: &Value, key: &str| -> BTreeSet<String> {
             let all = list.as_array().into_iter().flatten();
             all.filter_map(|one| one[key].as_str().map(str::to_owned))
                 .collect()
         };
-        let snapshots = scene.json(&["snapshot", "list"])["snapshots"].take();
+        let (snapshots, checkpoints) = (&told.snapshots["snapshots"], &told.checkpoints["checkpoints"]);
         let short = |id: &String| id.replace('-', "")[..12].to_owned();
-        let mut ids: BTreeSet<String> = texts(&snapshots, "id").iter().map(short).collect();
+        let mut ids: BTreeSet<String> = texts(snapshots, "id").iter().map(short).collect();
         let mut unsound = Vec::new();
         for one in snapshots.as_array().into_iter().flatten() {
             if one["state"] != "active" {
@@ -231,16 +248,15 @@ impl Owned {
         }
         // A snapshot may lie in an image that had another name before it.
         let mut documents = scene.document();
-        for name in texts(&snapshots, "name") {
+        for name in texts(snapshots, "name") {
             documents += &scene.ok(&["snapshot", "show", &name, "--output", "json"]);
         }
-        let checkpoints = scene.json(&["checkpoint", "list"])["checkpoints"].take();
         let mut bitmaps = BTreeSet::new();
         for checkpoint in checkpoints.as_array().into_iter().flatten() {
             bitmaps.extend(texts(&checkpoint["disks"], "bitmap"));
             ids.extend(texts(&checkpoint["disks"], "snapshot").iter().map(short));
         }
-        if checkpoints != json!([]) {
+        if *checkpoints != json!([]) {
             let validated = scene.run(&["checkpoint", "validate", "--output", "json"]);
             let told = String::from_utf8_lossy(&validated.stdout).into_owned();
             if validated.code != Some(0) {
@@ -250,7 +266,7 @@ impl Owned {
                 ));
             }
         }
-        let serving = scene.json(&["export", "list"]);
+        let serving = &told.exports;
         let is_filled = scene.kind == Kind::Paused && !scene.json(&["fill", "list"])["filling"].is_null();
         Self {
             stem: scene.stem.clone(),

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use disksnap_test_support::{DiskSpec, GuestSetup, LoopFs, LoopFsKind, MIB, Qemu, QemuBuilder, loop_fs};
+use rustix::process::{Pid, setpriority_process};
 use serde_json::Value;
 
 use crate::programs::program;
@@ -183,6 +184,7 @@ impl Scene {
         }
         if self.kind.writes() {
             qemu.wait_writer(1);
+            gives_way(qemu);
         }
     }
 
@@ -302,6 +304,20 @@ fn machine(kind: Kind, folder: &Path) -> Qemu {
     match kind {
         Kind::Paused => builder.prelaunch().start(),
         _ => builder.firmware_writer().start(),
+    }
+}
+
+/// The guest computes, since it cannot wait otherwise; what is tried comes first.
+fn gives_way(qemu: &Qemu) {
+    let cpus = qemu.qmp("query-cpus-fast", serde_json::json!({}));
+    let threads = cpus
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|cpu| cpu["thread-id"].as_i64().unwrap());
+    for thread in threads {
+        let thread = Pid::from_raw(i32::try_from(thread).unwrap());
+        setpriority_process(thread, 10).unwrap();
     }
 }
 

@@ -10,6 +10,24 @@ use serde_json::{Value, json};
 use crate::daemons;
 use crate::scene::{Scene, TARGETS};
 
+/// What the command tells of a domain.
+#[derive(Debug)]
+pub(crate) struct Told {
+    pub(crate) snapshots: Value,
+    pub(crate) checkpoints: Value,
+    pub(crate) exports: Value,
+}
+
+impl Told {
+    pub(crate) fn by(scene: &Scene) -> Self {
+        Self {
+            snapshots: scene.json(&["snapshot", "list"]),
+            checkpoints: scene.json(&["checkpoint", "list"]),
+            exports: scene.json(&["export", "list"]),
+        }
+    }
+}
+
 /// What there is.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct World(BTreeSet<String>);
@@ -17,6 +35,11 @@ pub(crate) struct World(BTreeSet<String>);
 impl World {
     /// Looks at everything that an act could have left.
     pub(crate) fn of(scene: &Scene) -> Self {
+        Self::told(scene, &Told::by(scene))
+    }
+
+    /// The same, where the command was asked already.
+    pub(crate) fn told(scene: &Scene, told: &Told) -> Self {
         let mut lines = Vec::new();
         if let Some(qemu) = &scene.qemu {
             in_qemu(qemu, &mut lines);
@@ -41,12 +64,12 @@ impl World {
             let content = |target: &&str| format!("content: {target} {}", digest(&scene.content(target)));
             lines.extend(TARGETS.iter().map(content));
         }
-        for (what, words) in [
-            ("snapshot", &["snapshot", "list"][..]),
-            ("checkpoint", &["checkpoint", "list"]),
-            ("export", &["export", "list"]),
+        for (what, list) in [
+            ("snapshot", &told.snapshots),
+            ("checkpoint", &told.checkpoints),
+            ("export", &told.exports),
         ] {
-            lines.extend(listed(&scene.json(words)).map(|line| format!("{what}: {line}")));
+            lines.extend(listed(list).map(|line| format!("{what}: {line}")));
         }
         // Of several that are alike each is told.
         let mut numbered = BTreeSet::new();
