@@ -3,12 +3,12 @@
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
 
-use disksnap::{Altered, DEADLINE, Disk, Error, Following, JobUnit, MergeInto, MergeOptions, Progress};
+use disksnap::{Altered, DEADLINE, Disk, Error, JobUnit, MergeInto, MergeOptions, Progress};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::altered_view::{AlteredView, document};
 use crate::args::Bring;
-use crate::context::{Context, Target};
+use crate::context::{Context, Follows, Target};
 use crate::failure::{Failure, Outcome};
 use crate::signals::Stop;
 
@@ -40,7 +40,10 @@ pub(crate) async fn merge(context: &Context, merge: Bring, into: MergeInto) -> O
     match merged {
         Ok(altered) => tell(context, &target, "merged", &merge, &altered, note).await,
         // What was asked for was done: it is cancelled.
-        Err(error) => Err(stop.heard().map_or(Failure::Error(error), Failure::Stopped)),
+        Err(error) => {
+            let error = note.given_up(error);
+            Err(stop.heard().map_or(Failure::Error(error), Failure::Stopped))
+        }
     }
 }
 
@@ -48,11 +51,14 @@ pub(crate) async fn revert(context: &Context, revert: Bring) -> Outcome {
     let target = context.target().await?;
     let stop = Stop::listen(true)?;
     let note = target.followed(revert.document).await?;
-    let altered = target
-        .disksnap
-        .dispatcher()
+    let dispatcher = target.disksnap.dispatcher();
+    let reverted = dispatcher
         .revert(&target.domain, &revert.name, &revert.disks)
-        .await?;
+        .await;
+    let altered = match reverted {
+        Ok(altered) => altered,
+        Err(error) => return Err(note.given_up(error).into()),
+    };
     tell(context, &target, "reverted", &revert, &altered, note).await?;
     stop.check()
 }
@@ -63,7 +69,7 @@ async fn tell(
     what: &'static str,
     asked: &Bring,
     altered: &Altered,
-    note: Option<Following>,
+    note: Follows,
 ) -> Outcome {
     altered.warnings.iter().for_each(|w| context.out.warn(w));
     let view = AlteredView::new(what, &asked.name, altered, &target.document)?;
@@ -73,26 +79,24 @@ async fn tell(
     follow(context, target, note, &altered.disks).await
 }
 
-/// Brings the domain's document up to date where its disks have become others. Without a note of it the document is left alone.
-pub(crate) async fn follow(
-    context: &Context,
-    target: &Target,
-    note: Option<Following>,
-    disks: &[Disk],
-) -> Outcome {
-    let Some(note) = note else {
+/// Brings the domain's document up to date where its disks have become others, unless it is to be left alone.
+pub(crate) async fn follow(context: &Context, target: &Target, note: Follows, disks: &[Disk]) -> Outcome {
+    if matches!(note, Follows::LeftAlone) {
         if !disks.is_empty() {
             context
                 .out
                 .warn("the domain's document was left as it is, and is out of date now");
         }
         return Ok(());
-    };
+    }
     let updated = async {
         if !disks.is_empty() {
             target.disksnap.update(&target.given, disks).await?;
         }
-        note.over()
+        match note {
+            Follows::Noted(note) => note.over(),
+            Follows::LeftAlone | Follows::Unnoted => Ok(()),
+        }
     };
     updated.await.map_err(|error: Error| {
         Failure::Error(error.leaving(disksnap::Effect::Unknown).hint(

@@ -1,6 +1,6 @@
 //! What every command begins with: the state directory opened, the domain loaded.
 
-use disksnap::{Disksnap, Domain, DomainDocument, Error, ErrorKind, Following, Result};
+use disksnap::{Disksnap, Domain, DomainDocument, Effect, Error, ErrorKind, Following, Result};
 
 use crate::args::{Global, Keep};
 use crate::failure::Outcome;
@@ -80,13 +80,42 @@ impl Context {
 
 impl Target {
     /// Notes that the document is to follow what is about to be done, unless it is to be left alone.
-    pub(crate) async fn followed(&self, keep: Keep) -> Result<Option<Following>> {
+    pub(crate) async fn followed(&self, keep: Keep) -> Result<Follows> {
         if keep.keep_document {
-            return Ok(None);
+            return Ok(Follows::LeftAlone);
         }
-        self.disksnap
-            .follows(&self.given, &self.domain.id)
-            .await
-            .map(Some)
+        match self.disksnap.follows(&self.given, &self.domain.id).await {
+            Ok(note) => Ok(Follows::Noted(note)),
+            // What frees room must not need any.
+            Err(error) if error.kind() == ErrorKind::NoSpace => {
+                tracing::warn!(%error, "a kill from now on leaves the document out of date");
+                Ok(Follows::Unnoted)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Whether a domain's document follows what is done.
+#[derive(Debug)]
+pub(crate) enum Follows {
+    /// The caller wants it as it is.
+    LeftAlone,
+    /// It does, and whoever comes after a kill knows.
+    Noted(Following),
+    /// It does, and there was no room for a note of that.
+    Unnoted,
+}
+
+impl Follows {
+    /// For an act that has failed: where it left all as it was there is nothing to follow.
+    pub(crate) fn given_up(self, error: Error) -> Error {
+        if let Self::Noted(note) = self
+            && error.effect() != Effect::Unknown
+            && let Err(failure) = note.over()
+        {
+            tracing::warn!(%failure, "the document will be brought up to date by whoever comes next");
+        }
+        error
     }
 }

@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use disksnap::xml;
-use disksnap::{Crossed, Error, Following, Result};
+use disksnap::{Crossed, Error, Result};
 use serde::Serialize;
 
 use crate::args::Keep;
 use crate::bring::follow;
-use crate::context::{Context, Target};
+use crate::context::{Context, Follows, Target};
 use crate::failure::Outcome;
 use crate::output::Text;
 use crate::signals::Stop;
@@ -21,7 +21,10 @@ pub(crate) async fn track(context: &Context, disk: &str, metadata: &Path, keep: 
     let stop = Stop::listen(true)?;
     let dispatcher = target.disksnap.dispatcher();
     let note = target.followed(keep).await?;
-    let crossed = dispatcher.track(&target.domain, disk, &metadata).await?;
+    let crossed = match dispatcher.track(&target.domain, disk, &metadata).await {
+        Ok(crossed) => crossed,
+        Err(error) => return Err(note.given_up(error).into()),
+    };
     tell(context, &target, "tracked", &crossed, note).await?;
     stop.check()
 }
@@ -31,7 +34,10 @@ pub(crate) async fn untrack(context: &Context, disk: &str, drop_checkpoints: boo
     let stop = Stop::listen(true)?;
     let dispatcher = target.disksnap.dispatcher();
     let note = target.followed(keep).await?;
-    let crossed = dispatcher.untrack(&target.domain, disk, drop_checkpoints).await?;
+    let crossed = match dispatcher.untrack(&target.domain, disk, drop_checkpoints).await {
+        Ok(crossed) => crossed,
+        Err(error) => return Err(note.given_up(error).into()),
+    };
     tell(context, &target, "untracked", &crossed, note).await?;
     stop.check()
 }
@@ -41,7 +47,7 @@ async fn tell(
     target: &Target,
     what: &'static str,
     crossed: &Crossed,
-    note: Option<Following>,
+    note: Follows,
 ) -> Outcome {
     crossed.warnings.iter().for_each(|w| context.out.warn(w));
     let view = CrossedView::new(what, crossed, target)?;

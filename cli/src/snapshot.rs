@@ -40,11 +40,11 @@ async fn create(context: &Context, create: Create) -> Outcome {
     let target = context.target().await?;
     let stop = Stop::listen(true)?;
     let note = target.followed(create.document).await?;
-    let snapshot = target
-        .disksnap
-        .dispatcher()
-        .create(&target.domain, &request)
-        .await?;
+    let dispatcher = target.disksnap.dispatcher();
+    let snapshot = match dispatcher.create(&target.domain, &request).await {
+        Ok(snapshot) => snapshot,
+        Err(error) => return Err(note.given_up(error).into()),
+    };
     let disks: Vec<Disk> = snapshot
         .disks
         .iter()
