@@ -545,6 +545,10 @@ async fn cancel(control: &dyn Control, id: SnapshotId, parts: &[Part]) -> Result
 fn stopped(left: &[(String, Progress)], into: MergeInto) -> Error {
     let each = left.iter().map(|(targets, progress)| match progress {
         Progress::Failed(why) => format!("the merge of {targets} failed: {why}"),
+        // Such a job leaves no word behind.
+        Progress::Idle if into == MergeInto::Overlay => {
+            format!("the merge of {targets} has ended early: it was cancelled, or an image could not be read or written")
+        }
         _ => format!("the merge of {targets} was cancelled"),
     });
     Error::new(ErrorKind::Refused, each.collect::<Vec<_>>().join("; ")).hint(match into {

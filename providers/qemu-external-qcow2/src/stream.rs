@@ -158,6 +158,10 @@ impl Merge for ExternalStream {
                 // The header as soon as can be: a domain might be started from it.
                 match Standing::of(host, &record).await? {
                     Standing::Done { live: Some(live), .. } => live::conclude(host, &record, &live).await,
+                    Standing::Live(_) => Err(Error::new(
+                        ErrorKind::Refused,
+                        "the merge failed: QEMU could not bring it to its end",
+                    )),
                     _ => Ok(()),
                 }
             }

@@ -304,6 +304,33 @@ async fn slow() -> (Qemu, Rig, Vec<u8>, Vec<u8>) {
     (qemu, rig, one, two)
 }
 
+/// QEMU crashes when its nodes are asked for while a stream has ended and nobody has dismissed it: nobody may have to, since
+/// whoever would may be killed before.
+#[tokio::test]
+async fn a_stream_goes_when_it_ends() {
+    let (qemu, rig, one, _) = slow().await;
+    let mut dismissed = Vec::new();
+    let mut look = |_: &[disksnap_core::JobUnit]| {
+        let jobs = qemu.qmp("query-block-jobs", json!({}));
+        dismissed.extend(
+            jobs.as_array()
+                .unwrap()
+                .iter()
+                .map(|job| job["auto-dismiss"].clone()),
+        );
+        ControlFlow::Continue(())
+    };
+    let (name, options) = (rig::name_of("one"), rig::options(MergeInto::Overlay));
+    let merged = rig
+        .dispatcher
+        .merge(&rig.domain, &name, &options, &mut look)
+        .await;
+    merged.unwrap();
+    assert!(!dismissed.is_empty(), "no stream was seen");
+    assert!(dismissed.iter().all(|auto| *auto == true), "{dismissed:?}");
+    assert!(rig.read("one", "vda").await == one);
+}
+
 /// A stream that is cancelled, or whose QEMU dies, takes nothing from any snapshot, and can be done again.
 #[tokio::test]
 async fn cancelled_or_killed_nothing_is_lost() {
