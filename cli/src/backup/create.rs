@@ -92,7 +92,7 @@ pub(crate) async fn abandon(context: &Context, repo: &Repo) -> Outcome {
 }
 
 async fn repository_or_new(repo: &Repo, init: bool) -> Outcome<Repository> {
-    made(&repo.repo, init)?;
+    made(&repo.repo, init).await?;
     let store = Arc::new(LocalStore::at(&repo.repo));
     Ok(Repository::open_or_init(store).await?)
 }

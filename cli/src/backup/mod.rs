@@ -10,10 +10,12 @@ mod serve;
 mod show;
 mod verify;
 
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use disksnap::{Error, ErrorKind};
+use disksnap::{Error, ErrorKind, UnfinishedFolder, faults};
 use disksnap_backup::{DomainFolder, LocalStore, Repository};
 
 use crate::backup::args::{BackupCommand, Repo};
@@ -100,13 +102,10 @@ fn names(all: &[DomainFolder]) -> String {
 }
 
 /// A directory for a repository, which is made where there is nothing. One that is empty may be a place where nothing is mounted.
-pub(crate) fn made(path: &Path, init: bool) -> disksnap::Result<()> {
-    let told = |e| Error::io("cannot make the repository", e).with("path", path.display());
+pub(crate) async fn made(path: &Path, init: bool) -> disksnap::Result<()> {
     let mut entries = match std::fs::read_dir(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return std::fs::create_dir_all(path).map_err(told);
-        }
-        entries => entries.map_err(told)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return put_whole(path).await,
+        entries => entries.map_err(|e| cannot_make(path, e))?,
     };
     if entries.next().is_none() && !init {
         let error = Error::new(
@@ -118,4 +117,30 @@ pub(crate) fn made(path: &Path, init: bool) -> disksnap::Result<()> {
             .hint("Is the file system mounted? --init makes a new repository there."));
     }
     Ok(())
+}
+
+/// Makes a repository beside its place and puts it there: a kill must not leave an empty directory, which is refused the next
+/// time.
+async fn put_whole(path: &Path) -> disksnap::Result<()> {
+    let told = |e| cannot_make(path, e);
+    let path = std::path::absolute(path).map_err(told)?;
+    if let Some(parent) = path.parent() {
+        faults::around("file", "make folders", || std::fs::create_dir_all(parent)).map_err(told)?;
+    }
+    let folder = UnfinishedFolder::beside(&path).map_err(told)?;
+    let whole = folder.path().join("repository");
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(&whole)
+        .map_err(told)?;
+    Repository::open_or_init(Arc::new(LocalStore::at(&whole))).await?;
+    match faults::around("file", "rename repository", || std::fs::rename(&whole, &path)) {
+        // Another one was quicker.
+        Err(_) if path.is_dir() => Ok(()),
+        renamed => renamed.map_err(told),
+    }
+}
+
+fn cannot_make(path: &Path, error: io::Error) -> Error {
+    Error::io("cannot make the repository", error).with("path", path.display())
 }
