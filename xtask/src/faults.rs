@@ -1,4 +1,4 @@
-//! `./x faults [METHOD…] [--act ACT] [--seed N]`: acts killed at each of their points, and the table of what came of it.
+//! `./x faults [METHOD…] [--act ACT] [--point NAME:K] [--seed N]`: acts killed at each of their points, and the table of what came of it.
 
 use anyhow::{Context, Result, bail};
 
@@ -13,6 +13,8 @@ pub(crate) struct Plan {
     /// What the scenes' names begin with; all scenes where there is none.
     methods: Vec<String>,
     act: Option<String>,
+    /// One point alone, with how many times it is passed.
+    point: Option<String>,
     seed: Option<u64>,
 }
 
@@ -24,6 +26,7 @@ impl Plan {
             let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
             match arg.as_str() {
                 "--act" => plan.act = Some(value()?.clone()),
+                "--point" => plan.point = Some(value()?.clone()),
                 "--seed" => {
                     let text = value()?;
                     let seed = text.parse();
@@ -45,6 +48,7 @@ pub(crate) fn run(plan: &Plan) -> Result<()> {
     // A scene's name may have a comma in it.
     command.env("DISKSNAP_TRIALS_METHODS", plan.methods.join(";"));
     command.envs(plan.act.as_ref().map(|act| ("DISKSNAP_TRIALS_ACT", act)));
+    command.envs(plan.point.as_ref().map(|point| ("DISKSNAP_TRIALS_POINT", point)));
     command.envs(plan.seed.map(|seed| ("DISKSNAP_TRIALS_SEED", seed.to_string())));
     suite::run(&mut command)
 }
@@ -59,7 +63,18 @@ mod tests {
     fn a_plan_is_read() {
         let plan =
             |args: &[&str]| Plan::from_args(&args.iter().map(|&arg| arg.to_owned()).collect::<Vec<_>>());
-        let chosen = plan(&["btrfs", "--act", "create", "lvm", "--seed", "7"]).unwrap();
+        let chosen = plan(&[
+            "btrfs",
+            "--act",
+            "create",
+            "lvm",
+            "--seed",
+            "7",
+            "--point",
+            "after x:1",
+        ])
+        .unwrap();
+        assert_eq!(chosen.point.as_deref(), Some("after x:1"));
         assert_eq!(chosen.methods, ["btrfs", "lvm"]);
         assert_eq!((chosen.act.as_deref(), chosen.seed), (Some("create"), Some(7)));
         for bad in [&["--act"][..], &["--seed", "x"], &["--acts", "create"]] {

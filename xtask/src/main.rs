@@ -39,9 +39,9 @@ const HELP: &str = "\
                      changes, redefine, backup
 ./x fuzz [TARGET…] [--seconds N] [--at-once N]
                      the fuzz targets, or some, each for that long (default 600)
-./x faults [METHOD…] [--act ACT] [--seed N]
-                     the command killed at every point of every act, or of some; without --act it
-                     writes the methods' tables in docs/fault-points.md
+./x faults [METHOD…] [--act ACT] [--point NAME:K] [--seed N]
+                     the command killed at every point of every act, or at some; all points of a method
+                     are its tables in docs/fault-points.md
 ./x soak [--minutes N] [--seed N]
                      eight machines, whatever can be done with them, and kills (60 minutes)
 ./x tools            only get the programs and the test guest that tests and demo use

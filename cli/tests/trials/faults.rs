@@ -29,6 +29,8 @@ struct Plan {
     methods: Vec<String>,
     /// Part of an act's name.
     act: Option<String>,
+    /// One point alone.
+    point: Option<String>,
     seed: u64,
     /// How many points of each act; all of them where there is none.
     sample: Option<usize>,
@@ -63,6 +65,9 @@ enum Killed {
     Not(String),
 }
 
+/// The exit code of what is busy.
+const BUSY: i32 = 6;
+
 /// How often a point is tried that an act does not pass each time.
 const TRIES: usize = 3;
 
@@ -70,16 +75,19 @@ const TRIES: usize = 3;
 struct Walk {
     kind: Kind,
     act: Act,
+    /// The one point that is tried, if not all.
+    only: Option<String>,
     scene: Option<Scene>,
     known: Option<Known>,
     rounds: usize,
 }
 
 impl Walk {
-    fn new(kind: Kind, act: Act) -> Self {
+    fn new(kind: Kind, act: Act, only: Option<String>) -> Self {
         Self {
             kind,
             act,
+            only,
             scene: None,
             known: None,
             rounds: 0,
@@ -88,7 +96,7 @@ impl Walk {
 
     /// Kills it at all points or at some, and tells how each went.
     fn run(&mut self, random: &mut Random, sample: Option<usize>) -> Vec<Row> {
-        let points = match guarded(|| self.learn()) {
+        let mut points = match guarded(|| self.learn()) {
             Ok(points) => points,
             Err(why) => {
                 self.scene = None;
@@ -99,6 +107,7 @@ impl Walk {
                 return vec![self.row(point, vec![why])];
             }
         };
+        points.retain(|point| self.only.as_ref().is_none_or(|only| point.to_string() == *only));
         let chosen = match sample {
             Some(count) => some(points, count, random),
             None => points,
@@ -106,7 +115,7 @@ impl Walk {
         let mut rows = Vec::new();
         for point in chosen {
             let rounds = || (0..TRIES).find_map(|_| self.round(&point));
-            let wrong = match guarded(rounds) {
+            let mut wrong = match guarded(rounds) {
                 Ok(Some(wrong)) => wrong,
                 Ok(None) => {
                     note(&format!(
@@ -119,6 +128,7 @@ impl Walk {
                 Err(why) => vec![why],
             };
             if !wrong.is_empty() {
+                wrong.extend(self.last_words());
                 note(&format!(
                     "{}: {}: {point}: {wrong:#?}",
                     self.kind.name(),
@@ -130,6 +140,12 @@ impl Walk {
             rows.push(self.row(point, wrong));
         }
         rows
+    }
+
+    /// What the hypervisor said where it has ended by itself.
+    fn last_words(&self) -> Option<String> {
+        let qemu = self.scene.as_ref()?.qemu.as_ref()?;
+        (!qemu.is_running()).then(|| format!("the hypervisor has ended: {}", qemu.log()))
     }
 
     fn row(&self, point: Point, wrong: Vec<String>) -> Row {
@@ -233,7 +249,7 @@ impl Walk {
 
     /// `recover` settles it: all is as if the act had been done, or as if it had not.
     fn recovered(&self, scene: &Scene, known: &Known) -> Vec<String> {
-        let recovered = scene.site.run(&["recover"]);
+        let recovered = patiently(|| scene.site.run(&["recover"]));
         let mut wrong = Vec::new();
         if recovered.code != Some(0) {
             wrong.push(format!("recover: {}", told(scene, &recovered)));
@@ -253,11 +269,12 @@ impl Walk {
 
     /// The same request again does the act, or finds it done.
     fn again(&self, scene: &Scene, known: &Known) -> Vec<String> {
-        let mut ended = crate::site::ended(self.command(scene).output().unwrap());
+        let request = || crate::site::ended(self.command(scene).output().unwrap());
+        let mut ended = patiently(request);
         if self.act.settles == Settles::Anew && ended.code == Some(self.act.done) {
             // Nothing is overwritten: what there is of it is taken away first.
             std::fs::remove_dir_all(scene.restored()).unwrap();
-            ended = crate::site::ended(self.command(scene).output().unwrap());
+            ended = request();
         }
         let mut wrong = Vec::new();
         if ended.code != Some(0) && ended.code != Some(self.act.done) {
@@ -276,6 +293,22 @@ impl Walk {
         wrong.extend((self.act.holds)(scene));
         wrong
     }
+}
+
+/// Runs it again while something is busy: a program outlives who started it, and keeps its image until it has done its work.
+fn patiently(mut run: impl FnMut() -> Ended) -> Ended {
+    let mut ended = run();
+    invariants::eventually(|| {
+        if ended.code == Some(BUSY) {
+            ended = run();
+        }
+        if ended.code == Some(BUSY) {
+            vec![ended.stderr.clone()]
+        } else {
+            Vec::new()
+        }
+    });
+    ended
 }
 
 fn told(scene: &Scene, ended: &Ended) -> String {
@@ -337,6 +370,7 @@ impl Plan {
                 .map(str::to_owned)
                 .collect(),
             act: var("DISKSNAP_TRIALS_ACT"),
+            point: var("DISKSNAP_TRIALS_POINT"),
             seed: var("DISKSNAP_TRIALS_SEED").map_or_else(seed, |text| text.parse().unwrap()),
             sample: var("DISKSNAP_TRIALS_SAMPLE").map(|text| text.parse().unwrap()),
         }
@@ -360,7 +394,7 @@ impl Plan {
             }
             let named = |act: &&Act| self.act.as_ref().is_none_or(|name| act.name == name);
             let acts = ACTS.iter().filter(|act| act.on.contains(&kind)).filter(named);
-            walks.extend(acts.map(|act| Walk::new(kind, *act)));
+            walks.extend(acts.map(|act| Walk::new(kind, *act, self.point.clone())));
         }
         walks
     }
@@ -414,7 +448,7 @@ fn every_point() {
         let wanted = |act: &str| plan.act.as_deref().is_none_or(|name| act == name);
         table.add(crate::lvm::walk(wanted, plan.seed, plan.sample));
     }
-    table.conclude(plan.act.is_none() && plan.sample.is_none());
+    table.conclude(plan.act.is_none() && plan.point.is_none() && plan.sample.is_none());
 }
 
 /// How long [`some_points`] begins new acts.
