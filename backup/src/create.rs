@@ -266,7 +266,8 @@ impl Run<'_> {
 
     /// Takes the snapshot. The journal is there first, so that whoever comes next knows whose it is.
     async fn begin(&mut self) -> Result<(Journal, Snapshot)> {
-        let point = self.repository.next_point(self.folder).await?;
+        let held = self.ours.held(&self.live).await?;
+        let point = self.repository.next_point(self.folder, &held).await?;
         let name: SnapshotName = self.ours.name(&point).parse()?;
         let checkpoint = CheckpointName::try_from(&name)?;
         let id = SnapshotId::random();

@@ -313,7 +313,7 @@ pub fn repository(data: &[u8]) {
         };
         for folder in repository.domains().await.unwrap_or_default() {
             let _ = repository.unfinished(&folder).await;
-            let _ = repository.next_point(&folder).await;
+            let _ = repository.next_point(&folder, &[]).await;
             let _ = Journal::load_if_sound(&repository, &folder, POINT).await;
             let latest = repository.point(&folder, &PointSpec::Latest).await;
             let Ok(latest) = latest else { continue };

@@ -18,6 +18,8 @@ use crate::{Blob, BlobWriter, Store, StoreLock};
 
 /// How the name of what is not whole yet ends.
 const PART: &str = ".part";
+/// The same for a small file that is written in one go: nobody goes on with it.
+const PUT_PART: &str = ".put.part";
 
 /// A directory.
 #[derive(Debug, Clone)]
@@ -103,6 +105,11 @@ impl Store for LocalStore {
     async fn discard(&self, key: &str) -> Result<()> {
         let part = part_of(&self.path(key)?);
         blocking(move || remove(&part)).await
+    }
+
+    async fn sweep(&self, prefix: &str) -> Result<()> {
+        let path = self.path(prefix)?;
+        blocking(move || sweep(&path)).await
     }
 
     async fn remove(&self, key: &str) -> Result<()> {
@@ -289,6 +296,14 @@ fn check_key(key: &str) -> Result<()> {
 }
 
 fn list(path: &Path) -> Result<Vec<String>> {
+    let mut names = names(path)?;
+    names.retain(|name| !name.ends_with(PART));
+    names.sort_unstable();
+    Ok(names)
+}
+
+/// All that is in a directory.
+fn names(path: &Path) -> Result<Vec<String>> {
     let entries = match fs::read_dir(path) {
         Ok(entries) => entries,
         Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
@@ -296,16 +311,16 @@ fn list(path: &Path) -> Result<Vec<String>> {
         }
         Err(e) => return Err(failed("cannot read the directory", path, e)),
     };
-    let mut names = Vec::new();
-    for entry in entries {
-        let entry = entry.map_err(|e| failed("cannot read the directory", path, e))?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if !name.ends_with(PART) {
-            names.push(name);
-        }
+    let name = |entry: io::Result<fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
+    let names: io::Result<Vec<String>> = entries.map(name).collect();
+    names.map_err(|e| failed("cannot read the directory", path, e))
+}
+
+fn sweep(path: &Path) -> Result<()> {
+    for left in names(path)?.iter().filter(|name| name.ends_with(PUT_PART)) {
+        remove(&path.join(left))?;
     }
-    names.sort_unstable();
-    Ok(names)
+    Ok(())
 }
 
 fn get(path: &Path, limit: u64) -> Result<Vec<u8>> {
@@ -355,7 +370,7 @@ fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
     // A name of its own: two may be at it, and the last one wins with the whole of it.
     let name = path.file_name().unwrap_or_default();
     let mut beside = tempfile::Builder::new();
-    beside.prefix(name).suffix(PART);
+    beside.prefix(name).suffix(PUT_PART);
     let mut temporary = faults::around("store", "create part", || beside.tempfile_in(folder_of(path)))?;
     faults::around("store", "write part", || temporary.write_all(bytes))?;
     temporary.as_file().sync_all()?;

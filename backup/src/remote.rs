@@ -179,7 +179,7 @@ impl Run<'_> {
         let mut journal = Journal {
             attempts: 0,
             warnings: Vec::new(),
-            point: self.repository.next_point(self.folder).await?,
+            point: self.repository.next_point(self.folder, &[]).await?,
             asked: self.asked(),
             snapshot: self.request.snapshot.clone(),
             id: None,

@@ -213,13 +213,26 @@ impl Repository {
         }
     }
 
-    /// Locks a domain's folder.
+    /// Locks a domain's folder. Who has it alone finds nothing in it that others were about to put there when they were killed.
     ///
     /// # Errors
     /// `Busy` when a backup, a prune or a reader of it is under way.
     pub async fn lock(&self, folder: &DomainFolder, shared: bool) -> Result<Box<dyn StoreLock>> {
+        let told = |e: Error| e.with("domain", &folder.id.name);
         let held = self.store.lock(&format!("{}/{LOCK}", folder.key), shared).await;
-        held.map_err(|e| e.with("domain", &folder.id.name))
+        let held = held.map_err(told)?;
+        if !shared {
+            self.sweep(folder).await.map_err(told)?;
+        }
+        Ok(held)
+    }
+
+    async fn sweep(&self, folder: &DomainFolder) -> Result<()> {
+        self.store.sweep(&folder.key).await?;
+        for name in self.point_names(folder).await? {
+            self.store.sweep(&self.folder_of(folder, &name)).await?;
+        }
+        Ok(())
     }
 
     /// The points of a domain, oldest first. One whose manifest cannot be trusted is among them, and says so.
@@ -392,13 +405,29 @@ impl Repository {
         Ok(!has(Manifest::FILE) && !has(crate::journal::FILE) && files.iter().any(|file| is_image(file)))
     }
 
-    /// The name for a point that begins now. Names ascend, also where the clock has gone back.
-    pub async fn next_point(&self, folder: &DomainFolder) -> Result<String> {
-        let last = self.point_names(folder).await?;
-        let last = last.last().and_then(|name| named_instant(name));
-        let now = SystemTime::now();
-        self.new_point(folder, last.map_or(now, |last| last.max(now)))
-            .await
+    /// The name for a point that begins now, after all that are there. Names ascend, also where the clock has gone back.
+    ///
+    /// `others`: names of points that are not here any more, or never came to be, and that something still bears; it comes after those too.
+    ///
+    /// # Errors
+    /// `Broken` where a name is there after which there is none.
+    pub async fn next_point(&self, folder: &DomainFolder, others: &[String]) -> Result<String> {
+        let mut names = self.point_names(folder).await?;
+        names.extend_from_slice(others);
+        let known = names
+            .iter()
+            .filter(|name| named_instant(name).is_some())
+            .filter_map(|name| point_order(name));
+        let now = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
+        let Some((instant, number)) = known.max().filter(|(instant, _)| **instant >= *now) else {
+            return Ok(now);
+        };
+        let next = number.checked_add(1).ok_or_else(|| {
+            Error::new(ErrorKind::Broken, "no later point can be named")
+                .with("point", format!("{instant}-{number}"))
+                .hint("Such a name is none of disksnap's. Remove what bears it.")
+        })?;
+        Ok(format!("{instant}-{next}"))
     }
 
     /// The key of a file of a point.

@@ -49,6 +49,13 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// Drops what an unfinished writer of this key has left, if there is any.
     async fn discard(&self, key: &str) -> Result<()>;
 
+    /// Removes what calls of [`Store::put`] that were cut short have left directly below `prefix`. For who holds a lock that keeps all
+    /// others from putting there. Idempotent. A store that keeps nothing of such calls leaves this out.
+    async fn sweep(&self, prefix: &str) -> Result<()> {
+        let _ = prefix;
+        Ok(())
+    }
+
     /// Removes an object, or a folder with all that is below it. Idempotent. Durable on return.
     async fn remove(&self, key: &str) -> Result<()>;
 

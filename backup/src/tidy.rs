@@ -32,6 +32,17 @@ impl Ours {
         name.starts_with(&self.prefix)
     }
 
+    /// The points whose snapshot or checkpoint the domain still has: those of an abandoned one may have to stay for a while.
+    pub(crate) async fn held(&self, live: &Live<'_>) -> Result<Vec<String>> {
+        let catalog = live.dispatcher().catalog();
+        let snapshots = catalog.snapshots(&live.domain.id).await?;
+        let checkpoints = catalog.checkpoints(&live.domain.id).await?;
+        let names = snapshots.iter().map(|snapshot| snapshot.name.as_str());
+        let names = names.chain(checkpoints.iter().map(|checkpoint| checkpoint.name.as_str()));
+        let points = names.filter_map(|name| name.strip_prefix(&self.prefix));
+        Ok(points.map(str::to_owned).collect())
+    }
+
     pub(crate) async fn snapshot(&self, live: &Live<'_>, name: &SnapshotName) -> Result<Option<Snapshot>> {
         let catalog = live.dispatcher().catalog();
         let all = catalog.snapshots(&live.domain.id).await?;

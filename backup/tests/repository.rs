@@ -192,6 +192,28 @@ async fn a_lock_is_for_one_writer_or_many_readers() {
 }
 
 #[tokio::test]
+async fn whoever_has_a_folder_alone_clears_away_what_was_about_to_be_put_there() {
+    let life = Life::chain(28, 1).await;
+    let point = &life.names()[1];
+    let folder = life.dir.path().join(&life.folder.key);
+    let left = [
+        folder.join("merging.jsona1B2c3.put.part"),
+        folder.join(point).join("manifest.jsonuVDlv2.put.part"),
+    ];
+    // What somebody may go on with.
+    let unfinished = folder.join(point).join("vda.qcow2.part");
+    for file in left.iter().chain([&unfinished]) {
+        fs::write(file, "{").unwrap();
+    }
+    let repository = &life.repository;
+    drop(repository.lock(&life.folder, true).await.unwrap());
+    assert!(left.iter().all(|file| file.exists()), "others may be at it");
+    drop(repository.lock(&life.folder, false).await.unwrap());
+    assert!(!left.iter().any(|file| file.exists()));
+    assert!(unfinished.exists());
+}
+
+#[tokio::test]
 async fn a_repository_is_made_once_and_only_in_an_empty_place() {
     let dir = tempfile::tempdir().unwrap();
     assert_eq!(
@@ -727,13 +749,20 @@ async fn names_ascend_also_where_the_clock_has_gone_back() {
         .folder_or_new(&DomainId::new("web1", None))
         .await
         .unwrap();
-    let now = repository.next_point(&folder).await.unwrap();
+    let now = repository.next_point(&folder, &[]).await.unwrap();
     let later = "20991231T235959Z";
     let key = repository.key(&folder, later, "unfinished.json");
     repository.store().put(&key, b"{}").await.unwrap();
-    let next = repository.next_point(&folder).await.unwrap();
+    let next = repository.next_point(&folder, &[]).await.unwrap();
     assert!(*now < *later);
     assert_eq!(next, "20991231T235959Z-2");
+    // What the domain still has of a point that is gone is not given to another.
+    let held = ["20991231T235959Z-11", "20991231T235959Z-9"].map(str::to_owned);
+    let next = repository.next_point(&folder, &held).await.unwrap();
+    assert_eq!(next, "20991231T235959Z-12");
+    let held = [format!("20991231T235959Z-{}", u32::MAX)];
+    let error = repository.next_point(&folder, &held).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Broken);
 }
 
 #[tokio::test]

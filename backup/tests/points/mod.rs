@@ -497,6 +497,10 @@ impl Store for Dying {
         self.change(self.inner.discard(key)).await
     }
 
+    async fn sweep(&self, prefix: &str) -> Result<()> {
+        self.inner.sweep(prefix).await
+    }
+
     async fn remove(&self, key: &str) -> Result<()> {
         match self.fate() {
             Fate::Done => self.inner.remove(key).await,

@@ -50,13 +50,6 @@ pub(crate) async fn merge(context: &Context, merge: Merge) -> Outcome {
             .hint("Nothing was dropped. --even-last drops it all the same.")
             .into());
     }
-    if drop.is_empty() {
-        let error = Error::new(
-            ErrorKind::Invalid,
-            "there is nothing to merge: no point is before it",
-        );
-        return Err(error.during("backup merge").into());
-    }
     if merge.dry_run {
         let plan = merge_plan(&repository, &folder, &drop).await?;
         return context.out.show(&PlanView(plan), no_xml);
@@ -129,6 +122,9 @@ fn held_back(pruned: &Pruned) -> Option<Error> {
     )
 }
 
+/// What is said of a merge that is done already, as when it is asked for again.
+const NOTHING: &str = "there is nothing to merge: no point is before it\n";
+
 #[derive(Debug, Serialize)]
 #[serde(transparent)]
 struct PlanView(MergePlan);
@@ -136,6 +132,9 @@ struct PlanView(MergePlan);
 impl Text for PlanView {
     fn text(&self) -> String {
         let plan = &self.0;
+        if plan.dropped.is_empty() {
+            return NOTHING.to_owned();
+        }
         let mut out = String::new();
         for point in &plan.dropped {
             let _ = writeln!(out, "would drop {point}");
@@ -162,6 +161,9 @@ struct MergedView(Merged);
 impl Text for MergedView {
     fn text(&self) -> String {
         let merged = &self.0;
+        if merged.dropped.is_empty() && merged.images.is_empty() {
+            return NOTHING.to_owned();
+        }
         let mut out = String::new();
         for point in &merged.dropped {
             let _ = writeln!(out, "dropped {point}");

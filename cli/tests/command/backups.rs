@@ -321,6 +321,26 @@ fn where_its_parent_was_dropped_an_interrupted_run_begins_anew() {
 }
 
 #[test]
+fn a_point_that_stands_alone_already_has_nothing_to_take_in() {
+    let night = Night::new(Qemu::builder().disk(DiskSpec::new("vda", 4 * MIB).qcow2()));
+    let points: Vec<Value> = (0..3)
+        .map(|n| {
+            put(&night.machine.disk("vda"), n * MIB, MIB, 5);
+            night.json(&["create"])
+        })
+        .collect();
+    let last = points[2]["point"].as_str().unwrap();
+    let merged = night.json(&["merge", last]);
+    assert_eq!(merged["dropped"].as_array().unwrap().len(), 2, "{merged:#}");
+    for words in [&["merge", last][..], &["merge", last, "--dry-run"]] {
+        let told = night.site.ok(&night.words(words));
+        assert_eq!(told, "there is nothing to merge: no point is before it\n");
+    }
+    assert!(night.read(&points[2], "vda") == night.now("vda"));
+    night.json(&["verify"]);
+}
+
+#[test]
 fn disks_that_changed_places_are_backed_up_as_a_whole() {
     let disks = ["vda", "vdb"].map(|target| DiskSpec::new(target, 16 * MIB).qcow2());
     let night = Night::new(disks.into_iter().fold(Qemu::builder(), QemuBuilder::disk));
