@@ -6,12 +6,18 @@ use disksnap_xml::{Element, disk_snapshot_element, snapshot_request};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
-    let Ok(request) = snapshot_request(text) else { return };
-    let Disks::Named(disks) = &request.disks else { return };
+    let Ok(request) = snapshot_request(text) else {
+        return;
+    };
+    let Disks::Named(disks) = &request.disks else {
+        return;
+    };
     let snapshots = disks.iter().map(|disk| {
         let method = disk.method.as_ref().map(disk_snapshot_element);
         let method = method.transpose().expect("what was XML can be XML");
-        Element::new("snapshot").attr("disk", &disk.target).children(method)
+        Element::new("snapshot")
+            .attr("disk", &disk.target)
+            .children(method)
     });
     let root = Element::new("domainblocksnapshot").children(snapshots);
     let again = root.to_document().expect("what was XML can be XML");

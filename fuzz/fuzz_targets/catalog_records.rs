@@ -7,9 +7,15 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 fn same<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(text: &str) {
-    let Ok(record) = serde_json::from_str::<T>(text) else { return };
+    let Ok(record) = serde_json::from_str::<T>(text) else {
+        return;
+    };
     let written = serde_json::to_string(&record).expect("what was a record can be one");
-    assert_eq!(serde_json::from_str::<T>(&written).expect("it can be read"), record, "{written}");
+    assert_eq!(
+        serde_json::from_str::<T>(&written).expect("it can be read"),
+        record,
+        "{written}"
+    );
 }
 
 fuzz_target!(|text: &str| {

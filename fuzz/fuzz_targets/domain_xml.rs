@@ -10,13 +10,18 @@ fuzz_target!(|text: &str| {
         Ok(document) => document,
         Err(error) => {
             // A fault without a place is of no use to anyone; only a document too long has none.
-            assert!(error.context().any(|(key, _)| key == "line" || key == "bytes"), "{error}");
+            assert!(
+                error.context().any(|(key, _)| key == "line" || key == "bytes"),
+                "{error}"
+            );
             return;
         }
     };
     assert_eq!(document.text(), text);
     for disk in &document.domain().disks {
-        let same = document.with_disk(&disk.target, disk).expect("the disk is its own");
+        let same = document
+            .with_disk(&disk.target, disk)
+            .expect("the disk is its own");
         assert_eq!(same.text(), text);
         let choice = MethodChoice {
             method: "m".to_owned(),
@@ -28,7 +33,10 @@ fuzz_target!(|text: &str| {
         let named = with.domain().disk(&disk.target).expect("it is still there");
         assert_eq!(named.method.as_ref(), Some(&choice));
         let without = document.with_method(&disk.target, None).expect("or none");
-        assert_eq!(without.domain().disk(&disk.target).expect("still there").method, None);
+        assert_eq!(
+            without.domain().disk(&disk.target).expect("still there").method,
+            None
+        );
     }
     document.with_exports(None, &[]).expect("nothing is served");
     // What a backup saves beside the disks, if it can be told.
@@ -42,7 +50,9 @@ fuzz_target!(|text: &str| {
             data_store: None,
             backing: None,
         });
-        let after = document.with_disk(&disk.target, &below).expect("any disk can stand on a file");
+        let after = document
+            .with_disk(&disk.target, &below)
+            .expect("any disk can stand on a file");
         let said = after.domain().disk(&disk.target).expect("it is still there");
         assert_eq!(said.backing, below.backing, "{ends}");
     }

@@ -5,6 +5,11 @@ use disksnap_core::Listen;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
-    let Ok(listen) = text.parse::<Listen>() else { return };
-    assert_eq!(listen.to_string().parse::<Listen>().expect("its own text"), listen);
+    let Ok(listen) = text.parse::<Listen>() else {
+        return;
+    };
+    assert_eq!(
+        listen.to_string().parse::<Listen>().expect("its own text"),
+        listen
+    );
 });

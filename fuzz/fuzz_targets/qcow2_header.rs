@@ -6,7 +6,10 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     let Ok(header) = Qcow2::parse(data) else { return };
-    for name in [&header.backing, &header.backing_format, &header.data_file].into_iter().flatten() {
+    for name in [&header.backing, &header.backing_format, &header.data_file]
+        .into_iter()
+        .flatten()
+    {
         // A byte that is no UTF-8 is three in the text.
         assert!(name.len() <= 3 * data.len(), "{header:?}");
     }

@@ -5,7 +5,9 @@ use disksnap_core::SnapshotName;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
-    let Ok(name) = text.parse::<SnapshotName>() else { return };
+    let Ok(name) = text.parse::<SnapshotName>() else {
+        return;
+    };
     assert_eq!(name.as_str(), text);
     assert!(!text.contains(['/', '\0', '\n']) && !text.starts_with(['-', '.']) && !text.is_empty());
 });

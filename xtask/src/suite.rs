@@ -69,6 +69,7 @@ pub(crate) fn lint() -> Result<()> {
     let mut failed = Vec::new();
     let mut step = |result: Result<()>| failed.extend(result.err().map(|x| format!("{x:#}")));
     step(cargo(&["fmt", "--all", "--check"]));
+    step(cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]));
     let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
     step(cargo(&clippy));
     step(run(
