@@ -5,7 +5,7 @@ use std::path::Path;
 use disksnap_core::{Capability, DiskSnapshot, ErrorKind, Fit, Source};
 use disksnap_lvm::LogicalVolume;
 
-use crate::support::{Group, Rig, file, formatted, inside, run, try_run};
+use crate::support::{Group, Rig, file, formatted, inside, named, run, try_run};
 
 /// A mounted file system, which goes with the test.
 pub(crate) struct Mounted<'a>(&'a Path);
@@ -192,7 +192,11 @@ async fn a_chain_in_one_file_system_is_recorded_whole() {
             "qcow2",
         )
     };
-    let rig = Rig::new(vec![disk(&top)]);
+    // With the domain off what only a header names is not trusted.
+    let (kind, why) = Rig::new(vec![disk(&top)]).unfit(&[]).await;
+    assert_eq!(kind, ErrorKind::Invalid, "{why}");
+    assert!(why.contains("the domain's document does not"), "{why}");
+    let rig = Rig::new(vec![named(disk(&top))]);
     let snapshot = rig.create("chain").await;
     let place = inside(&snapshot, "vda");
     let below: Vec<_> = place

@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use disksnap_conformance::{InactiveConnector, MemoryCatalog};
 use disksnap_core::{
-    Access, Alias, Connector, Control, Disk, DiskChoice, DiskRequest, DiskSnapshot, Disks, Dispatcher,
-    Domain, DomainId, Driver, Error, Fit, Health, Inside, MethodChoice, Options, Probe, Registry, Snapshot,
-    SnapshotName, SnapshotRequest, Sockets, Source,
+    Access, Alias, BackingStore, Connector, Control, Disk, DiskChoice, DiskRequest, DiskSnapshot, Disks,
+    Dispatcher, Domain, DomainId, Driver, Error, Fit, Health, Inside, MethodChoice, Options, Probe, Registry,
+    Snapshot, SnapshotName, SnapshotRequest, Sockets, Source,
 };
 use disksnap_hypervisor::{GuardianProgram, Paths, QemuConnector};
+use disksnap_image_file::ByHeaders;
 use disksnap_lvm::LogicalVolume;
 use tempfile::TempDir;
 
@@ -139,6 +140,18 @@ pub(crate) fn formatted(target: &str, source: Source, format: &str) -> Disk {
         },
         ..Disk::new(target, source)
     }
+}
+
+/// The same disk, whose document names all layers that the headers of its images name.
+pub(crate) fn named(disk: Disk) -> Disk {
+    let below = ByHeaders::of(&disk).below;
+    let backing = below.into_iter().rev().fold(None, |backing, layer| {
+        Some(BackingStore {
+            backing: backing.map(Box::new),
+            ..layer
+        })
+    });
+    Disk { backing, ..disk }
 }
 
 /// A domain, off or running, and the method behind a dispatcher.
