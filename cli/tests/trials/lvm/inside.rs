@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -70,6 +71,20 @@ pub(super) const ACTS: &[Act] = &[
         words: "snapshot delete one",
         done: 0,
         undo: &["checkpoint remove one"],
+    },
+    Act {
+        name: "export start",
+        prepare: &[CREATE],
+        words: "export start one",
+        done: 4,
+        undo: &["export stop --all", "snapshot delete one"],
+    },
+    Act {
+        name: "export stop",
+        prepare: &[CREATE, "export start one"],
+        words: "export stop one",
+        done: 0,
+        undo: &["snapshot delete one"],
     },
     Act {
         name: "checkpoint remove",
@@ -168,7 +183,13 @@ impl Volumes {
             let left = list(&dir).into_iter();
             lines.extend(left.map(|path| plain(&self.site.short(&path.display().to_string()))));
         }
-        for (what, words) in [("snapshot", "snapshot list"), ("checkpoint", "checkpoint list")] {
+        lines.extend(servers());
+        let lists = [
+            ("snapshot", "snapshot list"),
+            ("checkpoint", "checkpoint list"),
+            ("export", "export list"),
+        ];
+        for (what, words) in lists {
             let told: Value = serde_json::from_str(&self.ok(&format!("{words} --output json"))).unwrap();
             lines.extend(crate::world::listed(&told).map(|line| format!("{what} {}", plain(&line))));
         }
@@ -185,7 +206,9 @@ impl Volumes {
 
     /// Runs it through.
     fn learn(&self, act: &Act, log: &Path) -> Known {
-        let bare = self.world_after(NOW);
+        // Whatever the disks hold, which reverts change.
+        fill(NOW);
+        let bare = self.world();
         self.prepare(act);
         let before = self.world();
         let mut command = self.command(act.words);
@@ -196,18 +219,22 @@ impl Volumes {
         let again = crate::site::ended(self.command(act.words).output().unwrap());
         assert_eq!(again.code, Some(act.done), "done again: {}", again.stderr);
         self.undo(act);
-        assert_eq!(
-            compared(&bare, &self.world_after(NOW)),
-            Vec::<String>::new(),
-            "undone, it leaves"
-        );
+        fill(NOW);
+        let left = compared(&bare, &self.world_like(&[&bare]));
+        assert_eq!(left, Vec::<String>::new(), "undone, it leaves");
         Known { bare, before, after }
     }
 
-    /// Whatever the disks hold, which reverts change.
-    fn world_after(&self, byte: u8) -> World {
-        fill(byte);
-        self.world()
+    /// How it is once it is like one of these; a server that was told to end takes a moment.
+    fn world_like(&self, one_of: &[&World]) -> World {
+        let since = Instant::now();
+        loop {
+            let world = self.world();
+            if one_of.contains(&&world) || since.elapsed() > Duration::from_secs(10) {
+                return world;
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
     }
 
     /// One kill, and what does not hold afterwards.
@@ -226,7 +253,7 @@ impl Volumes {
         let mut wrong = Vec::new();
         if recover {
             wrong.extend(self.recover());
-            let world = self.world();
+            let world = self.world_like(&[&known.before, &known.after]);
             if world != known.before && world != known.after {
                 wrong.push(format!(
                     "recovered, it is not as before {:#?}, nor as after {:#?}",
@@ -239,7 +266,7 @@ impl Volumes {
         if again.code != Some(0) && again.code != Some(act.done) {
             wrong.push(format!("the same again: {:?}: {}", again.code, again.stderr));
         }
-        let world = self.world();
+        let world = self.world_like(&[&known.after]);
         if world != known.after {
             wrong.push(format!(
                 "done again, it is not as after: {:#?}",
@@ -247,7 +274,8 @@ impl Volumes {
             ));
         }
         self.undo(act);
-        let world = self.world_after(NOW);
+        fill(NOW);
+        let world = self.world_like(&[&known.bare]);
         if world != known.bare {
             wrong.push(format!(
                 "undone, it is not as before all: {:#?}",
@@ -289,6 +317,22 @@ fn fill(byte: u8) {
         file.write_all_at(&vec![byte; SIZE << 20], 0).unwrap();
         file.sync_all().unwrap();
     }
+}
+
+/// The servers of images that run.
+fn servers() -> Vec<String> {
+    // One that has ended and that nobody has waited for has no words any more.
+    let named = |dir: &Path| {
+        let words = std::fs::read_to_string(dir.join("cmdline")).ok()?;
+        let program = words.split('\0').next()?;
+        program
+            .ends_with("qemu-storage-daemon")
+            .then(|| "a server of images".to_owned())
+    };
+    list(Path::new("/proc"))
+        .iter()
+        .filter_map(|dir| named(dir))
+        .collect()
 }
 
 /// The byte that a device is full of, or that it is full of none.
