@@ -165,6 +165,11 @@ impl Merge for ExaminedMerge {
         Some(Arc::new(Self { inner, points }))
     }
 
+    async fn check(&self, host: &dyn Host, id: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()> {
+        let (unit, peers) = (sent(unit)?, sent(&peers.to_vec())?);
+        self.inner.check(host, id, &unit, &peers).await
+    }
+
     async fn start(&self, host: &dyn Host, id: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()> {
         let (unit, peers) = (sent(unit)?, sent(&peers.to_vec())?);
         let call = self.inner.start(host, id, &unit, &peers);

@@ -92,9 +92,9 @@ pub enum MergeInto {
 /// A unit that the domain's disk stands on: giving it up, or freeing the disk of it, means merging.
 ///
 /// ```text
-/// start ─► progress … ─► Ready ─► ┌ guardian armed: release() if we die ┐ ─► conclude
-///    │                            │  finish                             │
-///    └─ cancel, at any time before └──────────────────────────────────---┘
+/// check ─► start ─► progress … ─► Ready ─► ┌ guardian armed: release() if we die ┐ ─► conclude
+///             │                            │  finish                             │
+///             └─ cancel, at any time before └──────────────────────────────────---┘
 /// ```
 ///
 /// The merge itself goes on where the disk is (in the hypervisor), not in the caller's process. All calls
@@ -107,6 +107,13 @@ pub trait Merge: fmt::Debug + Send + Sync {
     /// What merges the same unit into the overlay ([`MergeInto::Overlay`]); `None` where the method cannot, and of what
     /// does that itself. Pure.
     fn stream(&self) -> Option<Arc<dyn Merge>>;
+
+    /// Whether [`Merge::start`] would do its work now, or find what is under way. Changes nothing: it is asked for all units of a
+    /// snapshot before the first is started, since a unit whose merge has begun may be spoilt when that of another is refused.
+    ///
+    /// # Errors
+    /// Those of [`Merge::start`], as far as they can be told before.
+    async fn check(&self, host: &dyn Host, id: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()>;
 
     /// Starts the merge, or finds the one that runs or has run. The disk's present content stays; the
     /// snapshot is given up, or stands by itself from then on.

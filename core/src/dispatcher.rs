@@ -197,6 +197,8 @@ impl Dispatcher {
         }
         self.refuse_attached(&domain.id, |export| export.snapshot == snapshot.id)
             .await?;
+        // Whoever reads it goes on where it cannot be merged.
+        self.check_merge(&held, domain, &snapshot, &stood_on).await?;
         let stopped = self
             .unserve_snapshot(&*held.control, &domain.id, snapshot.id)
             .await?;

@@ -89,8 +89,9 @@ impl Dispatcher {
     ///
     /// # Errors
     /// `Unsupported` for a method whose disks do not stand on the snapshot: there is nothing to merge; `Busy` when
-    /// the snapshot is served, another merge runs or something else is at work on the disk; `Refused` when it failed
-    /// or was cancelled. The disks are then as they were; the snapshot is too, unless a part of it was merged by then.
+    /// the snapshot is served, another merge runs or something else is at work on a disk: all are asked before any is begun,
+    /// and everything is as it was. `Refused` when it failed or was cancelled: the disks are then as they were; the snapshot is
+    /// too, unless a part of it was merged by then.
     pub async fn merge(
         &self,
         domain: &Domain,
@@ -215,8 +216,11 @@ impl Dispatcher {
             .settle_merge(&held, &started.intent, started.id, started.parts)
             .await;
         match (ended, settled) {
-            (Ok(()), Ok(settled)) if settled.left.is_empty() => Ok(settled.altered),
-            (Ok(()), Ok(settled)) => Err(stopped(&settled.left, options.into)),
+            (Ok(()), Ok(settled)) => match settled.refused {
+                Some(refused) => Err(refused),
+                None if settled.left.is_empty() => Ok(settled.altered),
+                None => Err(stopped(&settled.left, options.into)),
+            },
             (Err(error), Ok(_)) => Err(error.leaving(Effect::RolledBack)),
             (Ok(()), Err(failure)) => Err(failure),
             (Err(error), Err(failure)) => Err(error.rollback_failed(vec![failure])),
@@ -241,15 +245,7 @@ impl Dispatcher {
         };
         self.settle_leftovers_but(&held, &domain.id, Some(id)).await?;
         refuse_exported(name, &self.catalog.exports(&domain.id).await?, snapshot.id)?;
-        let own = domain.disks.iter().filter(|d| snapshot.disk(&d.target).is_some());
-        let standing = self.standing(&domain.id).await?;
-        standing.refuse_stale(&control.state().await?, own)?;
-        let snapshots = standing.snapshots;
-        let parts = self.merging(chosen(&snapshot, targets)?, *into)?;
-        if *into == MergeInto::Base {
-            let units: Vec<_> = parts.iter().map(|part| part.entry.unit.clone()).collect();
-            self.refuse_pinned(&domain.id, snapshot.id, &units).await?;
-        }
+        let (parts, ledger) = self.checked(&*control, domain, &snapshot, targets, *into).await?;
         let (lease, guard) = self.catalog.lease().await?;
         let act = Act::Merge {
             snapshot: snapshot.id,
@@ -265,7 +261,6 @@ impl Dispatcher {
             act,
         };
         self.catalog.intend(&intent).await?;
-        let ledger = Ledger::new(snapshots, snapshot.id, domain);
         let mut begun = Ok(());
         for part in &parts {
             let peers = ledger.peers(&part.entry);
@@ -290,6 +285,46 @@ impl Dispatcher {
             parts,
             _lease: guard,
         })
+    }
+
+    /// What is to be merged, and the records beside it, once each unit's method was asked whether it would: all of them
+    /// before any is begun, since a unit whose merge has begun no longer holds its instant. Changes nothing.
+    async fn checked<'a>(
+        &self,
+        control: &dyn Control,
+        domain: &'a Domain,
+        snapshot: &Snapshot,
+        targets: &[String],
+        into: MergeInto,
+    ) -> Result<(Vec<Part>, Ledger<'a>)> {
+        let own = domain.disks.iter().filter(|d| snapshot.disk(&d.target).is_some());
+        let standing = self.standing(&domain.id).await?;
+        standing.refuse_stale(&control.state().await?, own)?;
+        let parts = self.merging(chosen(snapshot, targets)?, into)?;
+        if into == MergeInto::Base {
+            let units: Vec<_> = parts.iter().map(|part| part.entry.unit.clone()).collect();
+            self.refuse_pinned(&domain.id, snapshot.id, &units).await?;
+        }
+        let ledger = Ledger::new(standing.snapshots, snapshot.id, domain);
+        for Part { entry, merge } in &parts {
+            let peers = ledger.peers(entry);
+            let checked = merge.check(control, snapshot.id, &entry.unit, &peers).await;
+            checked.map_err(|e| e.by(&entry.method).with("disk", entry.targets().join(", ")))?;
+        }
+        Ok((parts, ledger))
+    }
+
+    /// Whether a snapshot's part on these disks can be merged into its base now; what is asked before anything of it is
+    /// ended.
+    pub(crate) async fn check_merge(
+        &self,
+        held: &Held,
+        domain: &Domain,
+        snapshot: &Snapshot,
+        targets: &[String],
+    ) -> Result<()> {
+        let checked = self.checked(&*held.control, domain, snapshot, targets, MergeInto::Base);
+        checked.await.map(drop).map_err(|e| e.during("merge"))
     }
 
     /// The merge of just these disks, the same way, that nobody drives any more.
@@ -391,7 +426,7 @@ impl Dispatcher {
         let snapshots = self.all_snapshots(domain).await?;
         let inherited = inherited(&snapshots, id);
         let mut ledger = Ledger::new(snapshots, id, &intent.domain);
-        let mut left = Vec::new();
+        let (mut left, mut refused) = (Vec::new(), None);
         for Part { entry, merge } in parts {
             let named = |error: Error| error.by(&entry.method).leaving(Effect::Unknown);
             let progress = merge.progress(control, id, &entry.unit).await.map_err(named)?;
@@ -399,7 +434,10 @@ impl Dispatcher {
                 let peers = ledger.peers(&entry);
                 match merge.conclude(control, id, &entry.unit, &peers).await {
                     // There was nothing to merge, and what is left must stay for now: no reason to hold the domain up.
-                    Err(error) if is_refusal(&error) => left.push((entry.targets().join(", "), progress)),
+                    Err(error) if is_refusal(&error) => {
+                        left.push((entry.targets().join(", "), progress));
+                        refused = refused.or(Some(error.by(&entry.method)));
+                    }
                     affected => ledger.record(&entry, affected.map_err(named)?),
                 }
             } else {
@@ -411,7 +449,11 @@ impl Dispatcher {
         self.catalog.settle(intent.id, domain, &changes).await?;
         self.drop_inherited(control, &intent.domain, inherited, &mut altered)
             .await;
-        Ok(Settled { altered, left })
+        Ok(Settled {
+            altered,
+            left,
+            refused,
+        })
     }
 }
 
@@ -432,6 +474,8 @@ struct Settled {
     altered: Altered,
     /// The disks whose merge came to nothing, and how far it was.
     left: Vec<(String, Progress)>,
+    /// Why one of those has to stay for now that had nothing to merge.
+    refused: Option<Error>,
 }
 
 impl Started {

@@ -101,6 +101,27 @@ async fn nothing_is_guarded_while_the_domain_is_off() {
     assert!(names(&scene).await.is_empty());
 }
 
+/// A unit whose merge has begun no longer holds its instant: all are asked before.
+#[tokio::test]
+async fn what_is_refused_for_one_disk_is_begun_for_none() {
+    let (scene, _) = scene(RunState::Running);
+    scene
+        .create(&named("s", [by("vda", "a"), by("vdb", "a")]))
+        .await
+        .unwrap();
+    scene.log.take();
+    scene.log.fail("a.check vdb", 2);
+    let merged = merge(&scene, &[]).await.unwrap_err();
+    let deleted = scene.dispatcher.delete(&scene.domain, &name_of("s")).await;
+    for error in [merged, deleted.unwrap_err()] {
+        assert_eq!(error.effect(), Effect::None, "{error:?}");
+        assert!(error.context().any(|told| told == ("disk", "vdb")), "{error}");
+    }
+    assert!(scene.of_methods().is_empty());
+    assert_eq!(scene.dispatcher.recover(None).await.unwrap(), []);
+    assert!(merge(&scene, &[]).await.unwrap().gone);
+}
+
 #[tokio::test]
 async fn a_stale_document_of_a_domain_that_is_off_is_refused_everywhere() {
     let (scene, _) = scene(RunState::Off);

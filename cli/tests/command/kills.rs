@@ -347,3 +347,75 @@ fn read_whole(site: &Site, domain: &str, disk: &str) -> Vec<u8> {
     std::fs::remove_file(to).unwrap();
     bytes
 }
+
+/// What a merge takes out of a chain is closed by the hypervisor that has opened it by itself, as it has all below the image that it was
+/// started on. Also whoever comes after a kill knows that it was merged.
+#[test]
+fn a_merge_below_an_image_that_the_hypervisor_was_started_on_is_finished_after_a_kill() {
+    let vda = DiskSpec::new("vda", 8 * MIB).qcow2();
+    let (qemu, site) = (Qemu::builder().disk(vda).start(), Site::new());
+    let xml = arg(&qemu.domain_xml_file());
+    let run = |words: &[&str]| site.json(&[&["-d", &xml][..], words].concat());
+    let delete = ["snapshot", "delete", "under"];
+    let log = site.path("points");
+    let mut points: Vec<Option<String>> = vec![None];
+    let mut at = 0;
+    while at < points.len() {
+        let point = points[at].clone();
+        for (name, byte) in [("under", 1), ("one", 2)] {
+            qemu.disk("vda").fill(0, MIB, byte);
+            let method = ["--disk", "vda,method=qemu"];
+            run(&[&["snapshot", "create", "--name", name], &method[..]].concat());
+        }
+        qemu.disk("vda").fill(0, MIB, 3);
+        let kept = read_whole(&site, &xml, "vda");
+        qemu.quit();
+        let document = std::fs::read_to_string(&xml).unwrap();
+        let top = document.split("<source file='").nth(1).unwrap();
+        let top = top.split('\'').next().unwrap();
+        assert_ne!(qemu.image("vda").to_str(), Some(top));
+        qemu.restart_on(&[("vda", top.as_ref())]);
+        let mut command = site.command(&[&["-d", &xml][..], &delete].concat());
+        match &point {
+            None => command.env("DISKSNAP_FAULT_LOG", &log),
+            Some(point) => command.env("DISKSNAP_FAULT", point),
+        };
+        let ended = crate::site::ended(command.output().unwrap());
+        if let Some(point) = &point {
+            assert_eq!(ended.code, None, "not killed {point}: {}", ended.stderr);
+            run(&["recover"]);
+            if run(&["snapshot", "list"])["snapshots"].as_array().unwrap().len() > 1 {
+                run(&delete);
+            }
+        } else {
+            assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+            let passed = std::fs::read_to_string(&log).unwrap();
+            points.extend(about_the_end_of_the_job(&passed).into_iter().map(Some));
+            assert!(points.len() > 8, "{points:?}");
+        }
+        run(&["domain", "update"]);
+        assert!(read_whole(&site, &xml, "vda") == kept, "{point:?}");
+        run(&["snapshot", "delete", "one"]);
+        assert_eq!(qemu.qmp("query-jobs", json!({})), json!([]), "{point:?}");
+        let left: Vec<_> = std::fs::read_dir(qemu.dir()).unwrap().collect();
+        let images = left.iter().filter(|file| {
+            let name = file.as_ref().unwrap().file_name();
+            name.to_string_lossy().contains("vda")
+        });
+        assert_eq!(images.count(), 1, "{point:?}: {left:?}");
+        at += 1;
+    }
+}
+
+/// The points of a run from when its job is told to end until the overlay is removed, each with how many times it was passed by then.
+fn about_the_end_of_the_job(passed: &str) -> Vec<String> {
+    let lines: Vec<&str> = passed.lines().collect();
+    let numbered = lines.iter().enumerate().map(|(at, line)| {
+        let before = lines[..at].iter().filter(|other| *other == line).count();
+        format!("{line}:{}", before + 1)
+    });
+    numbered
+        .skip_while(|point| !point.contains("job-finalize"))
+        .take_while(|point| point != "before file remove:2")
+        .collect()
+}

@@ -356,6 +356,10 @@ impl Merge for Merges {
         None
     }
 
+    async fn check(&self, _: &dyn Host, _: SnapshotId, _: &Unit, _: &[Peer]) -> Result<()> {
+        Ok(())
+    }
+
     async fn start(&self, _: &dyn Host, _: SnapshotId, _: &Unit, _: &[Peer]) -> Result<()> {
         Ok(())
     }

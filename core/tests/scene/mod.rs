@@ -42,8 +42,13 @@ impl Log {
     pub(crate) fn note(&self, event: impl Into<String>) -> Result<()> {
         let event = event.into();
         self.events().push(event.clone());
+        self.ask(&event)
+    }
+
+    /// Fails when it is to fail: of a mere look nothing is written down.
+    pub(crate) fn ask(&self, event: &str) -> Result<()> {
         let mut faults = self.faults.lock().unwrap();
-        match faults.get_mut(&event) {
+        match faults.get_mut(event) {
             Some(fault) if fault.times > 0 => {
                 fault.times -= 1;
                 Err(Error::new(ErrorKind::Refused, format!("{event} fails")).leaving(fault.effect))

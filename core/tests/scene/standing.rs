@@ -62,6 +62,10 @@ impl Merge for Standing {
         None
     }
 
+    async fn check(&self, _: &dyn Host, _: SnapshotId, unit: &Unit, _: &[Peer]) -> Result<()> {
+        self.log.ask(&format!("{}.check {}", self.name, unit.unit))
+    }
+
     async fn start(&self, _: &dyn Host, _: SnapshotId, unit: &Unit, _: &[Peer]) -> Result<()> {
         self.note("start", unit)?;
         let mut merges = self.merges.lock().unwrap();

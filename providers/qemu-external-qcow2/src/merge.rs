@@ -80,7 +80,8 @@ impl Standing {
                     "in the hypervisor the overlay stands on another image than in the record",
                 )),
                 None => {
-                    // After a merge the overlay is still open; after a start from an old document it is not.
+                    // After a merge the overlay is still open, where the hypervisor was told to open it; after a start from an
+                    // old document it is not.
                     let open = !nodes_of(&graph, overlay).is_empty();
                     Self::loose(record, place.images(), open, Some(graph))
                 }
@@ -104,7 +105,10 @@ impl Standing {
 
     fn loose(record: &Record, layers: Vec<Layer>, open: bool, graph: Option<Graph>) -> Result<Self> {
         let on_base = layers.first().is_some_and(|top| top.is_at(&record.base.path));
-        let merged = open || record.overlay.as_ref().is_some_and(|overlay| !overlay.exists());
+        let merged = match &record.overlay {
+            Some(overlay) => open || !overlay.exists() || off::is_marked(overlay)?,
+            None => false,
+        };
         if let Some(overlay) = record.overlay.as_ref().filter(|_| on_base && !merged) {
             return Err(Error::new(
                 ErrorKind::Broken,
@@ -148,25 +152,28 @@ impl Merge for ExternalMerge {
         Some(Arc::new(ExternalStream))
     }
 
-    async fn start(&self, host: &dyn Host, _: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()> {
+    async fn check(&self, host: &dyn Host, _: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()> {
         let record = Record::of(unit)?;
-        let kin = Kin::of(&record.target, peers)?;
-        // Before the graph is read: what a failed attempt has left of its job goes now, and must not be seen there.
         if host.state().await?.is_active() && live::is_under_way(host, &record).await? {
             return Ok(());
         }
-        match Standing::of(host, &record).await? {
-            Standing::Loose { merged, .. } => refuse_readers(&record, &kin, merged),
-            Standing::Off { layers, .. } => {
-                refuse_standing_elsewhere(&record, &kin, &layers)?;
-                refuse_without_base(&record)?;
-                crate::qemu_img::program().map(drop)
+        let kin = Kin::of(&record.target, peers)?;
+        checked(host, &record, &kin).await.map(drop)
+    }
+
+    async fn start(&self, host: &dyn Host, _: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()> {
+        let record = Record::of(unit)?;
+        let kin = Kin::of(&record.target, peers)?;
+        if host.state().await?.is_active() {
+            if live::is_under_way(host, &record).await? {
+                return Ok(());
             }
-            Standing::Live(live) => {
-                refuse_standing_elsewhere(&record, &kin, &live.place.images())?;
-                refuse_without_base(&record)?;
-                live::start(host, &record, &live).await
-            }
+            // Before the graph is read: what a failed attempt has left of its job must not be seen there.
+            jobs::end(host, &record.names().merge()).await?;
+        }
+        match checked(host, &record, &kin).await? {
+            Standing::Live(live) => live::start(host, &record, &live).await,
+            Standing::Off { .. } | Standing::Loose { .. } => Ok(()),
         }
     }
 
@@ -186,6 +193,9 @@ impl Merge for ExternalMerge {
 
     async fn finish(&self, host: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
         let record = Record::of(unit)?;
+        if host.state().await?.is_active() && live::is_under_way(host, &record).await? {
+            live::end(host, &record).await?;
+        }
         match Standing::of(host, &record).await? {
             Standing::Loose { .. } => Ok(()),
             Standing::Off { layers, at } => off::finish(&record, &layers, at).await,
@@ -218,6 +228,7 @@ impl Merge for ExternalMerge {
     ) -> Result<Affected> {
         let record = Record::of(unit)?;
         let kin = Kin::of(&record.target, peers)?;
+        live::end(host, &record).await?;
         let (layers, graph) = match Standing::of(host, &record).await? {
             Standing::Loose {
                 layers,
@@ -241,12 +252,32 @@ impl Merge for ExternalMerge {
     }
 }
 
+/// How the disk stands to the snapshot, once all was asked that stands against merging it. Changes nothing.
+async fn checked(host: &dyn Host, record: &Record, kin: &[Kin]) -> Result<Standing> {
+    let standing = Standing::of(host, record).await?;
+    match &standing {
+        Standing::Loose { merged, .. } => refuse_readers(record, kin, *merged)?,
+        Standing::Off { layers, .. } => {
+            refuse_standing_elsewhere(record, kin, layers)?;
+            refuse_without_base(record)?;
+            crate::qemu_img::program()?;
+        }
+        Standing::Live(live) => {
+            refuse_standing_elsewhere(record, kin, &live.place.images())?;
+            refuse_without_base(record)?;
+            live::check(live)?;
+        }
+    }
+    Ok(standing)
+}
+
 fn not_merged() -> Error {
     Error::new(ErrorKind::Internal, "the disk still stands on the snapshot")
 }
 
 /// What is left of a snapshot that nothing stands on: idempotent.
 pub(crate) async fn delete(host: &dyn Host, record: &Record) -> Result<()> {
+    live::end(host, record).await?;
     match Standing::of(host, record).await? {
         Standing::Loose { graph, .. } => tidy(host, record, graph.as_ref()).await,
         Standing::Off { .. } if off::progress(record)? == Progress::Finished => {
@@ -261,12 +292,12 @@ pub(crate) async fn delete(host: &dyn Host, record: &Record) -> Result<()> {
 
 /// Removes the overlay's nodes and file, and a base that nothing else needs. Idempotent.
 async fn tidy(host: &dyn Host, record: &Record, graph: Option<&Graph>) -> Result<()> {
+    let mut nodes = Vec::new();
     if let Some(graph) = graph {
-        jobs::end(host, &record.names().merge()).await?;
         live::name_base(host, graph, record).await?;
+        nodes.extend(record.overlay.iter().flat_map(|overlay| nodes_of(graph, overlay)));
     }
     if let Some(overlay) = &record.overlay {
-        let nodes = graph.map(|graph| nodes_of(graph, overlay)).unwrap_or_default();
         // The file first: an open node without a file says that the merge had ended.
         remove_file(overlay)?;
         off::unmark(overlay)?;

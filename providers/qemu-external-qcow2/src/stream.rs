@@ -113,27 +113,33 @@ impl Merge for ExternalStream {
         None
     }
 
+    async fn check(&self, host: &dyn Host, _: SnapshotId, unit: &Unit, _: &[Peer]) -> Result<()> {
+        let record = Record::of(unit)?;
+        if host.state().await?.is_active() && live::is_under_way(host, &record.names().stream()).await? {
+            return Ok(());
+        }
+        checked(host, &record).await.map(drop)
+    }
+
     async fn start(&self, host: &dyn Host, _: SnapshotId, unit: &Unit, peers: &[Peer]) -> Result<()> {
         let record = Record::of(unit)?;
         let kin = Kin::of(&record.target, peers)?;
         let job = record.names().stream();
-        if host.state().await?.is_active() && live::is_under_way(host, &job).await? {
-            return Ok(());
+        if host.state().await?.is_active() {
+            if live::is_under_way(host, &job).await? {
+                return Ok(());
+            }
+            // What a failed attempt has left.
+            jobs::end(host, &job).await?;
         }
-        let standing = Standing::of(host, &record).await?;
-        let layers = match &standing {
-            Standing::Live(live) => live.place.images(),
-            Standing::Off { layers, .. } => layers.clone(),
-            Standing::Done { .. } | Standing::Loose => return Ok(()),
-        };
-        refuse_without_room(&record)?;
-        if let Standing::Live(live) = standing {
-            touch(&record, &kin)?;
-            return live::start(host, &record, &live).await;
+        match checked(host, &record).await? {
+            Standing::Live(live) => {
+                touch(&record, &kin)?;
+                live::start(host, &record, &live).await
+            }
+            Standing::Off { .. } => touch(&record, &kin),
+            Standing::Done { .. } | Standing::Loose => Ok(()),
         }
-        refuse_in_use(&record, &layers)?;
-        crate::qemu_img::program()?;
-        touch(&record, &kin)
     }
 
     async fn progress(&self, host: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<Progress> {
@@ -211,6 +217,24 @@ impl Merge for ExternalStream {
             )),
         }
     }
+}
+
+/// How the disk stands to the snapshot, once all was asked that stands against freeing it. Changes nothing.
+async fn checked(host: &dyn Host, record: &Record) -> Result<Standing> {
+    let standing = Standing::of(host, record).await?;
+    match &standing {
+        Standing::Live(Live { graph, place, .. }) => {
+            refuse_without_room(record)?;
+            place.refuse_busy(graph)?;
+        }
+        Standing::Off { layers, .. } => {
+            refuse_without_room(record)?;
+            refuse_in_use(record, layers)?;
+            crate::qemu_img::program()?;
+        }
+        Standing::Done { .. } | Standing::Loose => {}
+    }
+    Ok(standing)
 }
 
 /// Says beside the overlay that a stream is going to write to it, where a snapshot is read from it.

@@ -5,9 +5,9 @@ mod rig;
 
 use std::os::unix::fs::MetadataExt;
 
-use disksnap_core::{Access, Disks, ErrorKind, Fit, Health, SnapshotRequest, Source};
+use disksnap_core::{Access, Disks, Effect, ErrorKind, Fit, Health, MergeInto, SnapshotRequest, Source};
 use disksnap_test_support::{DiskSpec, KIB, MIB, Qemu, QemuVersion, Writer, need, pattern};
-use rig::{Rig, assert_one_instant, choice, content, info, leftovers, live, request, top_of};
+use rig::{Rig, assert_one_instant, choice, content, extra_files, info, leftovers, live, request, top_of};
 use serde_json::json;
 
 const SIZE: u64 = 8 * MIB;
@@ -150,6 +150,123 @@ async fn newest_first() {
 #[tokio::test]
 async fn the_middle_first() {
     merges_in_order(["two", "three", "one"]).await;
+}
+
+/// A hypervisor that was started on the overlays has opened all below them by itself, and lets go by itself of what a merge
+/// takes out of the chain.
+async fn merges_after_a_start(version: QemuVersion, into: MergeInto, order: [&str; 3]) {
+    let sda = DiskSpec::new("sda", SIZE).qcow2().scsi();
+    let qemu = Qemu::builder()
+        .version(version)
+        .disk(DiskSpec::new("vda", SIZE).qcow2())
+        .disk(if into == MergeInto::Overlay {
+            sda.wrapped()
+        } else {
+            sda
+        })
+        .start();
+    let mut rig = Rig::new(&qemu.domain_xml()).await;
+    let targets = ["vda", "sda"];
+    let mut kept = Vec::new();
+    let fill = |n: u64| {
+        for target in targets {
+            qemu.disk(target)
+                .fill(n * MIB, 2 * MIB, u8::try_from(n).unwrap() + 1);
+        }
+    };
+    for (n, name) in ["one", "two", "three"].into_iter().enumerate() {
+        fill(u64::try_from(n).unwrap());
+        rig.create(name, &targets).await.unwrap();
+        kept.push((name, [rig.read(name, "vda").await, rig.read(name, "sda").await]));
+    }
+    fill(4);
+    qemu.quit();
+    let images = targets.map(|target| rig.image(target));
+    let started: Vec<_> = targets
+        .into_iter()
+        .zip(images.iter().map(std::path::PathBuf::as_path))
+        .collect();
+    qemu.restart_on(&started);
+    for (n, gone) in order.into_iter().enumerate() {
+        fill(u64::try_from(n).unwrap() + 3);
+        let now = targets.map(|target| live(&qemu, target));
+        rig.merge_into(gone, into).await.unwrap();
+        if into == MergeInto::Base {
+            kept.retain(|(name, _)| *name != gone);
+        }
+        for (target, now) in targets.iter().zip(now) {
+            assert!(live(&qemu, target) == now, "{target} after the merge of {gone}");
+            assert_eq!(rig.image(target), top_of(&qemu, target).0);
+        }
+        for (name, disks) in &kept {
+            for (target, before) in targets.iter().zip(disks) {
+                let read = rig.read(name, target).await;
+                assert!(read == *before, "{name} {target} after the merge of {gone}");
+            }
+        }
+    }
+    for (name, _) in kept.into_iter().rev() {
+        rig.delete(name).await;
+    }
+    fill(1);
+    let tops = targets.map(|target| rig.image(target));
+    let mut left = leftovers(&qemu);
+    left.retain(|name| !tops.iter().any(|top| top.ends_with(name)));
+    assert_eq!(left, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn what_a_hypervisor_was_started_on_is_merged_in_any_order() {
+    for order in [
+        ["one", "two", "three"],
+        ["three", "two", "one"],
+        ["two", "three", "one"],
+    ] {
+        merges_after_a_start(QemuVersion::V10_0, MergeInto::Base, order).await;
+    }
+}
+
+#[tokio::test]
+async fn what_a_hypervisor_was_started_on_is_freed_in_any_order() {
+    for order in [["one", "three", "two"], ["two", "one", "three"]] {
+        merges_after_a_start(QemuVersion::V10_0, MergeInto::Overlay, order).await;
+    }
+}
+
+/// QEMU commits below filters only: what it would refuse for one disk is known before the other's commit begins.
+#[tokio::test]
+async fn below_a_wrapper_a_hypervisor_was_started_on_nothing_is_begun() {
+    let qemu = Qemu::builder()
+        .disk(DiskSpec::new("vda", SIZE).qcow2())
+        .disk(DiskSpec::new("sda", SIZE).qcow2().wrapped().scsi())
+        .start();
+    let mut rig = Rig::new(&qemu.domain_xml()).await;
+    for name in ["one", "two"] {
+        rig.create(name, &["vda", "sda"]).await.unwrap();
+        qemu.disk("vda").fill(0, MIB, 3);
+        qemu.disk("sda").fill(0, MIB, 3);
+    }
+    qemu.quit();
+    let images = ["vda", "sda"].map(|target| rig.image(target));
+    qemu.restart_on(&[("vda", &images[0]), ("sda", &images[1])]);
+    for name in ["one", "two"] {
+        let error = rig.merge(name).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+        assert_eq!(error.effect(), Effect::None);
+        assert!(error.next_step().unwrap().contains("domain off"), "{error:?}");
+        assert_eq!(rig.health(name).await, Health::Active);
+    }
+    qemu.quit();
+    rig.merge("one").await.unwrap();
+    rig.merge("two").await.unwrap();
+    assert_eq!(extra_files(qemu.dir()), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn what_a_hypervisor_was_started_on_is_merged_in_7_2() {
+    need!("qemu-7.2");
+    merges_after_a_start(QemuVersion::V7_2, MergeInto::Base, ["two", "one", "three"]).await;
+    merges_after_a_start(QemuVersion::V7_2, MergeInto::Overlay, ["two", "three", "one"]).await;
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! Merging while a hypervisor has the disk: a commit job, which this process may lose and another find again.
 
+use std::path::Path;
 use std::time::Duration;
 
 use disksnap_core::{Command, Error, ErrorKind, Host, Progress, Result};
@@ -7,7 +8,7 @@ use disksnap_hypervisor::Graph;
 use disksnap_hypervisor::jobs::{self, Job};
 use serde_json::json;
 
-use super::{Live, Standing, find};
+use super::{Live, Standing, find, off};
 use crate::layer::unfit;
 use crate::place::{flush, is_overlay, overlay_root};
 use crate::record::Record;
@@ -18,22 +19,19 @@ const SMALL: Duration = Duration::from_millis(5);
 
 /// Whether the job of this merge is there and has not failed.
 pub(super) async fn is_under_way(host: &dyn Host, record: &Record) -> Result<bool> {
-    let id = record.names().merge();
-    match jobs::find(host, &id).await? {
-        Some(job) if job.has_ended() && job.error.is_some() => {
-            jobs::end(host, &id).await?;
-            Ok(false)
-        }
-        job => Ok(job.is_some()),
-    }
+    let job = jobs::find(host, &record.names().merge()).await?;
+    Ok(job.is_some_and(|job| !job.has_ended() || job.error.is_none()))
 }
 
-/// Starts the commit of the overlay into the base below it.
-pub(super) async fn start(host: &dyn Host, record: &Record, live: &Live) -> Result<()> {
-    let Live { graph, place, at } = live;
+/// What stands against a commit of the overlay into the base below it.
+pub(super) fn check(Live { graph, place, at }: &Live) -> Result<()> {
     place.refuse_busy(graph)?;
-    let (overlay, base) = (&place.layers[*at], &place.layers[at + 1]);
-    if *at == 0 && overlay_root(graph, &overlay.node) != place.root || overlay.node != overlay.format {
+    let filtered = *at > 0 || overlay_root(graph, &place.layers[0].node) == place.root;
+    // From the disk's root down to the overlay.
+    let wrapped = place.layers[..=*at]
+        .iter()
+        .any(|layer| layer.node != layer.format);
+    if !filtered || wrapped {
         return Err(unfit(
             "a node that is no filter stands on the overlay, and QEMU does not commit below one",
         )
@@ -45,6 +43,13 @@ pub(super) async fn start(host: &dyn Host, record: &Record, live: &Live) -> Resu
             "With the domain off it can be merged.",
         ));
     }
+    Ok(())
+}
+
+/// Starts the commit of the overlay into the base below it.
+pub(super) async fn start(host: &dyn Host, record: &Record, live: &Live) -> Result<()> {
+    let Live { graph, place, at } = live;
+    let (overlay, base) = (&place.layers[*at], &place.layers[at + 1]);
     // Only a commit of the top image with bitmaps must be held before its end, and the guest's disk with it.
     let at_once = *at == 0 && !bitmaps::any(graph, overlay);
     let mut commit = json!({
@@ -112,13 +117,51 @@ pub(super) async fn finish(host: &dyn Host, record: &Record, live: &Live) -> Res
             format!("the merge failed: {error}"),
         ));
     }
-    // From here on the disk's chain says that it has ended well.
-    jobs::tell(host, &id, "job-dismiss").await?;
+    end(host, record).await?;
     // The header as soon as can be: a domain might be started from it.
     match live.renamed() {
         Some(rename) => host.monitor(rename).await.map(drop),
         None => Ok(()),
     }
+}
+
+/// Lets the job go if it has ended, and with it what it alone has open; one that has ended well is written down beside its overlay
+/// before. To be called before the graph is read by which nodes are closed. Idempotent.
+///
+/// An overlay that QEMU has opened by itself, below an image that it was started on, is closed by itself when the chain and the job
+/// lose it; then nothing in QEMU tells it from one that the disk does not stand on because of an old document.
+pub(super) async fn end(host: &dyn Host, record: &Record) -> Result<()> {
+    if !host.state().await?.is_active() {
+        return Ok(());
+    }
+    let id = record.names().merge();
+    let Some(job) = jobs::find(host, &id).await?.filter(Job::has_ended) else {
+        return Ok(());
+    };
+    let merged = if job.error.is_none() {
+        left(host, record).await?
+    } else {
+        None
+    };
+    if let Some(overlay) = merged {
+        off::mark(overlay)?;
+    }
+    jobs::tell(host, &id, "job-dismiss").await?;
+    match merged {
+        // What closed it has written to it.
+        Some(overlay) if overlay.exists() && !off::is_marked(overlay)? => off::mark(overlay),
+        _ => Ok(()),
+    }
+}
+
+/// The overlay, if it is there and the disk's chain does without it.
+async fn left<'r>(host: &dyn Host, record: &'r Record) -> Result<Option<&'r Path>> {
+    let (Some(overlay), Ok(disk)) = (&record.overlay, host.domain().disk(&record.target)) else {
+        return Ok(None);
+    };
+    let place = find(&Graph::read(host).await?, disk, record, overlay)?;
+    let left = place.position(overlay).is_none() && overlay.exists();
+    Ok(left.then_some(overlay.as_path()))
 }
 
 /// A commit that was begun without bitmaps ends by itself, and would lose those that were added since.

@@ -22,10 +22,7 @@ pub(super) fn progress(record: &Record) -> Result<Progress> {
     let Some(overlay) = record.overlay.as_ref().filter(|overlay| overlay.exists()) else {
         return Ok(Progress::Finished);
     };
-    let text = std::fs::read_to_string(mark_of(overlay)).ok();
-    let marked: Option<Stamp> = text.and_then(|text| serde_json::from_str(&text).ok());
-    let merged = marked.is_some() && marked == Stamp::of(overlay)?;
-    Ok(if merged {
+    Ok(if is_marked(overlay)? {
         Progress::Finished
     } else {
         Progress::Ready
@@ -67,7 +64,15 @@ pub(super) async fn finish(record: &Record, layers: &[Layer], at: usize) -> Resu
     mark(&overlay.path)
 }
 
-fn mark(overlay: &Path) -> Result<()> {
+/// Whether the mark says that this overlay is merged, as it is now.
+pub(super) fn is_marked(overlay: &Path) -> Result<bool> {
+    let text = std::fs::read_to_string(mark_of(overlay)).ok();
+    let marked: Option<Stamp> = text.and_then(|text| serde_json::from_str(&text).ok());
+    Ok(marked.is_some() && overlay.exists() && marked == Stamp::of(overlay)?)
+}
+
+/// Says so: of an overlay that nobody writes to any more.
+pub(super) fn mark(overlay: &Path) -> Result<()> {
     let path = mark_of(overlay);
     let text = written(&Stamp::of(overlay)?)?.to_string();
     faults::around("file", "write mark", || std::fs::write(&path, text))

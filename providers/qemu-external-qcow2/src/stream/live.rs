@@ -15,13 +15,8 @@ use crate::record::Record;
 
 /// Whether the job is there and has not failed.
 pub(super) async fn is_under_way(host: &dyn Host, id: &str) -> Result<bool> {
-    match jobs::find(host, id).await? {
-        Some(job) if job.has_ended() && job.error.is_some() => {
-            jobs::end(host, id).await?;
-            Ok(false)
-        }
-        job => Ok(job.is_some()),
-    }
+    let job = jobs::find(host, id).await?;
+    Ok(job.is_some_and(|job| !job.has_ended() || job.error.is_none()))
 }
 
 /// Starts the stream of the base into the overlay above it.
@@ -29,8 +24,7 @@ pub(super) async fn is_under_way(host: &dyn Host, id: &str) -> Result<bool> {
 /// Nobody has to dismiss it: a stream that has ended and is kept has a filter with nothing below it, and QEMU (7.2 to 10.0.2)
 /// crashes when anybody asks for its nodes then. So the chain tells whether it has ended well, and not the job.
 pub(super) async fn start(host: &dyn Host, record: &Record, live: &Live) -> Result<()> {
-    let Live { graph, place, at } = live;
-    place.refuse_busy(graph)?;
+    let Live { place, at, .. } = live;
     let overlay = &place.layers[*at];
     let mut stream = json!({
         "job-id": record.names().stream(), "device": overlay.format,
