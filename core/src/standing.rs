@@ -62,8 +62,8 @@ impl Standing {
                 None => break,
             }
         }
-        if self.stands_no_more_on_what_is_below(&present) {
-            present.backing = self.latest(&present).backing.clone();
+        if self.lacks_what_is_below(&present) || self.stands_no_more_on_what_is_below(&present) {
+            present.backing = self.known(&present).backing.clone();
         }
         if present.data_store.is_none() {
             present.data_store = self.data_store_of(&present);
@@ -71,10 +71,29 @@ impl Standing {
         present
     }
 
+    /// The disk as the snapshot has it that it stands on by its record, or else as the last act left it.
+    fn known<'a>(&'a self, disk: &'a Disk) -> &'a Disk {
+        self.stood_on(disk).unwrap_or_else(|| self.latest(disk))
+    }
+
+    /// The disk over the snapshot that it stands on, if it is on one's: where a revert puts another one's content below the same
+    /// image, its record is all that tells.
+    fn stood_on(&self, disk: &Disk) -> Option<&Disk> {
+        let records = self.snapshots.iter().rev();
+        let mut over = records.filter_map(|s| s.disk(&disk.target)?.modified_disk.as_ref());
+        over.find(|over| over.source == disk.source)
+    }
+
+    /// Whether the document does not name the snapshot below the disk that it stands on.
+    fn lacks_what_is_below(&self, disk: &Disk) -> bool {
+        let base = self.stood_on(disk).and_then(|over| over.backing.as_ref());
+        base.is_some_and(|base| !below(disk).any(|source| *source == base.source))
+    }
+
     /// Whether the document names an image below the disk that an act has left behind: the disk is the same, and needs it no
     /// longer.
     fn stands_no_more_on_what_is_below(&self, disk: &Disk) -> bool {
-        let now: Vec<&Source> = below(self.latest(disk)).collect();
+        let now: Vec<&Source> = below(self.known(disk)).collect();
         let left = |source: &Source| {
             let to = |moved: &Moved| moved.disk.target == disk.target && moved.disk.source == disk.source;
             self.moves.iter().any(|moved| moved.from == *source && to(moved))

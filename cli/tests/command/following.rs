@@ -72,3 +72,43 @@ fn a_document_that_a_killed_create_left_behind_is_brought_up_to_date() {
     site.ok(&["recover"]);
     assert_eq!(document(), now);
 }
+
+/// The disk's image stays where it was, and stands on another below: the document has to say so before the header is believed.
+#[test]
+fn what_a_killed_revert_has_put_below_the_disk_is_written_into_its_document() {
+    let (qemu, site) = (
+        Qemu::builder().disk(DiskSpec::new("vda", MIB).qcow2()).start(),
+        Site::new(),
+    );
+    let xml = arg(&qemu.domain_xml_file());
+    qemu.quit();
+    let act = |words: &[&str]| site.ok(&[&["-d", &xml, "snapshot"], words].concat());
+    let document = || std::fs::read_to_string(&xml).unwrap();
+    act(&["create", "--name", "one"]);
+    act(&["merge", "--into", "overlay", "one"]);
+    let alone = document();
+    assert!(!alone.contains("<backingStore type"), "{alone}");
+    act(&["revert", "one"]);
+    let on_one = document();
+    assert!(on_one.contains("<backingStore type"), "{on_one}");
+    site.ok(&["-d", &xml, "domain", "update"]);
+    assert_eq!(document(), on_one, "it was up to date");
+    // The same again, killed before the document is written.
+    act(&["merge", "--into", "overlay", "one"]);
+    assert_eq!(document(), alone);
+    let mut revert = site.command(&["-d", &xml, "snapshot", "revert", "one"]);
+    let ended = revert.env("DISKSNAP_FAULT", "before file write document:1");
+    assert_eq!(ended.output().unwrap().status.code(), None);
+    assert_eq!(document(), alone);
+    let recovered = site.json(&["recover"]);
+    assert_eq!(
+        recovered["recovered"][0]["what"], "the domain's document",
+        "{recovered:#}"
+    );
+    assert_eq!(document(), on_one);
+    act(&["delete", "one"]);
+    assert_eq!(
+        site.json(&["-d", &xml, "snapshot", "list"])["snapshots"],
+        json!([])
+    );
+}
