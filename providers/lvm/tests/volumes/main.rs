@@ -13,6 +13,7 @@ mod metadata;
 mod reverting;
 mod running;
 mod sound;
+mod storage_faults;
 mod support;
 mod taking;
 
@@ -88,4 +89,10 @@ fn what_is_in_a_snapshot_is_sound() {
 fn snapshots_of_a_running_machine_are_sound() {
     need!("lvm");
     run_in(LvmGuest::start_with_qemu(&[GIB, GIB]), &["machine::"]);
+}
+
+#[test]
+fn storage_that_fails_under_a_running_machine_is_told() {
+    need!("lvm");
+    run_in(LvmGuest::start_with_qemu(&[GIB]), &["storage_faults::"]);
 }
