@@ -37,7 +37,7 @@ mod writer;
 pub use disk::{Bus, DiskSpec, Format, GuestDisk};
 pub use firmware_writer::{firmware_writer_round, firmware_writer_round_over};
 pub use guest::GuestSetup;
-pub use loop_fs::{LoopFs, LoopFsKind, loop_fs, replay_journal};
+pub use loop_fs::{LoopFs, LoopFsKind, loop_fs, loop_fs_in, replay_journal};
 pub use lvm_guest::{GuestOutput, LvmGuest};
 pub use pattern::{GIB, KIB, MIB};
 pub use qemu::{Qemu, QemuBuilder};

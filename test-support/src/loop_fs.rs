@@ -44,6 +44,8 @@ pub struct LoopFs {
     point: PathBuf,
     // Last: removed after the unmount.
     _dir: TempDir,
+    /// Where its image is, when that is a place of its own.
+    _image: Option<TempDir>,
 }
 
 impl LoopFs {
@@ -70,6 +72,13 @@ pub fn loop_fs(kind: LoopFsKind, bytes: u64, options: &str) -> LoopFs {
     try_loop_fs(kind, bytes, options).unwrap_or_else(|why| panic!("no {kind:?} file system: {why}"))
 }
 
+/// The same, with the image in this directory: where that has less room than `bytes`, the file system's device fails writes.
+#[must_use]
+pub fn loop_fs_in(directory: &Path, kind: LoopFsKind, bytes: u64, options: &str) -> LoopFs {
+    let image = directory.join("image");
+    mounted(kind, &image, None, bytes, options).unwrap_or_else(|why| panic!("no {kind:?} file system: {why}"))
+}
+
 /// Mounts a file system that is in an image, with these options, and unmounts it again: its journal is replayed so.
 ///
 /// # Errors
@@ -85,18 +94,35 @@ pub fn replay_journal(kind: LoopFsKind, image: &Path, options: &str) -> Result<(
 
 fn try_loop_fs(kind: LoopFsKind, bytes: u64, options: &str) -> Result<LoopFs, String> {
     let dir = crate::temp_dir();
-    let (point, image) = (dir.path().join("fs"), dir.path().join("image"));
+    let image = dir.path().join("image");
+    mounted(kind, &image, Some(dir), bytes, options)
+}
+
+/// `place` is where the image is, when it goes with the file system.
+fn mounted(
+    kind: LoopFsKind,
+    image: &Path,
+    place: Option<TempDir>,
+    bytes: u64,
+    options: &str,
+) -> Result<LoopFs, String> {
+    let dir = crate::temp_dir();
+    let point = dir.path().join("fs");
     std::fs::create_dir(&point).expect("a directory can be made in a temporary one");
-    let made = std::fs::File::create(&image).and_then(|file| file.set_len(bytes));
+    let made = std::fs::File::create(image).and_then(|file| file.set_len(bytes));
     made.expect("a sparse file can be made in a temporary directory");
     let (mkfs, arguments) = kind.mkfs();
     let mkfs = tools::find(&mkfs).ok_or_else(|| format!("the program {mkfs} is not there"))?;
-    run(Command::new(mkfs).args(arguments).arg(&image))?;
+    run(Command::new(mkfs).args(arguments).arg(image))?;
     let options = format!("loop{}{options}", if options.is_empty() { "" } else { "," });
     let mut mount = Command::new("mount");
     mount.args(["-t", kind.capability(), "-o", &options]);
-    run(mount.arg(&image).arg(&point))?;
-    Ok(LoopFs { point, _dir: dir })
+    run(mount.arg(image).arg(&point))?;
+    Ok(LoopFs {
+        point,
+        _dir: dir,
+        _image: place,
+    })
 }
 
 fn run(command: &mut Command) -> Result<(), String> {

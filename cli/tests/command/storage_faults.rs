@@ -8,8 +8,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use disksnap_test_support::{
-    DiskSpec, LoopFsKind, MIB, Qemu, QemuVersion, SmallFs, firmware_writer_round, loop_fs, need, pattern,
-    small_fs,
+    DiskSpec, LoopFsKind, MIB, Qemu, QemuVersion, SmallFs, firmware_writer_round, loop_fs, loop_fs_in, need,
+    pattern, small_fs,
 };
 use serde_json::{Value, json};
 
@@ -295,6 +295,56 @@ fn a_fleece_image_that_is_too_slow_breaks_the_snapshot_and_no_write() {
     assert!(!file.exists());
 }
 
+/// Has the fleece image of the way `classic` take so many bytes a second.
+fn slow_down_classic(scene: &Scene, file: &Path, bytes_a_second: u64) {
+    let qemu = &scene.qemu;
+    let limits = json!({ "bps-write": bytes_a_second });
+    let group = json!({ "qom-type": "throttle-group", "id": "slow", "limits": limits });
+    qemu.qmp("object-add", group);
+    let below = json!({ "driver": "file", "filename": file, "locking": "off", "discard": "unmap" });
+    let slow = json!({ "driver": "throttle", "node-name": "slow", "throttle-group": "slow", "file": below, "discard": "unmap" });
+    qemu.qmp("blockdev-add", slow);
+    let options = json!({
+        "driver": "qcow2", "node-name": fleece_node(qemu), "backing": qemu.format_node("vda"), "file": "slow", "discard": "unmap",
+    });
+    qemu.qmp("blockdev-reopen", json!({ "options": [options] }));
+}
+
+/// There is nothing in it that would give the snapshot up: the guest waits, is told of no error, and the snapshot is right.
+#[test]
+fn a_slow_fleece_image_has_the_guest_of_an_old_qemu_wait_and_no_write_fail() {
+    need!("qemu-7.2");
+    // Zeroes that take room: a hole would be copied by a note.
+    let written = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(written.path(), vec![0; usize::try_from(SIZE).unwrap()]).unwrap();
+    let image = DiskSpec::new("vda", SIZE).image(written.path());
+    let scene = Scene::with(QemuVersion::V7_2, image);
+    let file = scene.site.path("fleece");
+    let disk = disk(&file, ",fleece.timeout=1");
+    let planned = scene.json(&["plan", "--disk", &disk]).to_string();
+    for told in ["wait for as long as it is slow", "fleece.timeout has no effect"] {
+        assert!(planned.contains(told), "{planned}");
+    }
+    let (instant, mut client) = scene.create_and_read_half(&file, ",fleece.timeout=1");
+    // What is copied at once is 64 KiB: the guest's writes wait for longer than it was told to.
+    slow_down_classic(&scene, &file, 40 << 10);
+    let since = Instant::now();
+    scene.qemu.wait_writer(16);
+    assert!(
+        since.elapsed() > Duration::from_secs(4),
+        "it is not slow: {:?}",
+        since.elapsed()
+    );
+    assert_eq!(scene.state().0, "active");
+    for offset in (SIZE / 2..SIZE).step_by(PIECE as usize) {
+        assert!(client.read(offset, PIECE).unwrap() == part(&instant, offset));
+    }
+    assert!(scene.read() == instant);
+    scene.end();
+    scene.qemu.qmp("blockdev-del", json!({ "node-name": "slow" }));
+    assert!(!file.exists());
+}
+
 #[test]
 fn a_fleece_image_whose_name_is_removed_is_still_right() {
     let scene = Scene::new(QemuVersion::V10_0);
@@ -551,6 +601,136 @@ fn reads_as(site: &Site, xml: &str, digest: &str) -> bool {
     let same = pattern::digest_file(&to) == digest;
     std::fs::remove_file(to).unwrap();
     same
+}
+
+/// A guest that writes to a raw image in a subvolume, in which a large file is besides.
+fn running_on_btrfs(fs: &Path) -> (Scene, PathBuf) {
+    let images = fs.join("images");
+    crate::programs::program("btrfs", &["-q", "subvolume", "create", &arg(&images)]);
+    let image = images.join("disk.raw");
+    std::fs::write(&image, vec![0; usize::try_from(ON_BTRFS).unwrap()]).unwrap();
+    std::fs::write(images.join("ballast"), vec![1; 64 << 20]).unwrap();
+    let disk = DiskSpec::new("vda", ON_BTRFS).image(&image);
+    (Scene::with(QemuVersion::V10_0, disk), images)
+}
+
+/// The size of such a disk.
+const ON_BTRFS: u64 = 8 * MIB;
+
+/// Waits for what the guest's storage comes to.
+fn wait_for(what: &str, mut so: impl FnMut() -> bool) {
+    let since = Instant::now();
+    while !so() {
+        assert!(since.elapsed() < Duration::from_mins(4), "not yet: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// It is btrfs that has no room for what the guest overwrites, and QEMU that stops the guest then, which is told of no error; we
+/// leave it so, and make room by deleting the snapshot.
+#[test]
+fn a_btrfs_that_is_full_under_a_guest_has_room_again_when_the_snapshot_is_deleted() {
+    need!("btrfs");
+    let fs = loop_fs(LoopFsKind::Btrfs, 256 * MIB, "");
+    let (scene, images) = running_on_btrfs(fs.path());
+    let create = |name: &'static str| ["snapshot", "create", "--disk", "vda,method=btrfs", "--name", name];
+    scene.json(&create("one"));
+    let instant = scene.read();
+    // From now on it is the snapshot alone that holds it.
+    std::fs::remove_file(images.join("ballast")).unwrap();
+    let mut filler = File::create(fs.path().join("filler")).unwrap();
+    let block = vec![1; 64 << 10];
+    wait_for("the guest's disk is full", || {
+        while filler.write_all(&block).is_ok() {}
+        let _ = filler.sync_data();
+        scene.qemu.status() == "io-error"
+    });
+    drop(filler);
+    // The file system keeps room for itself, so that this may work still.
+    let more = scene.site.run(&scene.words(&create("two")));
+    assert!(more.code.is_some(), "{}", more.stderr);
+    assert_eq!(scene.qemu.status(), "io-error", "it is not ours to let go");
+    if more.code == Some(0) {
+        scene.site.ok(&scene.words(&["snapshot", "delete", "two"]));
+    }
+    let left = scene.json(&["snapshot", "list"]);
+    assert_eq!(left["snapshots"].as_array().unwrap().len(), 1, "{left:#}");
+    assert_eq!(scene.state().0, "active");
+    assert!(scene.read() == instant);
+    scene.site.ok(&scene.words(&["snapshot", "delete", "one"]));
+    crate::programs::program("btrfs", &["subvolume", "sync", &arg(fs.path())]);
+    crate::programs::program("btrfs", &["filesystem", "sync", &arg(fs.path())]);
+    scene.qemu.qmp("cont", json!({}));
+    scene.qemu.wait_writer(16);
+    assert_eq!(scene.qemu.status(), "running");
+    assert!(!scene.qemu.serial().contains("GUEST FAILED"));
+    scene.qemu.qmp("stop", json!({}));
+    firmware_writer_round(&std::fs::read(images.join("disk.raw")).unwrap())
+        .unwrap_or_else(|why| panic!("a write of the guest's is lost: {why}"));
+    assert_eq!(crate::site::list(fs.path()), [fs.path().join("filler"), images]);
+}
+
+/// What is below the file system has no more room than this, and then fails its writes.
+#[test]
+fn a_btrfs_that_becomes_read_only_under_a_guest_keeps_the_snapshot_and_stops_nobody() {
+    need!("btrfs", "small-fs");
+    let below = small_fs(160 * MIB);
+    let fs = loop_fs_in(below.path(), LoopFsKind::Btrfs, 256 * MIB, "");
+    let (scene, images) = running_on_btrfs(fs.path());
+    let create = |name: &'static str| ["snapshot", "create", "--disk", "vda,method=btrfs", "--name", name];
+    scene.json(&create("one"));
+    scene.json(&create("other"));
+    let instant = scene.read();
+    fill(&below);
+    let is_read_only = || {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let of_it = |line: &&str| line.contains(&arg(fs.path()));
+        mounts.lines().find(of_it).unwrap().contains(" ro,")
+    };
+    wait_for("the file system is read-only", is_read_only);
+    let status = scene.qemu.status();
+    let refused = scene.site.run(&scene.words(&create("two")));
+    assert!(!matches!(refused.code, None | Some(0)), "{}", refused.stderr);
+    assert_eq!(scene.qemu.status(), status, "{}", refused.stderr);
+    assert_ne!(status, "paused");
+    // What the file system could not write it may not read either: the right bytes, or none.
+    let to = scene.site.path("read.raw");
+    let read = scene
+        .site
+        .run(&scene.words(&["read", "one", "vda", "--to", &arg(&to)]));
+    assert_eq!(read.code == Some(0), to.exists(), "{}", read.stderr);
+    if to.exists() {
+        assert!(std::fs::read(&to).unwrap() == instant, "other bytes");
+        std::fs::remove_file(to).unwrap();
+    }
+    let refused = scene.site.run(&scene.words(&["snapshot", "delete", "other"]));
+    assert!(!matches!(refused.code, None | Some(0)), "{}", refused.stderr);
+    assert_eq!(scene.qemu.status(), status, "{}", refused.stderr);
+
+    // Where there is room again, the file system is as it was when it failed.
+    std::fs::remove_file(below.path().join("filler")).unwrap();
+    scene.qemu.kill9();
+    let at = arg(fs.path());
+    wait_for("the file system is unmounted", || {
+        Command::new("umount").arg(&at).status().unwrap().success()
+    });
+    let image = arg(&below.path().join("image"));
+    // Its device may be let go a little later.
+    wait_for("the file system is mounted", || {
+        let mut mount = Command::new("mount");
+        mount
+            .args(["-o", "loop", &image, &at])
+            .status()
+            .unwrap()
+            .success()
+    });
+    // The next act finishes what was begun.
+    assert!(scene.read() == instant);
+    assert_eq!(scene.state(), ("active".to_owned(), String::new()));
+    let left = scene.json(&["snapshot", "list"]);
+    assert_eq!(left["snapshots"].as_array().unwrap().len(), 1, "{left:#}");
+    scene.site.ok(&scene.words(&["snapshot", "delete", "one"]));
+    assert_eq!(crate::site::list(fs.path()), [images]);
 }
 
 const BTRFS: [&str; 4] = ["snapshot", "create", "--disk", "vda,method=btrfs"];

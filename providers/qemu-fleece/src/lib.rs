@@ -38,7 +38,7 @@ use crate::choice::Choice;
 use crate::image::{CALLED, locate};
 use crate::names::Names;
 use crate::offers::Sparing;
-use crate::settings::{Settings, Way};
+use crate::settings::Settings;
 
 disksnap_core::register!(|| Arc::new(QemuFleece));
 
@@ -198,9 +198,17 @@ fn probe(request: &DiskRequest, choice: Result<Choice>) -> Probe {
         capabilities.push(Capability::GuestSafe);
     } else {
         warnings.push(
-            "the guest's writes fail when the fleece image fails: room for all of it is reserved beforehand"
+            "the guest's writes fail when the fleece image fails, and wait for as long as it is slow: room for all of it is reserved \
+             beforehand"
                 .to_owned(),
         );
+        if request.options.get(settings::TIMEOUT).is_some() {
+            warnings.push(format!(
+                "{} has no effect: this QEMU cannot give the snapshot up by way of '{}'",
+                settings::TIMEOUT,
+                choice.way.as_str()
+            ));
+        }
     }
     let full = if spared {
         "a full fleece image breaks the snapshot, never the guest"
@@ -263,7 +271,7 @@ fn details(choice: &Choice) -> BTreeMap<String, String> {
     if choice.encrypted {
         details.insert("fleece.encrypted".to_owned(), word("yes"));
     }
-    if choice.way == Way::Filter {
+    if choice.sparing != Sparing::Nothing {
         details.insert("fleece.timeout".to_owned(), choice.timeout.to_string());
     }
     details

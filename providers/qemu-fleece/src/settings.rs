@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 const FILE: &str = "fleece.file";
 const WAY: &str = "fleece.way";
-const TIMEOUT: &str = "fleece.timeout";
+pub(crate) const TIMEOUT: &str = "fleece.timeout";
 
 /// The three ways to fleece, the safest for the guest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
