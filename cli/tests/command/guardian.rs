@@ -2,7 +2,8 @@
 //! itself as long as anything is left alive to see to it, and by the next command or `recover` otherwise.
 //!
 //! One guest for many cases, since it takes its time to boot. What a case took is printed and bounded by many times what
-//! it should take: a machine with other things to do must not fail it, and a guest that nobody lets go never comes.
+//! it should take: a machine with other things to do must not fail it, and a guest that nobody lets go never comes. Who let it
+//! go is looked at, and that a guardian set about it in time, by a clock that such a machine slows down ([`rests`]).
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -16,6 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::kills::leftovers;
+use crate::rests;
 use crate::site::{Site, arg, ended, list};
 use crate::tap::{Side, Tap, Then, When};
 
@@ -88,8 +90,19 @@ impl Pair {
 struct Struck {
     child: Child,
     pid: Pid,
+    guardian: Option<Pid>,
     hit: Instant,
+    /// When that was over, by the clock of [`rests`].
+    over: Duration,
     deadline: Duration,
+}
+
+/// Who lets the guest go.
+#[derive(Debug, Clone, Copy)]
+enum By {
+    Parent,
+    /// He has begun within so much of the blow.
+    Guardian(Duration),
 }
 
 impl Struck {
@@ -115,6 +128,7 @@ impl Scene {
             .start();
         qemu.wait_files(1);
         qemu.wait_writer(1);
+        rests::now();
         let site = Site::new();
         let monitor = Tap::before(&qemu.qmp_path(), site.path("qmp.sock"));
         let agent = Tap::before(&qemu.agent_path(), site.path("agent.sock"));
@@ -152,8 +166,11 @@ impl Scene {
         let (tap, when, command) = at;
         for deadline in deadlines {
             prepare();
-            let victim = Arc::new(Mutex::new(None));
-            let (known, blow) = (Arc::clone(&victim), blow.clone());
+            for tap in [&self.monitor, &self.agent] {
+                tap.forget();
+            }
+            let (victim, told) = (Arc::new(Mutex::new(None)), Arc::new(Mutex::new(None)));
+            let (known, tell, blow) = (Arc::clone(&victim), Arc::clone(&told), blow.clone());
             tap.arm(
                 when,
                 command,
@@ -165,7 +182,10 @@ impl Scene {
                         }
                         std::thread::sleep(Duration::from_millis(1));
                     };
-                    blow(Pair::of(parent, deadline), side)
+                    let pair = Pair::of(parent, deadline);
+                    let then = blow(pair, side);
+                    *tell.lock().unwrap() = Some((pair.guardian, rests::now()));
+                    then
                 }),
             );
             let seconds = deadline.to_string();
@@ -177,12 +197,14 @@ impl Scene {
             *victim.lock().unwrap() = Some(pid);
             loop {
                 if let Some(hit) = tap.hit() {
-                    let deadline = Duration::from_secs(deadline);
+                    let (guardian, over) = told.lock().unwrap().unwrap();
                     return Struck {
                         child,
                         pid,
+                        guardian,
                         hit,
-                        deadline,
+                        over,
+                        deadline: Duration::from_secs(deadline),
                     };
                 }
                 if child.try_wait().unwrap().is_some() {
@@ -233,6 +255,33 @@ impl Scene {
             self.agent.thawed().is_some_and(|at| at > struck.hit)
         });
         report(case, self.agent.thawed().unwrap() - struck.hit, struck.deadline);
+    }
+
+    /// The same, and that it was this one who did it: the first to ask for what the guest at this point needs.
+    fn let_go_by(&self, case: &str, struck: &Struck, point: &str, by: By) {
+        self.let_go(case, struck);
+        let guardian = struck.guardian.expect("a guardian is armed");
+        let who = match by {
+            By::Parent => struck.pid,
+            By::Guardian(_) => guardian,
+        };
+        assert_eq!(
+            self.agent.first_to_ask("guest-fsfreeze-thaw"),
+            Some(who),
+            "{case}: {by:?}"
+        );
+        if point == "stop" {
+            assert_eq!(self.monitor.first_to_ask("cont"), Some(who), "{case}: {by:?}");
+        }
+        if let By::Guardian(within) = by {
+            let came = [&self.monitor, &self.agent].map(|tap| tap.came(guardian));
+            let came = came.into_iter().flatten().min().expect("he came to ask");
+            let took = came.saturating_sub(struck.over);
+            note(&format!(
+                "{case}: the guardian set about it after {took:?} of rests"
+            ));
+            assert!(took <= within, "{case}: {took:?} of rests");
+        }
     }
 
     fn eventually(&self, case: &str, bound: Duration, so: impl Fn() -> bool) {
@@ -324,7 +373,7 @@ impl Scene {
                 pair.signal_parent(Signal::KILL);
                 Then::Cut
             });
-            self.let_go(&case, &struck);
+            self.let_go_by(&case, &struck, command, By::Guardian(LATE));
             struck.kill();
             self.is_well(&case);
         }
@@ -343,7 +392,8 @@ impl Scene {
                 pair.signal_parent(Signal::STOP);
                 Then::Pass
             });
-            self.let_go(&case, &struck);
+            let within = struck.deadline + LATE;
+            self.let_go_by(&case, &struck, command, By::Guardian(within));
             kill_process(struck.pid, Signal::CONT).unwrap();
             let (code, said) = struck.ended();
             assert_ne!(code, Some(0), "{case}: {said}");
@@ -359,7 +409,7 @@ impl Scene {
                 pair.kill_guardian();
                 Then::Pass
             });
-            self.let_go(&case, &struck);
+            self.let_go_by(&case, &struck, command, By::Parent);
             let (code, said) = struck.ended();
             assert_ne!(code, Some(0), "{case}");
             assert!(said.contains("the guardian has died"), "{case}: {said}");
@@ -629,6 +679,59 @@ fn report(case: &str, took: Duration, deadline: Duration) {
 )]
 fn note(text: &str) {
     eprintln!("{text}");
+}
+
+/// What strikes at the commands of the tests does not strike at the one who lets their guests go.
+#[test]
+fn the_guardian_knows_nothing_of_fault_points() {
+    let (qemu, site) = (
+        Qemu::builder().disk(DiskSpec::new("vda", 8 * MIB)).start(),
+        Site::new(),
+    );
+    let monitor = Tap::before(&qemu.qmp_path(), site.path("qmp.sock"));
+    let text = qemu
+        .domain_xml()
+        .replace(&arg(&qemu.qmp_path()), &arg(&monitor.socket));
+    let xml = site.file("domain.xml", &text);
+    let (victim, told) = (Arc::new(Mutex::new(None)), Arc::new(Mutex::new(None)));
+    let (known, tell) = (Arc::clone(&victim), Arc::clone(&told));
+    let look = move |_: &Side<'_>| {
+        let parent = loop {
+            if let Some(pid) = *known.lock().unwrap() {
+                break pid;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        let both = Pair::of(parent, 0)
+            .guardian
+            .map(|guardian| [parent, guardian].map(environment));
+        *tell.lock().unwrap() = both;
+        Then::Pass
+    };
+    monitor.arm(When::After, "stop", Box::new(look));
+    let disk = ["--disk", "vda,method=qemu-fleece"];
+    let words = [&["-d", &xml, "snapshot", "create"][..], &disk].concat();
+    let mut create = site.command(&words);
+    create.env("DISKSNAP_FAULT", "before what is never done:1");
+    create.env("DISKSNAP_FAULT_LOG", site.path("points"));
+    create.stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = create.spawn().unwrap();
+    *victim.lock().unwrap() = Some(Pid::from_child(&child));
+    let ended = child.wait_with_output().unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    let points = std::fs::read_to_string(site.path("points")).unwrap();
+    assert!(points.contains("guardian start"), "{points}");
+    let both = told.lock().unwrap().take();
+    let [parents, its] = both.expect("the guest was paused, and guarded");
+    assert!(parents.contains("DISKSNAP_FAULT="), "{parents}");
+    assert!(its.contains("DISKSNAP_GUARDIAN="), "{its}");
+    assert!(!its.contains("DISKSNAP_FAULT"), "{its}");
+}
+
+/// What it was started with, if it is there.
+fn environment(pid: Pid) -> String {
+    let bytes = std::fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 #[test]

@@ -32,6 +32,7 @@ mod raw_nbd;
 mod reading;
 mod refusals;
 mod remote;
+mod rests;
 mod signals;
 mod site;
 mod snapshots;

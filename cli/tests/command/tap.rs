@@ -1,5 +1,5 @@
 //! Stands between whoever talks to a guest's monitor or agent and these, and strikes at one command: before it is passed
-//! on, or between its being done and its answer being heard.
+//! on, or between its being done and its answer being heard. It tells who came, and who asked for what lets a guest go.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::Shutdown;
@@ -7,9 +7,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::spawn;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::process::Pid;
 use serde_json::Value;
+
+use crate::rests;
 
 /// On which side of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,7 +65,14 @@ struct State {
     /// So many answers are nobody's but the test's.
     swallow: usize,
     thawed: Option<Instant>,
+    /// Who has come, and when.
+    came: Vec<(Pid, Duration)>,
+    /// Who has asked for what lets a guest go.
+    let_go: Vec<(Pid, String)>,
 }
+
+/// What lets a guest go.
+const LETS_GO: [&str; 2] = ["cont", "guest-fsfreeze-thaw"];
 
 impl Tap {
     /// In front of this socket.
@@ -78,7 +88,9 @@ impl Tap {
                     continue;
                 };
                 let state = Arc::clone(&theirs);
-                spawn(move || serve(&client, &server, &state));
+                let who = rustix::net::sockopt::socket_peercred(&client).unwrap().pid;
+                lock(&state).came.push((who, rests::now()));
+                spawn(move || serve(&client, &server, who, &state));
             }
         });
         Self { socket, state }
@@ -92,6 +104,13 @@ impl Tap {
         };
     }
 
+    /// Forgets who came and who asked.
+    pub(crate) fn forget(&self) {
+        let mut state = lock(&self.state);
+        state.came.clear();
+        state.let_go.clear();
+    }
+
     /// Strikes no more.
     pub(crate) fn disarm(&self) {
         lock(&self.state).armed = None;
@@ -102,6 +121,20 @@ impl Tap {
         lock(&self.state).hit
     }
 
+    /// When a process first came, by the clock of [`rests`].
+    pub(crate) fn came(&self, who: Pid) -> Option<Duration> {
+        let state = lock(&self.state);
+        let came = state.came.iter().find(|(pid, _)| *pid == who);
+        came.map(|(_, when)| *when)
+    }
+
+    /// Who was the first to ask for this.
+    pub(crate) fn first_to_ask(&self, command: &str) -> Option<Pid> {
+        let state = lock(&self.state);
+        let asked = state.let_go.iter().find(|(_, name)| name == command);
+        asked.map(|(pid, _)| *pid)
+    }
+
     /// When somebody was last told that all is thawed.
     pub(crate) fn thawed(&self) -> Option<Instant> {
         lock(&self.state).thawed
@@ -110,8 +143,11 @@ impl Tap {
 
 impl State {
     /// The blow that is to fall on a line of the client's, where it falls before it.
-    fn asked(&mut self, line: &str) -> Option<Blow> {
+    fn asked(&mut self, line: &str, who: Pid) -> Option<Blow> {
         let command = command(line)?;
+        if LETS_GO.contains(&command.as_str()) {
+            self.let_go.push((who, command.clone()));
+        }
         let (when, _, blow) = self.armed.take_if(|(_, name, _)| *name == command)?;
         if when == When::Before {
             return Some(blow);
@@ -142,7 +178,7 @@ fn command(line: &str) -> Option<String> {
     message["execute"].as_str().map(str::to_owned)
 }
 
-fn serve(client: &UnixStream, server: &UnixStream, state: &Arc<Mutex<State>>) {
+fn serve(client: &UnixStream, server: &UnixStream, who: Pid, state: &Arc<Mutex<State>>) {
     let [from, to] = [server, client].map(|end| end.try_clone().unwrap());
     let theirs = Arc::clone(state);
     let back = spawn(move || {
@@ -155,7 +191,7 @@ fn serve(client: &UnixStream, server: &UnixStream, state: &Arc<Mutex<State>>) {
         });
     });
     pass(client, server, |line| {
-        let blow = lock(state).asked(line);
+        let blow = lock(state).asked(line, who);
         match fall(blow, server, state) {
             Then::Pass => Some(true),
             Then::Cut => None,
