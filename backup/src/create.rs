@@ -99,6 +99,12 @@ impl<'a> Live<'a> {
         self.of.disksnap.dispatcher()
     }
 
+    /// Brings the domain's document up to date where an interrupted run has left it behind.
+    pub(crate) async fn catch_up(&mut self) -> Result<()> {
+        let outdated = self.dispatcher().outdated(&self.domain).await?;
+        self.follow(&outdated).await
+    }
+
     /// Brings the domain's document up to date where its disks have become others.
     pub(crate) async fn follow(&mut self, disks: &[Disk]) -> Result<()> {
         for disk in disks {
@@ -165,9 +171,7 @@ pub async fn create(
 impl Run<'_> {
     async fn carry_out(&mut self) -> Result<Backup> {
         stopped(self.watcher)?;
-        // Where an interrupted run has left the document behind.
-        let outdated = self.live.dispatcher().outdated(&self.live.domain).await?;
-        self.live.follow(&outdated).await?;
+        self.live.catch_up().await?;
         let going_on = self.settle().await?;
         tidy::tidy(
             &mut self.live,
@@ -432,8 +436,9 @@ impl Run<'_> {
     /// Gives up what the point needed: it exists.
     async fn finish(&mut self, journal: &Journal) -> Result<()> {
         journal.remove(self.repository, self.folder).await?;
-        let disks = self.ours.delete_snapshot(&self.live, &journal.snapshot).await?;
-        self.live.follow(&disks).await?;
+        self.ours
+            .delete_snapshot(&mut self.live, &journal.snapshot)
+            .await?;
         tidy::tidy(&mut self.live, self.repository, self.folder, None, self.watcher).await
     }
 

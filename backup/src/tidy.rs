@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use disksnap::{CheckpointName, Disk, ErrorKind, Result, Snapshot, SnapshotName};
+use disksnap::{CheckpointName, ErrorKind, Result, Snapshot, SnapshotName};
 
 use crate::create::{Live, Subject};
 use crate::journal::Journal;
@@ -49,13 +49,15 @@ impl Ours {
         Ok(all.into_iter().find(|snapshot| snapshot.name == *name))
     }
 
-    /// Deletes a snapshot, if it is there; returns the disks that the domain uses now, where they have changed.
-    pub(crate) async fn delete_snapshot(&self, live: &Live<'_>, name: &SnapshotName) -> Result<Vec<Disk>> {
+    /// Deletes a snapshot, if it is there; the document follows.
+    pub(crate) async fn delete_snapshot(&self, live: &mut Live<'_>, name: &SnapshotName) -> Result<()> {
         match live.dispatcher().delete(&live.domain, name).await {
-            Ok(deletion) => Ok(deletion.altered.disks),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
-            Err(error) => Err(error),
+            Ok(deletion) => live.follow(&deletion.altered.disks).await?,
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
         }
+        // What a killed run had done of it, and not written down, is known since then.
+        live.catch_up().await
     }
 }
 
@@ -68,8 +70,7 @@ pub(crate) async fn abandon_point(
 ) -> Result<()> {
     let ours = Ours::of(repository);
     let name: SnapshotName = ours.name(point).parse()?;
-    let disks = ours.delete_snapshot(live, &name).await?;
-    live.follow(&disks).await?;
+    ours.delete_snapshot(live, &name).await?;
     let checkpoint = CheckpointName::try_from(&name)?;
     match live
         .dispatcher()
@@ -99,8 +100,7 @@ pub(crate) async fn tidy(
     for snapshot in live.dispatcher().catalog().snapshots(&live.domain.id).await? {
         let needed = going_on.is_some_and(|journal| journal.snapshot == snapshot.name);
         if ours.is(snapshot.name.as_str()) && !needed {
-            let disks = ours.delete_snapshot(live, &snapshot.name).await?;
-            live.follow(&disks).await?;
+            ours.delete_snapshot(live, &snapshot.name).await?;
         }
     }
     let mut needed = needed(repository, folder, &ours).await?;
@@ -155,8 +155,7 @@ pub async fn abandon(of: Subject<'_>, repository: &Repository, watcher: &dyn Wat
     };
     let _lock = repository.lock(&folder, false).await?;
     let mut live = Live::new(of);
-    let outdated = live.dispatcher().outdated(&live.domain).await?;
-    live.follow(&outdated).await?;
+    live.catch_up().await?;
     let unfinished = repository.unfinished(&folder).await?;
     for point in &unfinished {
         abandon_point(&mut live, repository, &folder, point).await?;

@@ -112,3 +112,41 @@ fn what_a_killed_revert_has_put_below_the_disk_is_written_into_its_document() {
         json!([])
     );
 }
+
+/// What had been done by then is known only when it is settled, by the very run that is to go on from there.
+#[test]
+fn a_backup_goes_on_where_one_was_killed_between_its_merge_and_the_record_of_it() {
+    let backed_up = |point: Option<&str>| {
+        let (qemu, site) = (
+            Qemu::builder().disk(DiskSpec::new("vda", MIB).qcow2()).start(),
+            Site::new(),
+        );
+        let xml = arg(&qemu.domain_xml_file());
+        qemu.quit();
+        let before = std::fs::read_to_string(&xml).unwrap();
+        let (repo, log) = (arg(&site.path("repo")), site.path("points"));
+        let backup = ["-d", &xml, "backup", "create", "-q", "--repo", &repo];
+        let mut command = site.command(&backup);
+        match point {
+            None => command.env("DISKSNAP_FAULT_LOG", &log),
+            Some(point) => command.env("DISKSNAP_FAULT", point),
+        };
+        let code = command.output().unwrap().status.code();
+        assert_eq!(code, point.is_none().then_some(0));
+        if point.is_some() {
+            site.ok(&backup);
+        }
+        assert_eq!(std::fs::read_to_string(&xml).unwrap(), before);
+        assert_eq!(
+            site.json(&["-d", &xml, "snapshot", "list"])["snapshots"],
+            json!([])
+        );
+        std::fs::read_to_string(log).unwrap_or_default()
+    };
+    let passed = backed_up(None);
+    let record = "before catalog write down what was done";
+    let merged = passed.find("after file write mark").unwrap();
+    let earlier = passed[..merged].lines().filter(|line| *line == record).count();
+    assert!(passed[merged..].contains(record), "{passed}");
+    backed_up(Some(&format!("{record}:{}", earlier + 1)));
+}
