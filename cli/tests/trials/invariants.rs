@@ -312,7 +312,7 @@ fn in_qemu(qemu: &Qemu) -> Vec<String> {
             let file = node["file"].as_str().unwrap_or_default();
             // A disk's own overlay is known by its file.
             ours.push(if name.starts_with("dsx-") {
-                file.to_owned()
+                file_of(file)
             } else {
                 name.to_owned()
             });
@@ -339,6 +339,21 @@ fn in_qemu(qemu: &Qemu) -> Vec<String> {
     let exports = exports.iter().filter_map(|one| one["id"].as_str());
     ours.extend(exports.map(|id| format!("export {id}")));
     ours
+}
+
+/// The file's path: after a merge into the overlay QEMU calls the image by all that is below it, in JSON.
+fn file_of(name: &str) -> String {
+    let options: Option<Value> = name
+        .strip_prefix("json:")
+        .and_then(|text| serde_json::from_str(text).ok());
+    let mut at = options.as_ref();
+    while let Some(options) = at {
+        if let Some(path) = options["filename"].as_str() {
+            return path.to_owned();
+        }
+        at = options.get("file");
+    }
+    name.to_owned()
 }
 
 /// What lies beside the disks, where the method puts something there.
