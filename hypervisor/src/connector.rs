@@ -100,7 +100,7 @@ impl QemuConnector {
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.retain(|_, link| link.strong_count() > 0);
         let shared = links.get(&key).and_then(Weak::upgrade).unwrap_or_else(|| {
-            let fresh = Links::new(&domain.sockets, self.settings.timeouts);
+            let fresh = Links::new(&domain.sockets, &socket, self.settings.timeouts);
             links.insert(key, Arc::downgrade(&fresh));
             fresh
         });

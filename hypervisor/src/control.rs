@@ -30,7 +30,8 @@ pub(crate) struct Links {
 }
 
 impl Links {
-    pub(crate) fn new(sockets: &Sockets, timeouts: Timeouts) -> Arc<Self> {
+    /// `clients` is where the domain's NBD server listens when nobody says otherwise.
+    pub(crate) fn new(sockets: &Sockets, clients: &Path, timeouts: Timeouts) -> Arc<Self> {
         let lifeline = Arc::<Lifeline>::default();
         // The guardian connects to the same paths from another working directory.
         let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
@@ -38,7 +39,9 @@ impl Links {
             let lifeline = Arc::clone(&lifeline);
             Box::new(move |descriptor| lifeline.connected(end, descriptor))
         };
-        let session = |path| Session::with_hook(absolute(path), timeouts, hook(End::Monitor));
+        let clients = absolute(&clients.to_owned());
+        let session =
+            |path| Session::with_hook(absolute(path), timeouts, hook(End::Monitor)).with_clients_at(&clients);
         let agent = |path| Agent::new(absolute(path), timeouts, hook(End::Agent));
         Arc::new(Self {
             session: sockets.monitor.as_ref().map(session),
@@ -232,6 +235,7 @@ impl Control for QemuControl {
             let duplicate =
                 duplicate.map_err(|error| Error::io("cannot duplicate the monitor's descriptor", error))?;
             connections.push((End::Monitor, duplicate));
+            plan.clients = connection.peer.pid.map(|pid| (pid, self.socket.clone()));
             let path = || session.path().to_owned();
             plan.resume = watch.resume.then(path);
             plan.release = (!watch.release.is_empty()).then(|| (path(), watch.release));

@@ -22,6 +22,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
 
+use crate::clients;
 use crate::order::{self, ASKED, End, Order, Plan, Report};
 
 /// Whether this program has offered to be the guardian's too.
@@ -261,10 +262,17 @@ impl<'a> Guardian<'a> {
             }
             match attempt(until) {
                 Ok(()) | Err(Failed::Gone) => return Ok(()),
-                Err(Failed::Try(_)) if Instant::now() + RETRY < until => std::thread::sleep(RETRY),
+                Err(Failed::Try(_)) if Instant::now() + RETRY < until => self.try_again_soon(),
                 Err(Failed::Try(why)) => return Err(why),
             }
         }
+    }
+
+    fn try_again_soon(&self) {
+        if let Some((pid, socket)) = &self.plan.clients {
+            clients::end_stalled(*pid, socket);
+        }
+        std::thread::sleep(RETRY);
     }
 
     /// Ends the parent's connections, also those it has made since.

@@ -6,6 +6,7 @@
 //! and follow their [`jobs`] by name.
 
 mod agent;
+mod clients;
 mod connector;
 mod control;
 mod errors;

@@ -78,6 +78,9 @@ impl<'a> NbdServerControl<'a> {
             }
             return Err(error);
         }
+        if let Listen::Tcp { address, port } = &server.listen {
+            self.session.bound_on_tcp(*address, *port).await;
+        }
         if let Listen::Unix(path) = &server.listen {
             // Not ours to change where the hypervisor runs as somebody else; then the directory is what protects it.
             if let Err(error) = fs::set_permissions(path, fs::Permissions::from_mode(0o600)) {
@@ -297,7 +300,8 @@ impl<'a> NbdServerControl<'a> {
             Err(error) if error.kind() == ErrorKind::Refused => Some(error),
             Err(error) => return Err(error.with("export", id)),
         };
-        let gone = tokio::time::timeout(self.patience, self.until_gone(id, refused, &mut events)).await;
+        let gone = self.session.wait(self.until_gone(id, refused, &mut events));
+        let gone = tokio::time::timeout(self.patience, gone).await;
         let gone = gone.unwrap_or_else(|_| {
             let why = "the export is being stopped and does not end";
             Err(Error::new(ErrorKind::Timeout, why)

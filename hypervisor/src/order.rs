@@ -51,6 +51,8 @@ pub(crate) struct Plan {
     pub(crate) deadline_ms: u64,
     /// How long it tries while the parent may wait for it.
     pub(crate) patience_ms: u64,
+    /// The hypervisor's process, and the socket of its NBD server there, whose clients it may be waiting for.
+    pub(crate) clients: Option<(i32, PathBuf)>,
     /// The note that tells the next process of this plan, if neither the parent nor the guardian carries it out.
     pub(crate) note: Option<PathBuf>,
 }

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +21,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OnceCell, broadcast, mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
+use crate::clients;
 use crate::errors::{self, ConnectFailure, Lost};
 use crate::lines::{self, Line};
 use crate::peer::Peer;
@@ -103,6 +105,8 @@ pub(crate) type OnConnect = Box<dyn Fn(&OwnedFd) + Send + Sync>;
 /// sent twice. `query-qmp-schema` is asked once per connection and then answered from memory.
 pub struct Session {
     path: PathBuf,
+    /// Where our NBD server in that QEMU listens when nobody says otherwise.
+    clients: Option<PathBuf>,
     timeouts: Timeouts,
     slot: tokio::sync::Mutex<Option<Arc<Connection>>>,
     events: broadcast::Sender<Heard>,
@@ -126,11 +130,20 @@ impl Session {
     pub(crate) fn with_hook(path: PathBuf, timeouts: Timeouts, on_connect: OnConnect) -> Self {
         Self {
             path,
+            clients: None,
             timeouts,
             slot: tokio::sync::Mutex::default(),
             events: broadcast::Sender::new(EVENTS),
             on_connect,
         }
+    }
+
+    /// The same, and while it is silent the connections to its NBD server on this unix socket are ended whose clients take nothing: it
+    /// waits for those before it drains a disk.
+    #[must_use]
+    pub fn with_clients_at(mut self, socket: impl Into<PathBuf>) -> Self {
+        self.clients = Some(socket.into());
+        self
     }
 
     /// The monitor's socket.
@@ -162,7 +175,7 @@ impl Session {
     async fn ask(&self, connection: &Connection, command: Command) -> Result<Value> {
         let mut pending = connection.send(vec![command])?;
         match pending.pop() {
-            Some(pending) => pending.answer(self.timeouts.command).await?,
+            Some(pending) => self.answer(connection, pending).await?,
             None => Err(Error::new(ErrorKind::Internal, "a command was lost on its way")),
         }
     }
@@ -175,9 +188,25 @@ impl Session {
         let connection = self.connection().await.map_err(|f| f.error)?;
         let mut answers = Vec::with_capacity(commands.len());
         for pending in connection.send(commands)? {
-            answers.push(pending.answer(self.timeouts.command).await?);
+            answers.push(self.answer(&connection, pending).await?);
         }
         Ok(answers)
+    }
+
+    /// Waits for an answer; not for clients that stall.
+    async fn answer(&self, connection: &Connection, pending: Pending) -> Result<Result<Value>> {
+        let answer = pending.answer(self.timeouts.command);
+        clients::ending_stalled(connection.peer.pid, self.clients.as_deref(), answer).await
+    }
+
+    /// Waits for what the hypervisor does by itself; not for clients that stall.
+    pub(crate) async fn wait<T>(&self, waiting: impl Future<Output = T>) -> T {
+        let pid = self
+            .connection()
+            .await
+            .ok()
+            .and_then(|connection| connection.peer.pid);
+        clients::ending_stalled(pid, self.clients.as_deref(), waiting).await
     }
 
     /// Which run of which process answers: `None` where nobody listens, or it cannot be told.
@@ -192,9 +221,23 @@ impl Session {
         }
     }
 
+    /// Bounds for how long clients of its server at this address may take nothing.
+    pub(crate) async fn bound_on_tcp(&self, address: IpAddr, port: u16) {
+        if let Ok(connection) = self.connection().await
+            && let Some(pid) = connection.peer.pid
+        {
+            clients::bound_on_tcp(pid, address, port);
+        }
+    }
+
     /// Closes the connection; the next command makes a new one. Frees the monitor for other clients.
     pub async fn disconnect(&self) {
         *self.slot.lock().await = None;
+    }
+
+    async fn open(&self) -> std::result::Result<Connection, ConnectFailure> {
+        let clients = self.clients.as_deref();
+        Connection::open(&self.path, clients, self.timeouts, self.events.clone()).await
     }
 
     /// The living connection, or a new one.
@@ -205,7 +248,7 @@ impl Session {
         }
         // Close the old one first: the monitor serves one client.
         *slot = None;
-        let connection = Connection::open(&self.path, self.timeouts, self.events.clone()).await?;
+        let connection = self.open().await?;
         (self.on_connect)(&connection.descriptor);
         let connection = Arc::new(connection);
         *slot = Some(Arc::clone(&connection));
@@ -302,13 +345,14 @@ impl Connection {
     /// sent, so nothing is done twice.
     async fn open(
         path: &Path,
+        clients: Option<&Path>,
         timeouts: Timeouts,
         events: broadcast::Sender<Heard>,
     ) -> std::result::Result<Self, ConnectFailure> {
         let deadline = Instant::now() + timeouts.greeting;
         let mut attempt = 1;
         loop {
-            match Self::open_once(path, timeouts, deadline, events.clone()).await {
+            match Self::open_once(path, clients, timeouts, deadline, events.clone()).await {
                 Ok(connection) => return Ok(connection),
                 Err(Unopened::Failed(failure)) => return Err(failure),
                 Err(Unopened::Ended(lost)) if attempt == ATTEMPTS => return Err(lost.error(path).into()),
@@ -323,6 +367,7 @@ impl Connection {
 
     async fn open_once(
         path: &Path,
+        clients: Option<&Path>,
         timeouts: Timeouts,
         deadline: Instant,
         events: broadcast::Sender<Heard>,
@@ -333,7 +378,8 @@ impl Connection {
             duplicate(&stream).map_err(|e| Error::io("cannot keep the monitor's descriptor", e))?;
         let (read, write) = stream.into_split();
         let mut reader = BufReader::with_capacity(64 << 10, read);
-        match timeout_at(deadline, greeting(&mut reader)).await {
+        let greeted = timeout_at(deadline, greeting(&mut reader));
+        match clients::ending_stalled(peer.pid, clients, greeted).await {
             Ok(Ok(())) => {}
             Ok(Err(lost)) => return Err(lost.into_unopened(path)),
             Err(_) => return Err(no_greeting(path, peer, timeouts.greeting).into()),

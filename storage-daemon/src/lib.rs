@@ -125,7 +125,12 @@ pub fn find_program() -> Result<PathBuf> {
 }
 
 fn session(files: &Files) -> Session {
-    Session::new(files.monitor(), Timeouts::default())
+    let session = Session::new(files.monitor(), Timeouts::default());
+    match files.socket() {
+        Ok(socket) => session.with_clients_at(socket),
+        // A path that no socket can have: no client is there.
+        Err(_) => session,
+    }
 }
 
 #[async_trait]

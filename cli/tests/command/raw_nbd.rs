@@ -2,6 +2,7 @@
 //! to a server, and ours do not.
 
 use std::io::{self, Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -12,24 +13,39 @@ const REPLY_MAGIC: u32 = 0x6744_6698;
 const FLAGS: u32 = 3;
 const EXPORT_NAME: u32 = 1;
 
-/// A connection to an export on a unix socket.
+/// A server that is silent for so long fails the test, which would otherwise hang.
+const SILENCE: Option<Duration> = Some(Duration::from_mins(3));
+
+/// What a connection goes over.
+trait Stream: Read + Write {}
+impl<S: Read + Write> Stream for S {}
+
+/// A connection to an export.
 pub(crate) struct RawNbd {
-    stream: UnixStream,
+    stream: Box<dyn Stream>,
 }
 
 impl RawNbd {
-    /// Connects to what a URI (`nbd+unix:///NAME?socket=PATH`) names.
+    /// Connects to what a URI (`nbd+unix:///NAME?socket=PATH`, `nbd://HOST:PORT/NAME`) names.
     pub(crate) fn of(uri: &str) -> Self {
-        let (name, socket) = uri
+        assert!(!uri.contains('%'), "{uri} is escaped");
+        let unix = uri
             .strip_prefix("nbd+unix:///")
-            .and_then(|rest| rest.split_once("?socket="))
-            .unwrap_or_else(|| panic!("{uri} names no unix socket"));
-        for text in [name, socket] {
-            assert!(!text.contains('%'), "{uri} is escaped");
-        }
-        let mut stream = UnixStream::connect(socket).unwrap();
-        // A server that is silent for so long fails the test, which would otherwise hang.
-        stream.set_read_timeout(Some(Duration::from_mins(3))).unwrap();
+            .and_then(|rest| rest.split_once("?socket="));
+        let tcp = uri.strip_prefix("nbd://").and_then(|rest| rest.split_once('/'));
+        let (name, mut stream): (&str, Box<dyn Stream>) = match (unix, tcp) {
+            (Some((name, socket)), _) => {
+                let stream = UnixStream::connect(socket).unwrap();
+                stream.set_read_timeout(SILENCE).unwrap();
+                (name, Box::new(stream))
+            }
+            (None, Some((place, name))) => {
+                let stream = TcpStream::connect(place).unwrap();
+                stream.set_read_timeout(SILENCE).unwrap();
+                (name, Box::new(stream))
+            }
+            (None, None) => panic!("{uri} names no place"),
+        };
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting).unwrap();
         assert_eq!(&greeting[..16], b"NBDMAGICIHAVEOPT");
@@ -59,16 +75,23 @@ impl RawNbd {
     /// Reads bytes; a server's error, or its going, is an error.
     pub(crate) fn read(&mut self, offset: u64, length: u32) -> io::Result<Vec<u8>> {
         self.ask(offset, length)?;
+        let (of, bytes) = self.receive(length as usize)?;
+        assert_eq!(of, offset);
+        Ok(bytes)
+    }
+
+    /// The next answer, and the offset that it is for.
+    pub(crate) fn receive(&mut self, length: usize) -> io::Result<(u64, Vec<u8>)> {
         let mut reply = [0; 16];
         self.stream.read_exact(&mut reply)?;
         assert_eq!(reply[..4], REPLY_MAGIC.to_be_bytes());
-        assert_eq!(reply[8..], offset.to_be_bytes());
+        let offset = u64::from_be_bytes(reply[8..].try_into().unwrap());
         let error = u32::from_be_bytes(reply[4..8].try_into().unwrap());
         if error != 0 {
             return Err(io::Error::from_raw_os_error(i32::try_from(error).unwrap()));
         }
-        let mut bytes = vec![0; length as usize];
+        let mut bytes = vec![0; length];
         self.stream.read_exact(&mut bytes)?;
-        Ok(bytes)
+        Ok((offset, bytes))
     }
 }
