@@ -71,6 +71,7 @@ async fn start(context: &Context, start: FillStart) -> Outcome {
             listen: start.place.listen,
             tls,
             allow_remote: start.place.allow_remote,
+            lease: None,
         },
     };
     let stop = Stop::listen(true)?;
@@ -108,6 +109,7 @@ fn asked(domain: &Domain, document: ExportRequest, allow_remote: bool) -> Result
         listen: document.listen,
         tls: document.tls,
         allow_remote,
+        lease: None,
     })
 }
 

@@ -30,6 +30,9 @@ pub struct FillRequest {
     pub tls: Option<Tls>,
     /// Whether a place that other hosts can reach is meant so although there is no TLS.
     pub allow_remote: bool,
+    /// The lease ([`Catalog::lease`](crate::Catalog::lease)) of the process that is going to fill them itself: nobody else gets them while it
+    /// lives, and once it is dead the next such process takes its filling over. `None` where that is left to others.
+    pub lease: Option<Uuid>,
 }
 
 /// Disks of a paused domain that are being filled.
@@ -100,7 +103,7 @@ impl Dispatcher {
     /// [`Dispatcher::fill_end`]. All of the request or nothing; the guest stands still and is not touched otherwise.
     ///
     /// Only one filling at a time, and no other act on the domain meanwhile. Idempotent: the same disks again answer
-    /// with the filling that is under way. What is written goes the same way as the guest's own writes, so that
+    /// with the filling that is under way, unless another process fills them itself ([`FillRequest::lease`]). What is written goes the same way as the guest's own writes, so that
     /// checkpoints know of it.
     ///
     /// # Errors
@@ -184,6 +187,7 @@ impl Dispatcher {
             skipped,
             warnings: warnings(&stood),
             stood,
+            lease: request.lease,
         };
         let mut intent = Intent {
             id,
@@ -246,7 +250,28 @@ impl Dispatcher {
         let running = Some(lending.server.clone());
         place.server_to_fill(running, &export_request(request)).await?;
         let health = self.fill_health(&*held.control, lending).await?;
+        if lending.lease != request.lease {
+            self.take_over(intent, lending, request).await?;
+        }
         Ok(told(intent, lending, health))
+    }
+
+    /// Makes a filling that another process had to itself this one's.
+    async fn take_over(&self, intent: &Intent, lending: &Lending, request: &FillRequest) -> Result<()> {
+        if match lending.lease {
+            Some(lease) => self.catalog.lease_lives(lease).await?,
+            // Who was let fill them is not known, nor whether they are at it.
+            None => request.lease.is_some(),
+        } {
+            return Err(filled(lending));
+        }
+        let lending = Lending {
+            lease: request.lease,
+            ..lending.clone()
+        };
+        let mut intent = intent.clone();
+        intent.act = act(&lending, FillStage::Open);
+        self.catalog.intend(&intent).await
     }
 
     async fn fill_end_held(
@@ -617,7 +642,10 @@ fn filled(lending: &Lending) -> Error {
         ErrorKind::Busy,
         format!("its disks {} are being filled", targets(lending)),
     )
-    .hint("`disksnap fill list` tells where. `disksnap fill end` gives the guest its disks again.")
+    .hint(
+        "`disksnap fill list` tells where. Wait until that has ended; where nobody is at it any more, `disksnap fill end` gives the \
+         guest its disks again.",
+    )
 }
 
 fn over(lending: &Lending) -> Error {

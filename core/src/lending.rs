@@ -42,6 +42,9 @@ pub struct Lending {
     pub skipped: Vec<Skipped>,
     /// What the operator should know.
     pub warnings: Vec<String>,
+    /// The lease of the process that fills them itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<uuid::Uuid>,
 }
 
 /// How far a filling is.

@@ -233,6 +233,35 @@ async fn nothing_else_is_done_meanwhile() {
 }
 
 #[tokio::test]
+async fn what_a_process_fills_itself_is_its_own_until_it_is_dead() {
+    let vm = Vm::new();
+    let (mine, lives) = vm.scene.catalog.lease().await.unwrap();
+    let by = |lease| FillRequest {
+        lease,
+        ..FillRequest::default()
+    };
+    let begun = vm.start(&by(Some(mine))).await.unwrap();
+    assert_eq!(vm.start(&by(Some(mine))).await.unwrap(), begun);
+    let (next, _next_lives) = vm.scene.catalog.lease().await.unwrap();
+    for other in [Some(next), None] {
+        let error = vm.start(&by(other)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+    }
+    drop(lives);
+    assert_eq!(vm.start(&by(Some(next))).await.unwrap(), begun);
+    // Of two that come after a dead one the first has it.
+    let (late, _late_lives) = vm.scene.catalog.lease().await.unwrap();
+    let error = vm.start(&by(Some(late))).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+    vm.end(FillEnd::StayPaused).await.unwrap();
+    vm.nothing_is_left().await;
+    // Whom it was left to is not known, nor whether they are at it.
+    vm.all().await.unwrap();
+    let error = vm.start(&by(Some(next))).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+}
+
+#[tokio::test]
 async fn a_guest_that_does_not_stand_still_is_refused() {
     let kinds = [
         (RunState::Off, ErrorKind::Unavailable),

@@ -158,6 +158,10 @@ impl<'a> Guardian<'a> {
         loop {
             match self.news(next)? {
                 News::Disarm => {
+                    if matches!(self.acted, Some(Err(_))) {
+                        // It may be possible by now.
+                        self.act(Duration::from_millis(self.plan.patience_ms));
+                    }
                     self.answer();
                     return Ok(());
                 }

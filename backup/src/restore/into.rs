@@ -1,7 +1,6 @@
 //! Restoring into a paused domain: its hypervisor lends its disks out, they are filled, and the guest has them again.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use disksnap::{
     Disksnap, Domain, Error, ErrorKind, FillDisk, FillEnd, FillHealth, FillRequest, Filling, Result, nbd_uri,
@@ -82,21 +81,17 @@ impl IntoAct<'_> {
     async fn run(&self, request: &IntoRequest) -> Result<RestoredInto> {
         let disks = super::point::wanted(self.point, &request.disks)?;
         let targets = disks.iter().map(|disk| disk.target.clone());
+        let dispatcher = self.disksnap.dispatcher();
+        let (lease, _lives) = dispatcher.catalog().lease().await?;
         let wanted = FillRequest {
             targets: targets.collect(),
+            lease: Some(lease),
             ..FillRequest::default()
         };
         for target in &wanted.targets {
             self.domain.disk(target)?;
         }
-        let dispatcher = self.disksnap.dispatcher();
-        let began = SystemTime::now();
         let filling = dispatcher.fill_start(self.domain, &wanted).await?;
-        if filling.since < began {
-            return Err(Error::new(ErrorKind::Busy, "the domain's disks are being filled already").hint(
-                "Nothing was written. Wait until that has ended; where nobody is at it any more, end it: `disksnap fill end`.",
-            ));
-        }
         let mut restored = RestoredInto {
             disks: Vec::new(),
             resumed: false,
