@@ -360,15 +360,6 @@ impl Stamp {
         }))
     }
 
-    /// The stamp of a file whose header has just been changed in place. One of another length was written to
-    /// otherwise, and stays what it is not any more.
-    pub(crate) fn renamed(self, path: &Path) -> Result<Self> {
-        match Self::of(path)? {
-            Some(now) if now.len == self.len && self.modified.is_some() => Ok(now),
-            _ => Ok(self),
-        }
-    }
-
     /// The same, saying as little of the time as another of the same file.
     pub(crate) fn like(self, other: Option<&Self>) -> Self {
         match other {

@@ -172,8 +172,12 @@ impl Merge for ExternalMerge {
             jobs::end(host, &record.names().merge()).await?;
         }
         match checked(host, &record, &kin).await? {
-            Standing::Live(live) => live::start(host, &record, &live).await,
-            Standing::Off { .. } | Standing::Loose { .. } => Ok(()),
+            Standing::Live(live) => {
+                touch(&kin, &live.place.images(), live.at)?;
+                live::start(host, &record, &live).await
+            }
+            Standing::Off { layers, at } => touch(&kin, &layers, at),
+            Standing::Loose { .. } => Ok(()),
         }
     }
 
@@ -213,10 +217,17 @@ impl Merge for ExternalMerge {
 
     async fn cancel(&self, host: &dyn Host, _: SnapshotId, unit: &Unit) -> Result<()> {
         let record = Record::of(unit)?;
-        if !host.state().await?.is_active() {
-            return Ok(());
+        if host.state().await?.is_active() {
+            live::cancel(host, &record).await?;
         }
-        live::cancel(host, &record).await
+        let (layers, at) = match Standing::of(host, &record).await {
+            Ok(Standing::Live(live)) => (live.place.images(), live.at),
+            Ok(Standing::Off { layers, at }) => (layers, at),
+            // Nothing above it names it.
+            Ok(Standing::Loose { .. }) | Err(_) => return Ok(()),
+        };
+        let above = at.checked_sub(1).and_then(|above| layers.get(above));
+        above.map_or(Ok(()), |above| touched::end(&above.path))
     }
 
     async fn conclude(
@@ -273,6 +284,18 @@ async fn checked(host: &dyn Host, record: &Record, kin: &[Kin]) -> Result<Standi
 
 fn not_merged() -> Error {
     Error::new(ErrorKind::Internal, "the disk still stands on the snapshot")
+}
+
+/// Says beside the image above the overlay that its header is going to name another one, where a snapshot is read from it: QEMU
+/// writes its bitmaps anew with that, and the file may grow.
+fn touch(kin: &[Kin], layers: &[Layer], at: usize) -> Result<()> {
+    let above = at.checked_sub(1).and_then(|above| layers.get(above));
+    match above {
+        Some(above) if kin.iter().any(|peer| peer.record.base.is_at(&above.path)) => {
+            touched::begin(&above.path)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What is left of a snapshot that nothing stands on: idempotent.
@@ -335,10 +358,8 @@ fn affected(
         }
         if changed.below.first().is_some_and(|layer| layer.is_at(overlay)) {
             // The header of its base names the layer below it, which is another now.
-            changed.stamp = changed
-                .stamp
-                .map(|stamp| stamp.renamed(&changed.base.path))
-                .transpose()?;
+            touched::end(&changed.base.path)?;
+            changed.stamp = touched::renewed(&changed.base.path, changed.stamp)?;
         }
         changed.below.retain(|layer| !layer.is_at(overlay));
         affected.peers.extend(peer.changed(&changed, disk)?);

@@ -190,3 +190,38 @@ async fn are_united_with_the_domain_off() {
     assert_eq!(bitmaps(&qemu, BASE), expected);
     assert_eq!(leftovers(&qemu), Vec::<String>::new());
 }
+
+/// With the header of the image above the merged one, which names another one then, its bitmaps are written anew, and the file may
+/// grow: the snapshot that is read from it is as good as before.
+#[tokio::test]
+async fn of_the_image_above_are_written_anew_and_its_snapshot_stays_good() {
+    for off in [false, true] {
+        let qemu = Qemu::builder().disk(DiskSpec::new("vda", SIZE).qcow2()).start();
+        let mut rig = Rig::new(&qemu.domain_xml()).await;
+        add(&qemu, BASE, "c1");
+        let mut kept = Vec::new();
+        for (n, name) in (1..).zip(["one", "two", "three", "four"]) {
+            dirty(&qemu, n);
+            rig.create(name, &["vda"]).await.unwrap();
+            add(&qemu, &node_on_top(&qemu), &format!("c-{name}"));
+        }
+        dirty(&qemu, 5);
+        qemu.quit();
+        if !off {
+            qemu.restart_on(&[("vda", &rig.image("vda"))]);
+        }
+        for name in ["one", "two", "three", "four"] {
+            kept.push((name, rig.read(name, "vda").await));
+        }
+        for gone in ["two", "one", "three", "four"] {
+            rig.merge(gone).await.unwrap();
+            kept.retain(|(name, _)| *name != gone);
+            for (name, before) in &kept {
+                let now = rig.read(name, "vda").await;
+                assert!(now == *before, "{name} after {gone}, off {off}");
+            }
+        }
+        let left = rig::extra_files(qemu.dir());
+        assert_eq!(left, Vec::<String>::new());
+    }
+}
