@@ -75,13 +75,13 @@ impl RawNbd {
     /// Reads bytes; a server's error, or its going, is an error.
     pub(crate) fn read(&mut self, offset: u64, length: u32) -> io::Result<Vec<u8>> {
         self.ask(offset, length)?;
-        let (of, bytes) = self.receive(length as usize)?;
+        let (of, bytes) = self.receive(length)?;
         assert_eq!(of, offset);
         Ok(bytes)
     }
 
     /// The next answer, and the offset that it is for.
-    pub(crate) fn receive(&mut self, length: usize) -> io::Result<(u64, Vec<u8>)> {
+    pub(crate) fn receive(&mut self, length: u32) -> io::Result<(u64, Vec<u8>)> {
         let mut reply = [0; 16];
         self.stream.read_exact(&mut reply)?;
         assert_eq!(reply[..4], REPLY_MAGIC.to_be_bytes());
@@ -90,7 +90,7 @@ impl RawNbd {
         if error != 0 {
             return Err(io::Error::from_raw_os_error(i32::try_from(error).unwrap()));
         }
-        let mut bytes = vec![0; length];
+        let mut bytes = vec![0; length as usize];
         self.stream.read_exact(&mut bytes)?;
         Ok((offset, bytes))
     }

@@ -449,7 +449,7 @@ fn clients_do_no_harm(scene: &Scene, disk: &str) {
 
 /// Whether a client that had asked for much has been left, with a part of it.
 fn is_left(mut client: RawNbd) -> bool {
-    (0..ASKED).any(|_| client.receive(MIB as usize).is_err())
+    (0..ASKED).any(|_| client.receive(u32::try_from(MIB).unwrap()).is_err())
 }
 
 /// QEMU waits for a client that stalls when it drains the disk, and so would its guest and whoever looks at the snapshot: the
